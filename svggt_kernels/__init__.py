@@ -1,0 +1,15 @@
+"""Frame-block-sparse attention for multi-view transformers.
+
+Frames that cannot see each other do not attend to each other: time and memory follow the edges of the covisibility
+graph. `patch(model)` puts it into a model of the VGGT family; `block_sparse_attention` is the operator by itself.
+"""
+
+from __future__ import annotations
+
+from .attention import block_sparse_attention
+from .covisibility import CovisibilityGraph
+from .layout import BlockLayout
+
+__version__ = "0.1.0"
+
+__all__ = ["BlockLayout", "CovisibilityGraph", "block_sparse_attention"]

@@ -1,0 +1,170 @@
+"""The operator: attention over the visible key tokens only, with its contract, choice of backend and autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .layout import BlockLayout
+
+
+def block_sparse_attention(
+    q: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, H, N', D]
+    v: Tensor,  # [B, H, N', D]
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from every query token to the key tokens that the layout lets it see, and to no other.
+
+    The softmax runs over the visible keys only and is exact, in float32 or better inside. Keys that nobody sees are
+    never read. A query that sees nothing gives 0 and LSE -inf, and its gradient is 0; a key that nobody sees gets
+    gradient 0. Under autocast the inputs are cast as PyTorch's scaled_dot_product_attention casts them.
+
+    Args:
+        q: Queries `[B, H, N, D]`; any strides. float16, bfloat16 or float32, with the sdpa backend also float64.
+        k: Keys `[B, H, N', D]`, same dtype and device; N' = N unless the layout is rectangular.
+        v: Values `[B, H, N', D]`, likewise.
+        layout: Who sees whom, on the device of q.
+        scale: Factor on the scores, by default `D ** -0.5`.
+        return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
+        backend: "triton", "sdpa", or None for the best that can run these inputs. A named backend runs or raises.
+
+    Returns:
+        The output `[B, H, N, D]` in the dtype of q; its memory lies as `[B, N, H, D]`, so that merging the heads
+        copies nothing. With `return_lse` also the LSE `[B, H, N]`, natural logarithm, float32 (float64 for float64
+        inputs). Both are differentiable.
+
+    Raises:
+        ValueError: If shapes, devices or the layout do not fit together, or the named backend cannot run the inputs.
+        TypeError: If dtypes differ or no backend runs them.
+    """
+    q, k, v = _autocast(q, k, v)
+    _validate(q, k, v, layout)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif scale < 0:
+        # Kernels take the maximum of the unscaled scores.
+        q, scale = -q, -scale
+    name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
+    kernels = backends.load(name)
+    tables = kernels.tables(layout, q.dtype, q.shape[-1])
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    transposed = kernels.tables(layout.transposed(), q.dtype, q.shape[-1]) if training else []
+    out, lse = torch.ops.svggt_kernels.attention(
+        q, k, v, tables, transposed, float(scale), return_lse or training, name
+    )
+    return (out, lse) if return_lse else out
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, backend: str | None = None) -> str:
+    """Return the name of the backend that runs such q, k, v: `backend` itself if given, else the best one.
+
+    Raises:
+        ValueError: If `backend` is unknown or cannot run such inputs.
+        TypeError: If no backend can.
+    """
+    if backend is not None:
+        reason = backends.load(backend).unsupported(device, dtype, head_size)
+        if reason is not None:
+            raise ValueError(f"backend {backend} cannot run this: {reason}; choose another backend or backend=None")
+        return backend
+    why = backends.reasons(device, dtype, head_size)
+    for name, reason in why.items():
+        if reason is None:
+            return name
+    raise TypeError(
+        f"no backend can run {dtype} on {device} with head size {head_size}: "
+        + "; ".join(f"{name}: {reason}" for name, reason in why.items())
+    )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}; build one with from_graph")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, N, D], got {list(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    B, H, _, D = q.shape
+    for name, x, tokens in (("q", q, layout.num_tokens), ("k", k, layout.num_key_tokens), ("v", v, layout.num_key_tokens)):
+        if x.shape != (B, H, tokens, D):
+            raise ValueError(
+                f"{name} must have shape {[B, H, tokens, D]} to fit q and the layout ({layout.num_tokens} query tokens, "
+                f"{layout.num_key_tokens} key tokens), got {list(x.shape)}"
+            )
+    if layout.device != q.device:
+        raise ValueError(
+            f"the layout must be on the device of q, got {layout.device} and {q.device}; use layout.to('{q.device}')"
+        )
+
+
+_library = torch.library.Library("svggt_kernels", "DEF")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] transposed_tables, float scale, bool need_lse, "
+    "str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "Tensor[] tables, Tensor[] transposed_tables, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
+def _attention(q, k, v, tables, transposed_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
+    return backends.load(backend).forward(q, k, v, tables, scale, need_lse)
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale, backend):  # type: ignore[no-untyped-def]
+    return backends.load(backend).backward(
+        grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale
+    )
+
+
+@torch.library.register_fake("svggt_kernels::attention", lib=_library)
+def _attention_fake(q, k, v, tables, transposed_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
+    B, H, N, D = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, N, H, D).transpose(1, 2), q.new_empty((B, H, N) if need_lse else (0,), dtype=lse_dtype)
+
+
+@torch.library.register_fake("svggt_kernels::attention_backward", lib=_library)
+def _attention_backward_fake(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, tables, transposed_tables, scale, need_lse, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, *tables, *transposed_tables)
+    ctx.num_tables, ctx.scale, ctx.backend = len(tables), scale, backend
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.svggt_kernels.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, tables[: ctx.num_tables], tables[ctx.num_tables :], ctx.scale, ctx.backend
+    )
+    num_transposed = len(tables) - ctx.num_tables
+    return *grads, [None] * ctx.num_tables, [None] * num_transposed, None, None, None
+
+
+torch.library.register_autograd("svggt_kernels::attention", _differentiate, setup_context=_save, lib=_library)

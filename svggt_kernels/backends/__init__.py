@@ -1,0 +1,72 @@
+"""The table of backends in order of preference, and the choice among them.
+
+A backend is a module with one kernel family: `NAME`, `unsupported`, `tables`, `forward` and `backward`, as `Backend`
+states them. Modules are imported when first asked for; adding one is one line in `BACKENDS`. They never import one
+another.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+BACKENDS = ("triton", "sdpa")
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    NAME: str
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        """Return why this backend cannot run such q, k, v, as the end of "... cannot run this: "; None if it can."""
+
+    def tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+        """Return the tables of the layout that `forward` and `backward` walk."""
+
+    def forward(
+        self,
+        q: Tensor,  # [B, H, N, D]
+        k: Tensor,  # [B, H, N', D]
+        v: Tensor,  # [B, H, N', D]
+        tables: list[Tensor],
+        scale: float,
+        need_lse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return out `[B, H, N, D]` (laid out as `[B, N, H, D]`) and LSE, float32 `[B, H, N]` (any size if unneeded)."""
+
+    def backward(
+        self,
+        grad_out: Tensor,  # [B, H, N, D]
+        grad_lse: Tensor | None,  # [B, H, N]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tables: list[Tensor],
+        transposed_tables: list[Tensor],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v, laid out as q, k and v."""
+
+
+def load(name: str) -> Backend:
+    """Return the backend module called `name`.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return cast(Backend, import_module(f".{name}", __name__))
+
+
+def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
+    """Return for every backend, best first, why it cannot run such q, k, v; None where it can."""
+    return {name: load(name).unsupported(device, dtype, head_size) for name in BACKENDS}

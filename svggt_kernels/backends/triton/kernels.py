@@ -1,0 +1,289 @@
+"""The Triton kernels. Every program owns one tile of rows, so results do not depend on the order of programs.
+
+A program walks the columns its rows see: first the full tiles, read through tensor descriptors where the device has TMA
+(DESCRIPTORS; without, `k_tiles` and its like are ignored), then the gathered ones: tails of runs and dense columns, read
+by pointer under a mask, so that nothing that is not visible is ever loaded. Forward: online softmax (Milakov and Gimelshein, arXiv 1805.02867) in tiles as in
+FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Backward: two passes (rows own dQ; columns own dK and dV), which
+costs 7 products in place of 5 and needs neither atomics nor a float32 copy of dQ.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Counts differ from layout to layout: specialising on them would only compile the same kernel again.
+COUNTS = ["num_row_tiles", "num_first", "dense_group", "num_dense_columns", "heads", "batch_heads"]
+
+
+@triton.jit
+def _program(num_row_tiles, num_first, batch_heads):
+    """Row tile and (batch, head) of this program: the first tiles for all heads, then head after head."""
+    pid = tl.program_id(0)
+    num_others = num_row_tiles - num_first
+    beyond = pid - num_first * batch_heads
+    is_first = beyond < 0
+    tile = tl.where(is_first, pid // batch_heads, num_first + beyond % tl.maximum(num_others, 1))
+    batch_head = tl.where(is_first, pid % batch_heads, beyond // tl.maximum(num_others, 1))
+    return tile, batch_head
+
+
+@triton.jit
+def _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS: tl.constexpr):
+    """Group of a row tile, its tokens [ROWS] (int64) and which of them exist."""
+    group = tl.load(rows_ptr + tile * 3)
+    start = tl.load(rows_ptr + tile * 3 + 1)
+    length = tl.load(rows_ptr + tile * 3 + 2)
+    place = tl.arange(0, ROWS)
+    exists = place < length
+    gathered = tl.load(dense_rows_ptr + start + place, mask=exists & (group == dense_group), other=0)
+    tokens = tl.where(group == dense_group, gathered, start + place)
+    return group, tl.where(exists, tokens, 0).to(tl.int64), exists
+
+
+@triton.jit
+def _full_tile(tiles, ptr, b, h, start, token, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Tokens start to start + COLUMNS of one head, [COLUMNS, D]."""
+    if DESCRIPTORS:
+        x = tiles.load([b, h, start, 0]).reshape(COLUMNS, D)
+    else:
+        tokens = start.to(tl.int64) + tl.arange(0, COLUMNS)
+        x = tl.load(ptr + tokens[:, None] * token + tl.arange(0, D)[None, :])
+    return x
+
+
+@triton.jit
+def _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS: tl.constexpr):
+    """First tail of a group, its number of tails, and the number of gathered tiles: tails, then dense columns."""
+    first = tl.load(tail_offsets_ptr + group)
+    num_tails = tl.load(tail_offsets_ptr + group + 1) - first
+    num_dense = tl.where(group == dense_group, 0, tl.cdiv(num_dense_columns, COLUMNS))
+    return first, num_tails, num_tails + num_dense
+
+
+@triton.jit
+def _gathered_columns(
+    i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS: tl.constexpr
+):
+    """Tokens [COLUMNS] (int64) of gathered tile i and which of them exist."""
+    is_tail = i < num_tails
+    start = tl.load(tail_start_ptr + first + i, mask=is_tail, other=0)
+    tail_length = tl.load(tail_length_ptr + first + i, mask=is_tail, other=0)
+    place = tl.arange(0, COLUMNS)
+    dense_place = (i - num_tails) * COLUMNS + place
+    is_dense = (i >= num_tails) & (dense_place < num_dense_columns)
+    dense = tl.load(dense_columns_ptr + dense_place, mask=is_dense, other=0)
+    exists = is_dense | (is_tail & (place < tail_length))
+    tokens = tl.where(is_tail, start + place, dense)
+    return tl.where(exists, tokens, 0).to(tl.int64), exists
+
+
+@triton.jit
+def _attend(q, k, v, exists, score_max, score_sum, out, scale, MASKED: tl.constexpr):
+    """One step of the online softmax; scores in units of log2."""
+    s = tl.dot(q, k.T, input_precision="ieee")
+    if MASKED:
+        s = tl.where(exists[None, :], s, -float("inf"))
+    new_max = tl.maximum(score_max, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - new_max[:, None])
+    shrink = tl.exp2(score_max - new_max)
+    score_sum = score_sum * shrink + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return new_max, score_sum, out
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def forward(
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    lse_head,
+    rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
+    dense_rows_ptr, dense_columns_ptr,
+    num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Write out and LSE of one tile of queries."""
+    tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
+    b, h = batch_head // heads, batch_head % heads
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    group, rows, exists = _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS)
+    d = tl.arange(0, D)
+    q_ptr += b64 * q_batch + h64 * q_head
+    k_ptr += b64 * k_batch + h64 * k_head
+    v_ptr += b64 * v_batch + h64 * v_head
+    q = tl.load(q_ptr + rows[:, None] * q_token + d[None, :], mask=exists[:, None], other=0.0)
+    score_max = tl.full([ROWS], -float("inf"), tl.float32)
+    score_sum = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, D], tl.float32)
+    scale_log2 = scale * LOG2_E
+
+    for i in tl.range(tl.load(full_offsets_ptr + group), tl.load(full_offsets_ptr + group + 1)):
+        start = tl.load(full_start_ptr + i)
+        k = _full_tile(k_tiles, k_ptr, b, h, start, k_token, COLUMNS, D, DESCRIPTORS)
+        v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
+        score_max, score_sum, out = _attend(q, k, v, None, score_max, score_sum, out, scale_log2, MASKED=False)
+
+    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS)
+    for i in tl.range(num_gathered):
+        columns, visible = _gathered_columns(
+            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS
+        )
+        k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
+        v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
+        score_max, score_sum, out = _attend(q, k, v, visible, score_max, score_sum, out, scale_log2, MASKED=True)
+
+    saw_nothing = score_sum == 0.0
+    out = out / tl.where(saw_nothing, 1.0, score_sum)[:, None]
+    lse = tl.where(saw_nothing, -float("inf"), (score_max + tl.log2(score_sum)) * LN_2)
+    out_ptr += b64 * out_batch + h64 * out_head
+    tl.store(out_ptr + rows[:, None] * out_token + d[None, :], out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse_ptr + batch_head.to(tl.int64) * lse_head + rows, lse, mask=exists)
+
+
+@triton.jit
+def inner_products(
+    grad_ptr, out_ptr, grad_lse_ptr, inner_ptr,
+    grad_batch, grad_head, grad_token, out_batch, out_head, out_token, tokens, heads,
+    HAS_GRAD_LSE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write dO . out - dLSE of ROWS tokens of one head; all rows of the token axis."""
+    batch_head = tl.program_id(1).to(tl.int64)
+    b, h = batch_head // heads, batch_head % heads
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = rows < tokens
+    d = tl.arange(0, D)
+    grad = tl.load(
+        grad_ptr + b * grad_batch + h * grad_head + rows[:, None] * grad_token + d[None, :], mask=exists[:, None], other=0.0
+    )
+    out = tl.load(
+        out_ptr + b * out_batch + h * out_head + rows[:, None] * out_token + d[None, :], mask=exists[:, None], other=0.0
+    )
+    inner = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        inner -= tl.load(grad_lse_ptr + batch_head * tokens + rows, mask=exists, other=0.0)
+    tl.store(inner_ptr + batch_head * tokens + rows, inner, mask=exists)
+
+
+@triton.jit
+def _query_step(q, grad, lse, inner, k, v, exists, dq, scale, MASKED: tl.constexpr):
+    """Add what one tile of keys gives to dQ; lse in units of log2."""
+    p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])
+    if MASKED:
+        p = tl.where(exists[None, :], p, 0.0)
+    ds = p * (tl.dot(grad, v.T, input_precision="ieee") - inner[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def backward_queries(
+    q_ptr, k_ptr, v_ptr, grad_ptr, k_tiles, v_tiles, lse_ptr, inner_ptr, dq_ptr,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    dq_batch, dq_head, dq_token, lse_head,
+    rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
+    dense_rows_ptr, dense_columns_ptr,
+    num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Write dQ of one tile of queries."""
+    tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
+    b, h = batch_head // heads, batch_head % heads
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    group, rows, exists = _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS)
+    d = tl.arange(0, D)
+    q_ptr += b64 * q_batch + h64 * q_head
+    k_ptr += b64 * k_batch + h64 * k_head
+    v_ptr += b64 * v_batch + h64 * v_head
+    grad_ptr += b64 * grad_batch + h64 * grad_head
+    q = tl.load(q_ptr + rows[:, None] * q_token + d[None, :], mask=exists[:, None], other=0.0)
+    grad = tl.load(grad_ptr + rows[:, None] * grad_token + d[None, :], mask=exists[:, None], other=0.0)
+    statistics = batch_head.to(tl.int64) * lse_head + rows
+    lse = tl.load(lse_ptr + statistics, mask=exists, other=0.0) * LOG2_E
+    inner = tl.load(inner_ptr + statistics, mask=exists, other=0.0)
+    dq = tl.zeros([ROWS, D], tl.float32)
+    scale_log2 = scale * LOG2_E
+
+    for i in tl.range(tl.load(full_offsets_ptr + group), tl.load(full_offsets_ptr + group + 1)):
+        start = tl.load(full_start_ptr + i)
+        k = _full_tile(k_tiles, k_ptr, b, h, start, k_token, COLUMNS, D, DESCRIPTORS)
+        v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
+        dq = _query_step(q, grad, lse, inner, k, v, None, dq, scale_log2, MASKED=False)
+
+    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS)
+    for i in tl.range(num_gathered):
+        columns, visible = _gathered_columns(
+            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS
+        )
+        k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
+        v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
+        dq = _query_step(q, grad, lse, inner, k, v, visible, dq, scale_log2, MASKED=True)
+
+    dq_ptr += b64 * dq_batch + h64 * dq_head
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + rows[:, None] * dq_token + d[None, :], dq, mask=exists[:, None])
+
+
+@triton.jit
+def _key_step(k, v, q, grad, lse, inner, exists, dk, dv, scale, MASKED: tl.constexpr):
+    """Add what one tile of queries gives to dK and dV; lse in units of log2."""
+    p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
+    if MASKED:
+        p = tl.where(exists[None, :], p, 0.0)
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, grad.T, input_precision="ieee") - inner[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def backward_keys(
+    q_ptr, k_ptr, v_ptr, grad_ptr, q_tiles, grad_tiles, lse_ptr, inner_ptr, dk_ptr, dv_ptr,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, lse_head,
+    rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
+    dense_rows_ptr, dense_columns_ptr,
+    num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Write dK and dV of one tile of keys; the tables are those of the transposed layout."""
+    tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
+    b, h = batch_head // heads, batch_head % heads
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    group, rows, exists = _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS)
+    d = tl.arange(0, D)
+    q_ptr += b64 * q_batch + h64 * q_head
+    k_ptr += b64 * k_batch + h64 * k_head
+    v_ptr += b64 * v_batch + h64 * v_head
+    grad_ptr += b64 * grad_batch + h64 * grad_head
+    k = tl.load(k_ptr + rows[:, None] * k_token + d[None, :], mask=exists[:, None], other=0.0)
+    v = tl.load(v_ptr + rows[:, None] * v_token + d[None, :], mask=exists[:, None], other=0.0)
+    dk = tl.zeros([ROWS, D], tl.float32)
+    dv = tl.zeros([ROWS, D], tl.float32)
+    scale_log2 = scale * LOG2_E
+    lse_ptr += batch_head.to(tl.int64) * lse_head
+    inner_ptr += batch_head.to(tl.int64) * lse_head
+    place = tl.arange(0, COLUMNS)
+
+    for i in tl.range(tl.load(full_offsets_ptr + group), tl.load(full_offsets_ptr + group + 1)):
+        start = tl.load(full_start_ptr + i)
+        q = _full_tile(q_tiles, q_ptr, b, h, start, q_token, COLUMNS, D, DESCRIPTORS)
+        grad = _full_tile(grad_tiles, grad_ptr, b, h, start, grad_token, COLUMNS, D, DESCRIPTORS)
+        lse = tl.load(lse_ptr + start + place) * LOG2_E
+        inner = tl.load(inner_ptr + start + place)
+        dk, dv = _key_step(k, v, q, grad, lse, inner, None, dk, dv, scale_log2, MASKED=False)
+
+    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS)
+    for i in tl.range(num_gathered):
+        columns, sees = _gathered_columns(
+            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS
+        )
+        q = tl.load(q_ptr + columns[:, None] * q_token + d[None, :], mask=sees[:, None], other=0.0)
+        grad = tl.load(grad_ptr + columns[:, None] * grad_token + d[None, :], mask=sees[:, None], other=0.0)
+        lse = tl.load(lse_ptr + columns, mask=sees, other=0.0) * LOG2_E
+        inner = tl.load(inner_ptr + columns, mask=sees, other=0.0)
+        dk, dv = _key_step(k, v, q, grad, lse, inner, sees, dk, dv, scale_log2, MASKED=True)
+
+    dk_ptr += b64 * dk_batch + h64 * dk_head
+    dv_ptr += b64 * dv_batch + h64 * dv_head
+    tl.store(dk_ptr + rows[:, None] * dk_token + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(dv_ptr + rows[:, None] * dv_token + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=exists[:, None])

@@ -1,0 +1,565 @@
+"""Which frames see which: a directed graph over frames in compressed sparse rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svggt_kernels.covisibility.neighbours import FrameSimilarity, connected_components
+
+MAX_EDGES = 2**31 - 1
+USELESS_DENSITY = 0.6
+EXACT_DIAMETER_FRAMES = 2000
+
+
+@dataclass(frozen=True)
+class GraphSummary:
+    """What a graph looks like at a glance; `str` gives it in a few lines.
+
+    Attributes:
+        frames: Query frames.
+        key_frames: Key frames.
+        edges: Visible (query frame, key frame) pairs.
+        density: Edges over all such pairs.
+        components: Connected components, edges taken both ways; None for a rectangular graph.
+        hop_diameter: Hops between the two frames farthest apart in one component, edges taken both ways; None for a
+            rectangular graph.
+        hop_diameter_is_exact: False where `hop_diameter` is a lower bound (above 2000 frames).
+        degree_min: Fewest frames that a frame sees, itself not counted in a square graph.
+        degree_median: Median of the same.
+        degree_max: Most of the same.
+        warnings: What will cost time or accuracy, one sentence each.
+    """
+
+    frames: int
+    key_frames: int
+    edges: int
+    density: float
+    components: int | None
+    hop_diameter: int | None
+    hop_diameter_is_exact: bool
+    degree_min: int
+    degree_median: float
+    degree_max: int
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        frames = f"{self.frames} frames"
+        if self.components is None:
+            frames = f"{self.frames} query frames, {self.key_frames} key frames"
+        lines = [
+            f"{frames}, {self.edges} edges, density {self.density:.3g}",
+            f"frames seen by a frame: {self.degree_min} to {self.degree_max}, median {self.degree_median:g}",
+        ]
+        if self.components is not None:
+            bound = "" if self.hop_diameter_is_exact else "at least "
+            lines.append(f"components: {self.components}, hop diameter: {bound}{self.hop_diameter}")
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CovisibilityGraph:
+    """A directed graph over frames: edge (i, j) means that queries of frame i see keys of frame j.
+
+    Row i of the compressed rows is `indices[indptr[i] : indptr[i + 1]]`, the key frames that frame i sees. A graph
+    is square, with one set of frames on both sides, or rectangular, with `num_frames` query frames and another
+    number of key frames (a KV cache, frames sharded over devices). The builders put every frame of a square graph
+    in its own row; the constructor takes the arrays as they are.
+
+    Shapes, dtypes and devices are checked always. The contents are checked when the arrays are on the CPU; on an
+    accelerator that would wait for the device, so call `validate` there when the arrays come from outside.
+
+    Args:
+        indptr: Row offsets, `[S + 1]` int32, from 0 to E and never falling.
+        indices: Key frames, `[E]` int32, rising within a row, in `[0, num_key_frames)`.
+        num_frames: Query frames S, at least 1.
+        num_key_frames: Key frames, at least 1. None means `num_frames`.
+
+    Raises:
+        TypeError: If an array is not an int32 tensor or a count is not an integer.
+        ValueError: If the arrays do not describe such a graph.
+    """
+
+    indptr: Tensor  # [S + 1] int32
+    indices: Tensor  # [E] int32
+    num_frames: int
+    num_key_frames: int = None  # type: ignore[assignment]  # an int once constructed
+
+    def __post_init__(self) -> None:
+        frames = _integer("num_frames", self.num_frames, 1)
+        key_frames = frames if self.num_key_frames is None else _integer("num_key_frames", self.num_key_frames, 1)
+        for name, array in (("indptr", self.indptr), ("indices", self.indices)):
+            if not isinstance(array, Tensor):
+                raise TypeError(f"{name} must be an int32 tensor, got {type(array).__name__}; use torch.as_tensor")
+            if array.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, got {array.dtype}; use {name}.to(torch.int32)")
+            if array.ndim != 1:
+                raise ValueError(f"{name} must have one dimension, got shape {tuple(array.shape)}")
+        if self.indptr.numel() != frames + 1:
+            raise ValueError(
+                f"indptr must have num_frames + 1 = {frames + 1} entries, got {self.indptr.numel()}; "
+                "the last one is the number of edges"
+            )
+        if self.indptr.device != self.indices.device:
+            raise ValueError(
+                f"indptr and indices must be on one device, got {self.indptr.device} and {self.indices.device}"
+            )
+        _check_edge_count(self.indices.numel())
+        object.__setattr__(self, "indptr", self.indptr.contiguous())
+        object.__setattr__(self, "indices", self.indices.contiguous())
+        object.__setattr__(self, "num_frames", frames)
+        object.__setattr__(self, "num_key_frames", key_frames)
+        if self.device.type == "cpu":
+            self.validate()
+
+    @classmethod
+    def from_pairs(
+        cls,
+        num_frames: int,
+        pairs: Iterable[Sequence[int]] | Tensor | np.ndarray,  # [E, 2]
+        *,
+        num_key_frames: int | None = None,
+    ) -> CovisibilityGraph:
+        """Builds the graph with exactly the given pairs, plus the diagonal when it is square.
+
+        Pairs are directed and are not mirrored: (i, j) lets frame i see frame j and says nothing about frame j.
+        Add `.symmetrized()` for the other direction.
+
+        Args:
+            num_frames: Query frames S.
+            pairs: Pairs (i, j), or an integer array `[E, 2]`; a tensor's graph stays on the tensor's device.
+            num_key_frames: Key frames. Giving it makes the graph rectangular: no diagonal is added.
+
+        Raises:
+            TypeError: If a pair does not hold integers.
+            ValueError: If a pair is out of range, is given twice or is not a pair.
+        """
+        num_frames = _integer("num_frames", num_frames, 1)
+        square = num_key_frames is None
+        key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
+        edges = _pairs_to_tensor(pairs)
+        outside = (edges < 0) | (edges >= torch.tensor([num_frames, key_frames], device=edges.device))
+        if bool(outside.any()):
+            at = int(outside.any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"pair {at}, {tuple(edges[at].tolist())}, is out of range: the first index must be in "
+                f"[0, {num_frames}) and the second in [0, {key_frames}); frames are counted from 0"
+            )
+        codes, order = (edges[:, 0] * key_frames + edges[:, 1]).sort(stable=True)
+        again = codes[1:] == codes[:-1]
+        if bool(again.any()):
+            at = int(order[1:][again].min())
+            raise ValueError(f"pair {at}, {tuple(edges[at].tolist())}, is given twice; give each pair once")
+        if square:
+            codes = torch.cat([codes, _diagonal(num_frames, edges.device)])
+        return cls._from_codes(codes, num_frames, key_frames)
+
+    @classmethod
+    def from_dense(
+        cls,
+        visible: Tensor | np.ndarray,  # [S, Sk] bool
+    ) -> CovisibilityGraph:
+        """Builds the graph of a boolean matrix, plus the diagonal when the matrix is square.
+
+        Args:
+            visible: `[S, Sk]` bool, True where queries of the row's frame see keys of the column's frame. A
+                tensor's graph stays on the tensor's device.
+
+        Raises:
+            TypeError: If `visible` is not a boolean tensor or array.
+            ValueError: If it is not a matrix, or has no frame.
+        """
+        if isinstance(visible, np.ndarray):
+            visible = torch.as_tensor(np.ascontiguousarray(visible))
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            given = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
+            raise TypeError(f"visible must be a bool tensor or array, got {given}; compare scores to a threshold first")
+        if visible.ndim != 2 or 0 in visible.shape:
+            raise ValueError(f"visible must be [S, Sk] with at least one frame, got shape {tuple(visible.shape)}")
+        num_frames, key_frames = visible.shape
+        if num_frames == key_frames:
+            visible = visible.clone().fill_diagonal_(True)
+        rows, indices = visible.nonzero(as_tuple=True)
+        _check_edge_count(indices.numel())
+        offsets = torch.arange(num_frames + 1, device=visible.device)
+        indptr = torch.searchsorted(rows, offsets, out_int32=True)
+        return cls(indptr, indices.to(torch.int32), num_frames, key_frames)
+
+    @classmethod
+    def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
+        """Builds the full graph, in which attention over the graph is dense attention."""
+        num_frames = _integer("num_frames", num_frames, 1)
+        key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
+        _check_edge_count(num_frames * key_frames)
+        indptr = torch.arange(num_frames + 1, dtype=torch.int32) * key_frames
+        return cls(indptr, torch.arange(key_frames, dtype=torch.int32).repeat(num_frames), num_frames, key_frames)
+
+    @classmethod
+    def sequential(cls, num_frames: int, window: int, *, loop: bool = False) -> CovisibilityGraph:
+        """Builds the graph of a video: frames i and j see each other when |i - j| <= `window`.
+
+        Args:
+            num_frames: Frames S, in the order of capture.
+            window: Frames seen before and after; 0 leaves each frame alone.
+            loop: Whether the last frame is next to the first one.
+        """
+        num_frames = _integer("num_frames", num_frames, 1)
+        codes = _window(num_frames, _integer("window", window, 0), loop, torch.device("cpu"))
+        return cls._from_codes(codes, num_frames, num_frames)
+
+    @classmethod
+    def from_descriptors(
+        cls,
+        descriptors: Tensor | np.ndarray,  # [S, C] floating point
+        *,
+        neighbours: int = 10,
+        window: int = 0,
+        reference_frame: int | None = 0,
+        anchors: int | None = None,
+        bridge: bool = True,
+        chunk: int = 2048,
+    ) -> CovisibilityGraph:
+        """Builds the graph from one global descriptor per frame (place recognition, pooled tokens).
+
+        Scores (cosine) only rank frames; there is no threshold, because none carries over from one scene to another.
+        A false edge costs time and a missed one costs accuracy, so each step only adds edges:
+
+        1. Each frame sees its `neighbours` most similar frames, and they see it.
+        2. Frames at most `window` apart see each other (ordered input).
+        3. With `bridge`, the components of the graph so far are joined by the maximum spanning tree over components,
+           which takes the most similar pair between them. This comes before step 4 on purpose: a star through the
+           reference frame connects any graph, but everything then passes through one frame.
+        4. The reference frame sees all frames and is seen by all; all frames see the anchors, picked one after
+           another as the frame least similar to the reference frame and to the anchors before it.
+
+        Equal scores go to the smaller index, so the graph depends on the descriptors alone. The cost is S^2 * C
+        multiplications; memory is that of the descriptors, a few tiles of `chunk` x `chunk` scores, and the edges.
+
+        Args:
+            descriptors: `[S, C]` floating point, of any length but zero. The graph is on their device.
+            neighbours: Most similar frames that each frame sees at least; S - 1 and more give the full graph.
+            window: Frames before and after that each frame sees, in the order given.
+            reference_frame: A frame dense both ways (VGGT's frame 0), or None.
+            anchors: Frames that every frame sees, beside the reference frame. Without a reference frame the first
+                anchor is frame 0. None means min(8, S // 16).
+            bridge: Whether to join the components.
+            chunk: Frames on each side of a tile of scores. It bounds memory and never changes the result.
+
+        Raises:
+            TypeError: If the descriptors are not floating point, or a count is not an integer.
+            ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range.
+        """
+        if isinstance(descriptors, np.ndarray):
+            descriptors = torch.as_tensor(descriptors)
+        if not isinstance(descriptors, Tensor) or not descriptors.is_floating_point():
+            given = descriptors.dtype if isinstance(descriptors, Tensor) else type(descriptors).__name__
+            raise TypeError(f"descriptors must be a floating point tensor or array, got {given}")
+        if descriptors.ndim != 2 or 0 in descriptors.shape:
+            raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
+        frames, device = len(descriptors), descriptors.device
+        neighbours = min(_integer("neighbours", neighbours, 0), frames - 1)
+        window = _integer("window", window, 0)
+        chunk = _integer("chunk", chunk, 1)
+        anchors = min(8, frames // 16) if anchors is None else _integer("anchors", anchors, 0, frames)
+        if reference_frame is not None:
+            reference_frame = _integer("reference_frame", reference_frame, 0, frames - 1)
+
+        similarity = FrameSimilarity.from_descriptors(descriptors, chunk)
+        everyone = torch.arange(frames, device=similarity.device)
+        nearest = similarity.nearest(neighbours)
+        graph = cls._from_edges(everyone.repeat_interleave(neighbours), nearest.flatten(), frames)
+        graph = graph.symmetrized() | cls.sequential(frames, window).to(similarity.device)
+        if bridge:
+            pairs = similarity.bridges(connected_components(graph.rows, graph.indices, frames))
+            graph |= cls._from_edges(pairs[:, 0], pairs[:, 1], frames).symmetrized()
+        if reference_frame is None:
+            points = similarity.farthest_points(0, anchors)
+        else:
+            points = similarity.farthest_points(reference_frame, min(anchors + 1, frames))
+            graph |= cls._from_edges(torch.full_like(everyone, reference_frame), everyone, frames)
+        graph |= cls._from_edges(everyone.repeat_interleave(len(points)), points.repeat(frames), frames)
+        return graph.to(device)
+
+    @classmethod
+    def _from_edges(cls, rows: Tensor, columns: Tensor, num_frames: int) -> CovisibilityGraph:
+        """Builds a square graph from edges `[n]` int64 in any order, repeats allowed."""
+        return cls._from_codes(rows * num_frames + columns, num_frames, num_frames)
+
+    @classmethod
+    def _from_codes(cls, codes: Tensor, num_frames: int, num_key_frames: int) -> CovisibilityGraph:
+        """Builds the graph from edge codes i * num_key_frames + j (`[n]` int64) in any order, repeats allowed."""
+        codes = torch.unique(codes)
+        _check_edge_count(codes.numel())
+        row_starts = torch.arange(num_frames + 1, device=codes.device) * num_key_frames
+        indptr = torch.searchsorted(codes, row_starts, out_int32=True)
+        return cls(indptr, (codes % num_key_frames).to(torch.int32), num_frames, num_key_frames)
+
+    @property
+    def num_edges(self) -> int:
+        """Visible (query frame, key frame) pairs, the diagonal among them."""
+        return self.indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Edges over all pairs of a query frame and a key frame."""
+        return self.num_edges / (self.num_frames * self.num_key_frames)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays are."""
+        return self.indices.device
+
+    @property
+    def is_square(self) -> bool:
+        """Whether there are as many key frames as query frames."""
+        return self.num_frames == self.num_key_frames
+
+    @property
+    def rows(self) -> Tensor:
+        """The query frame of each edge, `[E]` int32; computed on the graph's device without a host sync."""
+        edges = torch.arange(self.num_edges, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(self.indptr, edges, right=True, out_int32=True) - 1
+
+    @property
+    def num_components(self) -> int:
+        """Connected components, edges taken both ways; takes O(E) work on the CPU.
+
+        Raises:
+            ValueError: If the graph is rectangular.
+        """
+        self._require_square("num_components")
+        rows, indices = self.rows.cpu(), self.indices.cpu()
+        return len(connected_components(rows, indices, self.num_frames).unique())
+
+    def is_connected(self) -> bool:
+        """Whether every frame reaches every other over edges taken both ways.
+
+        Raises:
+            ValueError: If the graph is rectangular.
+        """
+        self._require_square("is_connected()")
+        return self.num_components == 1
+
+    def summary(self) -> GraphSummary:
+        """Measures the graph: degrees, components, diameter, and warnings; works on the CPU.
+
+        The diameter is exact up to 2000 frames. Above, it is a lower bound from two sweeps: from 64 frames spread
+        over the graph to the frames reached last, and from those as far as it goes.
+        """
+        graph = self.to("cpu")
+        degrees = graph.indptr.diff().to(torch.int64)
+        if self.is_square:
+            degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=self.num_frames)
+        components = graph.num_components if self.is_square else None
+        blind = int((degrees == 0).sum())
+        warnings = []
+        if self.density > USELESS_DENSITY:
+            warnings.append(
+                f"density {self.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use fewer "
+                "neighbours, or dense attention"
+            )
+        if components is not None and components > 1:
+            warnings.append(
+                f"the graph has {components} components that cannot see one another; add pairs, or build it from "
+                "descriptors with bridge=True"
+            )
+        if blind and self.is_square and self.num_frames > 1:
+            warnings.append(f"frames that see no other frame: {blind}")
+        if blind and not self.is_square:
+            warnings.append(f"query frames that see no key frame, so that their attention gives zero: {blind}")
+        return GraphSummary(
+            frames=self.num_frames,
+            key_frames=self.num_key_frames,
+            edges=self.num_edges,
+            density=self.density,
+            components=components,
+            hop_diameter=_hop_diameter(graph.symmetrized()) if self.is_square else None,
+            hop_diameter_is_exact=self.is_square and self.num_frames <= EXACT_DIAMETER_FRAMES,
+            degree_min=int(degrees.min()),
+            degree_median=float(np.median(degrees.numpy())),
+            degree_max=int(degrees.max()),
+            warnings=tuple(warnings),
+        )
+
+    def validate(self) -> None:
+        """Checks the contents of the arrays; waits for the device where they are on one.
+
+        Raises:
+            ValueError: If `indptr` does not rise from 0 to E, or `indices` are out of range, unsorted or repeated.
+        """
+        first, last = int(self.indptr[0]), int(self.indptr[-1])
+        if first != 0 or last != self.num_edges:
+            raise ValueError(f"indptr must go from 0 to E = {self.num_edges}, got {first} to {last}")
+        falls = self.indptr[1:] < self.indptr[:-1]
+        if bool(falls.any()):
+            raise ValueError(f"indptr must not fall, but it does after row {int(falls.nonzero()[0])}")
+        outside = (self.indices < 0) | (self.indices >= self.num_key_frames)
+        if bool(outside.any()):
+            at = int(outside.nonzero()[0])
+            raise ValueError(
+                f"indices must be in [0, {self.num_key_frames}), got {int(self.indices[at])} in row "
+                f"{int(self.rows[at])}"
+            )
+        rows = self.rows
+        unsorted = (self.indices[1:] <= self.indices[:-1]) & (rows[1:] == rows[:-1])
+        if bool(unsorted.any()):
+            at = int(unsorted.nonzero()[0])
+            raise ValueError(
+                f"indices must rise within a row, got {int(self.indices[at])} before {int(self.indices[at + 1])} "
+                f"in row {int(rows[at])}; sort each row and drop what repeats"
+            )
+
+    def to(self, device: torch.device | str) -> CovisibilityGraph:
+        """Returns the graph on another device."""
+        asynchronous = torch.device(device).type != "cpu"
+        return CovisibilityGraph(
+            self.indptr.to(device, non_blocking=asynchronous),
+            self.indices.to(device, non_blocking=asynchronous),
+            self.num_frames,
+            self.num_key_frames,
+        )
+
+    def to_dense(self) -> Tensor:
+        """Returns the boolean matrix `[S, Sk]`; its memory grows with S * Sk."""
+        dense = torch.zeros(self.num_frames, self.num_key_frames, dtype=torch.bool, device=self.device)
+        dense[self.rows.long(), self.indices.long()] = True
+        return dense
+
+    def transposed(self) -> CovisibilityGraph:
+        """Returns the graph with every edge turned round, computed on the graph's device without a host sync."""
+        indices, order = torch.sort(self.indices, stable=True)
+        row_numbers = torch.arange(self.num_key_frames + 1, dtype=torch.int32, device=self.device)
+        indptr = torch.searchsorted(indices, row_numbers, out_int32=True)
+        return CovisibilityGraph(indptr, self.rows[order], self.num_key_frames, self.num_frames)
+
+    def symmetrized(self) -> CovisibilityGraph:
+        """Returns the graph in which j sees i wherever i sees j.
+
+        Raises:
+            ValueError: If the graph is rectangular.
+        """
+        self._require_square("symmetrized()")
+        return self | self.transposed()
+
+    def __or__(self, other: CovisibilityGraph) -> CovisibilityGraph:
+        if not isinstance(other, CovisibilityGraph):
+            return NotImplemented
+        shapes = [(graph.num_frames, graph.num_key_frames) for graph in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"only graphs over the same frames can be united, got {shapes[0]} and {shapes[1]} frames")
+        if self.device != other.device:
+            raise ValueError(f"both graphs must be on one device, got {self.device} and {other.device}; use to(device)")
+        return self._from_codes(torch.cat([self._codes(), other._codes()]), *shapes[0])
+
+    def __repr__(self) -> str:
+        keys = "" if self.is_square else f", key_frames={self.num_key_frames}"
+        return f"CovisibilityGraph(frames={self.num_frames}{keys}, edges={self.num_edges}, density={self.density:.3g})"
+
+    def _codes(self) -> Tensor:
+        return self.rows.long() * self.num_key_frames + self.indices
+
+    def _require_square(self, what: str) -> None:
+        if not self.is_square:
+            raise ValueError(
+                f"{what} needs the same frames as queries and keys, got {self.num_frames} query frames and "
+                f"{self.num_key_frames} key frames"
+            )
+
+
+def _integer(name: str, value: int, least: int, most: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < least or (most is not None and number > most):
+        wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
+
+
+def _check_edge_count(edges: int) -> None:
+    if edges > MAX_EDGES:
+        raise ValueError(f"a graph holds at most {MAX_EDGES} edges (int32 offsets), got {edges}; make it sparser")
+
+
+def _hop_diameter(graph: CovisibilityGraph) -> int:
+    """Largest hop count within a component of a symmetric CPU graph; a lower bound above EXACT_DIAMETER_FRAMES."""
+    indptr, indices = graph.indptr.numpy().astype(np.int64), graph.indices.numpy()
+    if graph.num_frames <= EXACT_DIAMETER_FRAMES:
+        batches = np.split(np.arange(graph.num_frames), range(64, graph.num_frames, 64))
+        return max(_spread(indptr, indices, sources)[0] for sources in batches)
+    spread_out = np.linspace(0, graph.num_frames - 1, 64).astype(np.int64)
+    hops, reached_last = _spread(indptr, indices, spread_out)
+    return max(hops, _spread(indptr, indices, reached_last[:64])[0])
+
+
+def _spread(indptr: np.ndarray, indices: np.ndarray, sources: np.ndarray) -> tuple[int, np.ndarray]:
+    """Walks breadth first from up to 64 frames at once, one bit each; returns hops and the frames reached last."""
+    num_frames = len(indptr) - 1
+    fresh = np.zeros(num_frames, dtype=np.uint64)
+    fresh[sources] = np.uint64(1) << np.arange(len(sources), dtype=np.uint64)
+    reached = fresh.copy()
+    everywhere = np.bitwise_or.reduce(fresh)
+    frontier, hops = np.sort(sources), 0
+    while not (reached == everywhere).all():
+        degrees = indptr[frontier + 1] - indptr[frontier]
+        ends = degrees.cumsum()
+        edges = np.arange(ends[-1]) + np.repeat(indptr[frontier] - ends + degrees, degrees)
+        arrived = np.zeros(num_frames, dtype=np.uint64)
+        np.bitwise_or.at(arrived, indices[edges], np.repeat(fresh[frontier], degrees))
+        fresh = arrived & ~reached
+        if not fresh.any():
+            break
+        reached |= fresh
+        frontier, hops = fresh.nonzero()[0], hops + 1
+    return hops, frontier
+
+
+def _diagonal(num_frames: int, device: torch.device) -> Tensor:
+    return torch.arange(num_frames, device=device) * (num_frames + 1)
+
+
+def _window(num_frames: int, window: int, loop: bool, device: torch.device) -> Tensor:
+    """Edge codes of all pairs at most `window` apart, repeats possible, as `[n]` int64."""
+    window = min(window, num_frames // 2 if loop else num_frames - 1)
+    rows = torch.arange(num_frames, device=device)[:, None]
+    columns = rows + torch.arange(-window, window + 1, device=device)
+    codes = rows * num_frames + columns % num_frames
+    return codes.flatten() if loop else codes[(columns >= 0) & (columns < num_frames)]
+
+
+def _pairs_to_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Tensor:
+    """Returns the pairs as `[E, 2]` int64, on their device if they are a tensor."""
+    if not isinstance(pairs, Tensor):
+        array = pairs if isinstance(pairs, np.ndarray) else _pairs_to_array(list(pairs))
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"pairs must hold integers, got an array of {array.dtype}; frames are counted from 0")
+        pairs = torch.as_tensor(array.astype(np.int64))
+    if pairs.dtype.is_floating_point or pairs.dtype.is_complex or pairs.dtype == torch.bool:
+        raise TypeError(f"pairs must hold integers, got a tensor of {pairs.dtype}; use from_dense for a boolean matrix")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be [E, 2], one (query frame, key frame) a row, got shape {tuple(pairs.shape)}")
+    return pairs.to(torch.int64)
+
+
+def _pairs_to_array(pairs: list[Sequence[int]]) -> np.ndarray:
+    """Returns `[E, 2]` integers, or raises and names the first pair that does not fit."""
+    if not pairs:
+        return np.zeros((0, 2), dtype=np.int64)
+    for at, pair in enumerate(pairs):
+        try:
+            i, j = pair
+        except (TypeError, ValueError):
+            raise ValueError(f"pair {at} must be (query frame, key frame), got {pair!r}") from None
+        for index in (i, j):
+            if not isinstance(index, int | np.integer) or isinstance(index, bool):
+                raise TypeError(f"pair {at}, {pair!r}, must hold integers, got {type(index).__name__}")
+    try:
+        return np.array(pairs, dtype=np.int64)
+    except OverflowError:
+        raise ValueError("pairs hold an integer beyond 64 bits; frames are counted from 0") from None

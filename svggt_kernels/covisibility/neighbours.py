@@ -1,0 +1,205 @@
+"""Which frames look alike: neighbours, bridges and anchors from one descriptor per frame.
+
+Every comparison here is exact. Descriptors are rounded once to fixed point (26 fractional bits), so that each sum of
+products is an integer below 2^53 and comes out of a float64 matrix product the same whatever the order of summation.
+Scores are then symmetric, equal for equal frames, and independent of tile sizes, of threads and of reduced-precision
+settings; what is left of ties goes to the smaller frame index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FRACTION_BITS = 26  # a product of two unit vectors is at most 2^52, which float64 holds exactly
+ROUNDING_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class FrameSimilarity:
+    """Cosine similarity of frames, computed in tiles; a score is the cosine times 2^52.
+
+    Args:
+        fixed_point: Unit descriptors times 2^26, `[S, C]` int32.
+        chunk: Frames on each side of a tile. It bounds memory and never changes a result.
+    """
+
+    fixed_point: Tensor  # [S, C] int32
+    chunk: int
+
+    @classmethod
+    def from_descriptors(cls, descriptors: Tensor, chunk: int) -> FrameSimilarity:
+        """Normalises descriptors `[S, C]` and rounds them to fixed point.
+
+        Raises:
+            ValueError: If a descriptor holds NaN or infinity, or is zero and so has no direction.
+        """
+        if descriptors.device.type == "mps":  # no float64 there
+            descriptors = descriptors.cpu()
+        fixed_point = torch.empty(descriptors.shape, dtype=torch.int32, device=descriptors.device)
+        for start in range(0, len(descriptors), ROUNDING_ROWS):
+            part = descriptors[start : start + ROUNDING_ROWS].detach().to(torch.float64).contiguous()
+            peak = part.abs().amax(dim=1, keepdim=True)
+            if bool((~peak.isfinite()).any()):
+                frame = start + int((~peak.isfinite()).flatten().nonzero()[0])
+                raise ValueError(f"descriptors must be finite, but that of frame {frame} holds NaN or infinity")
+            if bool((peak == 0).any()):
+                frame = start + int((peak == 0).flatten().nonzero()[0])
+                raise ValueError(
+                    f"the descriptor of frame {frame} is zero and has no direction; describe the frame or leave it out"
+                )
+            part /= peak
+            # The last bit of a norm depends on how many rows are reduced together; float32 hides it.
+            part /= torch.linalg.vector_norm(part, dim=1, keepdim=True).to(torch.float32)
+            fixed_point[start : start + ROUNDING_ROWS] = part.mul_(2**FRACTION_BITS).round_().to(torch.int32)
+        return cls(fixed_point, chunk)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames S."""
+        return len(self.fixed_point)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scores are computed."""
+        return self.fixed_point.device
+
+    def nearest(self, count: int) -> Tensor:
+        """Returns the `count` frames most similar to each frame, itself excluded, as `[S, count]` int64, sorted.
+
+        Every tile serves its rows and, turned round, its columns, so half of the matrix is computed.
+        """
+        scores = self.fixed_point.new_full((self.num_frames, count), -torch.inf, dtype=torch.float64)
+        frames = self.fixed_point.new_zeros((self.num_frames, count), dtype=torch.int64)
+        if count == 0:
+            return frames
+        starts = range(0, self.num_frames, self.chunk)
+        for row_start in starts:
+            rows = slice(row_start, row_start + self.chunk)
+            points = self.fixed_point[rows].to(torch.float64)
+            for column_start in starts[row_start // self.chunk :]:
+                columns = slice(column_start, column_start + self.chunk)
+                if rows == columns:
+                    tile = (points @ points.T).fill_diagonal_(-torch.inf)
+                else:
+                    tile = points @ self.fixed_point[columns].to(torch.float64).T
+                    _keep_largest(scores[columns], frames[columns], tile.T.contiguous(), row_start)
+                _keep_largest(scores[rows], frames[rows], tile, column_start)
+        return frames
+
+    def farthest_points(self, start: int, count: int) -> Tensor:
+        """Returns `start` and then, `count - 1` times, the frame least similar to all before it, `[count]` int64."""
+        points = [start]
+        nearest = self.fixed_point.new_full((self.num_frames,), -torch.inf, dtype=torch.float64)
+        while len(points) < count:
+            point = self.fixed_point[points[-1]].to(torch.float64)
+            parts = [part.to(torch.float64) @ point for part in self.fixed_point.split(ROUNDING_ROWS)]
+            nearest = torch.maximum(nearest, torch.cat(parts))
+            nearest[points[-1]] = torch.inf
+            points.append(int(nearest.argmin()))
+        return torch.tensor(points[:count], dtype=torch.int64, device=self.device)
+
+    def bridges(self, labels: Tensor) -> Tensor:
+        """Returns the maximum spanning tree over components, `[components - 1, 2]` int64.
+
+        Boruvka's rounds: every component but the largest takes its most similar pair (frame inside, frame outside),
+        over all frames and not only over known neighbours, until one component is left. Equal scores go to the
+        smaller pair (smaller index first), a total order, so no round closes a cycle. A frame's best partner stays
+        its best while it stays outside, so later rounds search only for frames whose partner has joined them.
+
+        Args:
+            labels: Component of each frame, `[S]` int64, as `connected_components` gives them.
+        """
+        frames = torch.arange(self.num_frames, device=labels.device)
+        partners = frames.clone()
+        scores = torch.full(labels.shape, -torch.inf, dtype=torch.float64, device=labels.device)
+        found = [frames.new_empty((0, 2))]
+        while True:
+            sizes = labels.bincount()
+            largest = sizes.argmax()
+            if int(sizes[largest]) == self.num_frames:
+                return torch.cat(found)
+            small = labels != largest
+            searching = frames[small & (labels[partners] == labels)]
+            scores[searching], partners[searching] = self._best_outside(searching, labels)
+            pairs = torch.stack([frames, partners], dim=1).sort(dim=1).values[small]
+            order = torch.arange(len(pairs), device=labels.device)
+            for key in (pairs @ frames.new_tensor([self.num_frames, 1]), -scores[small], labels[small]):
+                order = order[key[order].argsort(stable=True)]
+            owners = labels[small][order]
+            is_best = torch.ones_like(owners, dtype=torch.bool)
+            is_best[1:] = owners[1:] != owners[:-1]
+            joined = pairs[order[is_best]].unique(dim=0)
+            found.append(joined)
+            labels = connected_components(
+                torch.cat([frames, joined[:, 0]]), torch.cat([labels, joined[:, 1]]), self.num_frames
+            )
+
+    def _best_outside(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Best score and frame outside its own component for each of `rows`; of equal scores, the smaller frame."""
+        best_scores = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=self.device)
+        best_frames = rows.clone()
+        for row_start in range(0, len(rows), self.chunk):
+            part = slice(row_start, row_start + self.chunk)
+            points, owners = self.fixed_point[rows[part]].to(torch.float64), labels[rows[part], None]
+            for start in range(0, self.num_frames, self.chunk):
+                columns = slice(start, start + self.chunk)
+                tile = points @ self.fixed_point[columns].to(torch.float64).T
+                score, at = tile.masked_fill_(owners == labels[columns], -torch.inf).max(dim=1)
+                better = score > best_scores[part]
+                best_scores[part] = torch.where(better, score, best_scores[part])
+                best_frames[part] = torch.where(better, start + at, best_frames[part])
+        return best_scores, best_frames
+
+
+def connected_components(rows: Tensor, columns: Tensor, num_frames: int) -> Tensor:
+    """Returns the smallest frame of each frame's component, `[S]` int64, edges `[E]` taken both ways.
+
+    Parents are hooked to the smallest grandparent in sight and paths are shortened by pointer jumping, after FastSV
+    (Zhang, Azad, Hu: "FastSV: a distributed-memory connected component algorithm with fast convergence", 2020).
+    """
+    ends = torch.cat([rows, columns]).to(torch.int64)
+    other_ends = torch.cat([columns, rows]).to(torch.int64)
+    parents = torch.arange(num_frames, device=rows.device)
+    while True:
+        grandparents = parents[parents]
+        seen = grandparents[other_ends]
+        hooked = parents.scatter_reduce(0, parents[ends], seen, "amin")
+        hooked = torch.minimum(hooked.scatter_reduce(0, ends, seen, "amin"), grandparents)
+        if torch.equal(hooked, parents):
+            return parents
+        parents = hooked
+
+
+def _keep_largest(scores: Tensor, frames: Tensor, tile: Tensor, first_frame: int) -> None:
+    """Merges a tile `[n, m]`, whose columns begin at `first_frame`, into the best `[n, count]` of earlier columns."""
+    count = scores.shape[1]
+    at = _largest(tile, count)
+    merged_scores = torch.cat([scores, tile.gather(1, at)], dim=1)
+    merged_frames = torch.cat([frames, first_frame + at], dim=1)
+    at = _largest(merged_scores, count)
+    scores.copy_(merged_scores.gather(1, at))
+    frames.copy_(merged_frames.gather(1, at))
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` largest scores of each row, of equal ones the first; `[n, count]` int64, rising.
+
+    `topk` alone may return any of several equal scores. Only a tie across the edge of the selection matters, and the
+    next largest score shows it.
+    """
+    width = scores.shape[1]
+    positions = torch.arange(width, device=scores.device)
+    if count >= width:
+        return positions.expand(len(scores), width)
+    values, selected = scores.topk(count + 1, dim=1)
+    selected, edge = selected[:, :count], values[:, count - 1 : count]
+    tied = (edge[:, 0] == values[:, count]).nonzero()[:, 0]
+    if len(tied):
+        tied_scores, tied_edge = scores[tied], edge[tied]
+        rank = torch.where(tied_scores > tied_edge, positions - width, positions)
+        rank.masked_fill_(tied_scores < tied_edge, width)
+        selected[tied] = rank.topk(count, dim=1, largest=False).indices
+    return selected.sort(dim=1).values

@@ -1,0 +1,356 @@
+"""BlockLayout: which key tokens each query token sees, digested once per image set and walked by every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .covisibility.graph import CovisibilityGraph
+
+
+@dataclass(frozen=True)
+class FrameTokens:
+    """How the tokens of one side (queries or keys) lie: frame after frame, then the trailing tokens.
+
+    Attributes:
+        lengths: Tokens of each frame, special ones included.
+        leading: Special tokens at the start of each frame.
+        closing: Special tokens at the end of each frame.
+        trailing: Tokens after the last frame that belong to no frame.
+        dense_special: True if special tokens see and are seen by everything; trailing tokens always do.
+    """
+
+    lengths: tuple[int, ...]
+    leading: int = 0
+    closing: int = 0
+    trailing: int = 0
+    dense_special: bool = True
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens: those of all frames and the trailing ones."""
+        return sum(self.lengths) + self.trailing
+
+    @cached_property
+    def ordinary(self) -> tuple[np.ndarray, np.ndarray]:
+        """Start and length of the tokens of each frame that follow the graph, two int64 arrays `[S]`."""
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        if not self.dense_special:
+            return starts, lengths
+        return starts + self.leading, lengths - self.leading - self.closing
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        """Tokens that see and are seen by everything, ascending int64 `[M]`."""
+        trailing = np.arange(self.num_tokens - self.trailing, self.num_tokens)
+        if not self.dense_special:
+            return trailing
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        ends = np.cumsum(lengths)[:, None]
+        leading = ends - lengths[:, None] + np.arange(self.leading)
+        closing = ends + np.arange(-self.closing, 0)
+        return np.concatenate([np.concatenate([leading, closing], axis=1).ravel(), trailing])
+
+
+class Runs(NamedTuple):
+    """Runs of visible tokens, one group of rows per frame and a last group for the dense rows; int32 tensors.
+
+    Rows of group `g < S` are the ordinary tokens `row_start[g] : row_start[g] + row_length[g]`. They see the columns
+    `start[r] : start[r] + length[r]` for `r` in `offsets[g] : offsets[g + 1]`, and `dense_columns`.
+    Rows of group `S` are `dense_rows`; their one run is all columns. Entries of `start` and `length` behind the last
+    offset mean nothing: their number is an upper bound that needs no value from the device.
+    """
+
+    row_start: Tensor  # [S + 1]
+    row_length: Tensor  # [S + 1]
+    offsets: Tensor  # [S + 2]
+    start: Tensor  # [<= E + 1]
+    length: Tensor  # [<= E + 1]
+    dense_rows: Tensor  # [M]
+    dense_columns: Tensor  # [M']
+
+
+class Tiles(NamedTuple):
+    """The runs cut into tiles of fixed size, in the order in which kernels should launch them; int32 tensors.
+
+    `rows[t]` is (group, start, length) of row tile `t`; start counts tokens, or entries of `dense_rows` for the dense
+    group. A group sees its full tiles (`full_start`, each of the block size), its tails (`tail_start`, `tail_length`,
+    the rest of each run), and, unless it is the dense group, `dense_columns`.
+    """
+
+    rows: Tensor  # [T, 3]
+    full_offsets: Tensor  # [S + 2]
+    full_start: Tensor
+    tail_offsets: Tensor  # [S + 2]
+    tail_start: Tensor
+    tail_length: Tensor
+    dense_rows: Tensor  # [M]
+    dense_columns: Tensor  # [M']
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """The covisibility graph applied to tokens.
+
+    Ordinary tokens of frame i see the ordinary tokens of every frame j with an edge (i, j); dense tokens (special
+    tokens with `dense_special`, trailing tokens always) see everything and are seen by everything. Build it with
+    `from_graph`; the tables that kernels walk are made on the graph's device, without a host sync, when first used,
+    and kept. Their size follows the number of edges.
+
+    Attributes:
+        graph: Who sees whom, query frames x key frames.
+        queries: How the query tokens lie.
+        keys: How the key tokens lie.
+    """
+
+    graph: CovisibilityGraph
+    queries: FrameTokens
+    keys: FrameTokens
+
+    @classmethod
+    def from_graph(
+        cls,
+        graph: CovisibilityGraph,
+        tokens_per_frame: int | Sequence[int],
+        *,
+        special_tokens: int | tuple[int, int] = 0,
+        dense_special: bool = True,
+        trailing_tokens: int = 0,
+        key_tokens_per_frame: int | Sequence[int] | None = None,
+    ) -> BlockLayout:
+        """Lay a covisibility graph over tokens.
+
+        Args:
+            graph: Edge (i, j) lets queries of frame i see keys of frame j.
+            tokens_per_frame: Tokens of a query frame, special ones included; one int, or one int per frame.
+            special_tokens: The first R tokens of each frame; `(a, b)` for the first a and the last b.
+            dense_special: If True special tokens see everything and are seen by everything; if False they are
+                ordinary tokens of their frame.
+            trailing_tokens: Tokens after the last frame that belong to no frame; they are always dense.
+            key_tokens_per_frame: The same as `tokens_per_frame` for the key frames of a rectangular graph. By default
+                one int of `tokens_per_frame` serves both sides.
+
+        Raises:
+            ValueError: If a frame has no token, fewer tokens than special ones, or the number of lengths is not the
+                number of frames.
+            TypeError: If `graph` is no CovisibilityGraph or a count is no int.
+        """
+        if not isinstance(graph, CovisibilityGraph):
+            raise TypeError(f"graph must be a CovisibilityGraph, got {type(graph).__name__}")
+        leading, closing = special_tokens if isinstance(special_tokens, tuple) else (special_tokens, 0)
+        for name, count in (("special_tokens", leading), ("special_tokens", closing), ("trailing_tokens", trailing_tokens)):
+            if _as_int(name, count) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {count}")
+        if key_tokens_per_frame is None:
+            key_tokens_per_frame = tokens_per_frame
+        lengths = _frame_lengths("tokens_per_frame", tokens_per_frame, graph.num_frames, leading + closing)
+        key_lengths = _frame_lengths(
+            "key_tokens_per_frame", key_tokens_per_frame, graph.num_key_frames, leading + closing
+        )
+        tokens = (int(leading), int(closing), int(trailing_tokens), bool(dense_special))
+        return cls(graph, FrameTokens(lengths, *tokens), FrameTokens(key_lengths, *tokens))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the graph and of every table."""
+        return self.graph.device
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of query tokens, N."""
+        return self.queries.num_tokens
+
+    @property
+    def num_key_tokens(self) -> int:
+        """Number of key tokens."""
+        return self.keys.num_tokens
+
+    @cached_property
+    def visible_pairs(self) -> int:
+        """Number of (query token, key token) pairs that attend; reads the graph from its device."""
+        rows, columns = self.queries.ordinary[1], self.keys.ordinary[1]
+        degree = np.diff(self.graph.indptr.cpu().numpy())
+        indices = self.graph.indices.cpu().numpy()
+        edges = int((np.repeat(rows, degree) * columns[indices]).sum())
+        dense_rows, dense_columns = len(self.queries.dense), len(self.keys.dense)
+        return edges + dense_rows * self.num_key_tokens + (self.num_tokens - dense_rows) * dense_columns
+
+    @property
+    def density(self) -> float:
+        """Visible token pairs / all token pairs."""
+        return self.visible_pairs / (self.num_tokens * self.num_key_tokens)
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """Return the layout on `device` (itself if it is there)."""
+        graph = self.graph.to(device)
+        return self if graph is self.graph else BlockLayout(graph, self.queries, self.keys)
+
+    def transposed(self) -> BlockLayout:
+        """Return the layout with queries and keys exchanged, as the backward pass walks it; made once and kept."""
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> BlockLayout:
+        other = BlockLayout(self.graph.transposed(), self.keys, self.queries)
+        other.__dict__["_transposed"] = self
+        return other
+
+    def to_dense(self) -> Tensor:
+        """Return the mask, bool `[N, N_keys]`, True where a query sees a key. For tests and small layouts."""
+        row_frame, column_frame = self._frame_of_token(self.queries), self._frame_of_token(self.keys)
+        # Dense tokens carry frame index S, whose row and column of the padded graph are all True.
+        visible = torch.nn.functional.pad(self.graph.to_dense(), (0, 1, 0, 1), value=True)
+        return visible[row_frame][:, column_frame]
+
+    def _frame_of_token(self, side: FrameTokens) -> Tensor:
+        frames = np.full(side.num_tokens, len(side.lengths), dtype=np.int64)
+        ordinary = np.ones(side.num_tokens, dtype=bool)
+        ordinary[side.dense] = False
+        frames[ordinary] = np.repeat(np.arange(len(side.lengths)), side.ordinary[1])
+        return torch.as_tensor(frames, device=self.device)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """The runs of every frame: adjacent visible frames whose tokens touch merge into one."""
+        device, graph = self.device, self.graph
+        row_start, row_length = (torch.as_tensor(a, device=device) for a in self.queries.ordinary)
+        frame_start, frame_length = (torch.as_tensor(a, device=device) for a in self.keys.ordinary)
+        num_dense = len(self.queries.dense)
+
+        start, length = frame_start[graph.indices], frame_length[graph.indices]
+        begins = torch.ones_like(start, dtype=torch.bool)
+        begins[1:] = start[1:] != start[:-1] + length[:-1]
+        begins = _first_of_row(graph.indptr, begins)
+        run_start = _compact(begins, start)
+        run_length = torch.zeros_like(run_start).scatter_add_(0, begins.cumsum(0) - 1, length)
+        runs_before = torch.nn.functional.pad(begins.cumsum(0), (1, 0))
+        offsets = runs_before[graph.indptr]
+        # The dense group's run takes the next place; there is one, as _compact leaves one more than edges.
+        run_start.scatter_(0, offsets[-1:], 0)
+        run_length.scatter_(0, offsets[-1:], self.num_key_tokens if num_dense else 0)
+
+        return Runs(
+            row_start=torch.nn.functional.pad(row_start, (0, 1)).int(),
+            row_length=torch.nn.functional.pad(row_length, (0, 1), value=num_dense).int(),
+            offsets=torch.cat([offsets, offsets[-1:] + 1]).int(),
+            start=run_start.int(),
+            length=run_length.int(),
+            dense_rows=torch.as_tensor(self.queries.dense, device=device).int(),
+            dense_columns=torch.as_tensor(self.keys.dense, device=device).int(),
+        )
+
+    def tiles(self, row_block: int, column_block: int) -> Tiles:
+        """Return the runs cut into tiles of `row_block` x `column_block` tokens; made once per block size and kept.
+
+        Row tiles of the dense group and of the longest sixteenth of the frames come first, so that a launch in order
+        does not end on one long row; the others follow in frame order, which keeps neighbours in cache.
+        """
+        cache = self.__dict__.setdefault("_tiles", {})
+        if (row_block, column_block) not in cache:
+            cache[row_block, column_block] = self._cut(row_block, column_block)
+        return cache[row_block, column_block]
+
+    def _cut(self, row_block: int, column_block: int) -> Tiles:
+        runs, num_frames = self.runs, len(self.queries.lengths)
+        num_full, rest = runs.length // column_block, runs.length % column_block
+        num_full, has_tail = num_full.long(), (rest > 0).long()
+        # Runs behind the last offset have length 0, so they add nothing.
+        full_before = torch.nn.functional.pad(num_full.cumsum(0), (1, 0))
+        tail_before = torch.nn.functional.pad(has_tail.cumsum(0), (1, 0))
+        full_offsets, tail_offsets = full_before[runs.offsets], tail_before[runs.offsets]
+
+        longest = max(self.keys.ordinary[1], default=0)
+        bound = len(self.graph.indices) * int(longest) // column_block + self.num_key_tokens // column_block
+        if bound >= 2**31:
+            raise ValueError(
+                f"a layout may have fewer than 2^31 tiles of {column_block} tokens, this one needs up to {bound}; "
+                "split the query frames over several layouts"
+            )
+        run, first = _owners(num_full, bound)
+        full_start = (runs.start - first * column_block)[run]
+        full_start += torch.arange(0, bound * column_block, column_block, device=self.device)
+        tail_start, tail_length = _compact(rest > 0, runs.start + runs.length - rest), _compact(rest > 0, rest)
+
+        work = (full_offsets + tail_offsets).diff()[:-1]
+        num_first = -(-num_frames // 16)
+        longest_first = work.argsort(descending=True, stable=True)
+        order = torch.cat([longest_first[:num_first], longest_first[num_first:].sort().values])
+        row_length = self.queries.ordinary[1]
+        row_tiles = torch.as_tensor(-(-row_length // row_block), device=self.device)
+        num_row_tiles = int((-(-row_length // row_block)).sum())
+        place, first = _owners(row_tiles[order], num_row_tiles)
+        tile = torch.arange(num_row_tiles, device=self.device) - first[place]
+        dense_tile = torch.arange(-(-len(self.queries.dense) // row_block), device=self.device)
+        group = torch.cat([torch.full_like(dense_tile, num_frames), order[place]])
+        offset = torch.cat([dense_tile, tile]) * row_block
+        length = (runs.row_length[group] - offset).clamp(max=row_block)
+        return Tiles(
+            rows=torch.stack([group, runs.row_start[group] + offset, length], dim=1).int(),
+            full_offsets=full_offsets.int(),
+            full_start=full_start.int(),
+            tail_offsets=tail_offsets.int(),
+            tail_start=tail_start,
+            tail_length=tail_length,
+            dense_rows=runs.dense_rows,
+            dense_columns=runs.dense_columns,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockLayout(frames={self.graph.num_frames}, tokens={self.num_tokens}, key_tokens={self.num_key_tokens}, "
+            f"edges={self.graph.num_edges}, dense_tokens={len(self.queries.dense)})"
+        )
+
+
+def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return the owner of every place, `[total]`, and the first place of every owner, if owner i has `counts[i]` places.
+
+    `total` may exceed the sum of the counts; the owners of places beyond mean nothing. No host sync.
+    """
+    first = counts.cumsum(0) - counts
+    marks = torch.zeros(total + 1, dtype=torch.int32, device=counts.device)
+    marks.scatter_add_(0, first, torch.ones_like(first, dtype=torch.int32))
+    return marks[:total].cumsum(0) - 1, first
+
+
+def _compact(keep: Tensor, values: Tensor) -> Tensor:
+    """Return the kept values in order at the front of `[n + 1]` places; those behind them mean nothing. No host sync."""
+    place = torch.where(keep, keep.cumsum(0) - 1, len(keep))
+    return torch.zeros(len(keep) + 1, dtype=values.dtype, device=values.device).scatter_(0, place, values)
+
+
+def _first_of_row(indptr: Tensor, begins: Tensor) -> Tensor:
+    """Mark the first edge of every row in `begins`, bool `[E]`; empty rows mark nothing."""
+    marks = torch.nn.functional.pad(begins, (0, 1))
+    marks[indptr[:-1]] = True
+    return marks[:-1]
+
+
+def _as_int(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    return int(value)
+
+
+def _frame_lengths(name: str, tokens: int | Sequence[int], num_frames: int, special: int) -> tuple[int, ...]:
+    if isinstance(tokens, (int, np.integer)):
+        lengths = (_as_int(name, tokens),) * num_frames
+    else:
+        lengths = tuple(_as_int(f"{name}[{i}]", n) for i, n in enumerate(tokens))
+        if len(lengths) != num_frames:
+            raise ValueError(f"{name} must have one length per frame, got {len(lengths)} for {num_frames} frames")
+    for frame, length in enumerate(lengths):
+        if length < 1:
+            raise ValueError(f"{name} must be 1 or more, got {length} for frame {frame}")
+        if length < special:
+            raise ValueError(
+                f"{name} counts special tokens too: frame {frame} has {length} tokens but {special} special ones"
+            )
+    return lengths
