@@ -6,10 +6,10 @@ graph. `patch(model)` puts it into a model of the VGGT family; `block_sparse_att
 
 from __future__ import annotations
 
-from .attention import block_sparse_attention
+from .attention import block_sparse_attention, prepare
 from .covisibility import CovisibilityGraph
 from .layout import BlockLayout
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockLayout", "CovisibilityGraph", "block_sparse_attention"]
+__all__ = ["BlockLayout", "CovisibilityGraph", "block_sparse_attention", "prepare"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,25 +44,50 @@ def block_sparse_attention(
     Raises:
         ValueError: If shapes, devices or the layout do not fit together, or the named backend cannot run the inputs.
         TypeError: If dtypes differ or no backend runs them.
+        RuntimeError: If traced by torch.compile with a layout that was not prepared; see `prepare`.
     """
     q, k, v = _autocast(q, k, v)
     _validate(q, k, v, layout)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     elif scale < 0:
         # Kernels take the maximum of the unscaled scores.
         q, scale = -q, -scale
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
-    kernels = backends.load(name)
-    tables = kernels.tables(layout, q.dtype, q.shape[-1])
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    transposed = kernels.tables(layout.transposed(), q.dtype, q.shape[-1]) if training else []
-    out, lse = torch.ops.svggt_kernels.attention(
-        q, k, v, tables, transposed, float(scale), return_lse or training, name
-    )
+    tables, transposed = _tables(layout, name, q.dtype, q.shape[-1], training)
+    need_lse = return_lse or (training and backends.load(name).SAVES_LSE)
+    out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, transposed, float(scale), need_lse, name)
     return (out, lse) if return_lse else out
 
 
+def prepare(
+    layout: BlockLayout, dtype: torch.dtype, head_size: int, *, backend: str | None = None, training: bool = False
+) -> str:
+    """Make the tables of a layout that a backend walks, and return the name of the backend.
+
+    The operator does this by itself on first use. Only code that torch.compile traces must call it before, because
+    the tables are built outside of the graph.
+
+    Args:
+        layout: The layout, on the device where attention will run.
+        dtype: Dtype of q, k and v at the kernel.
+        head_size: D.
+        backend: As in `block_sparse_attention`.
+        training: If True also make the tables of the backward pass.
+
+    Raises:
+        ValueError: If `backend` is unknown or cannot run such inputs.
+        TypeError: If no backend can.
+    """
+    name = choose_backend(layout.device, dtype, head_size, backend)
+    _tables(layout, name, dtype, head_size, training)
+    return name
+
+
+@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, backend: str | None = None) -> str:
     """Return the name of the backend that runs such q, k, v: `backend` itself if given, else the best one.
 
@@ -83,6 +110,26 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, bac
     )
 
 
+def _tables(
+    layout: BlockLayout, backend: str, dtype: torch.dtype, head_size: int, training: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tables of the layout and, for training, of its transpose; made once and kept in the layout."""
+    kinds = ("forward", "transposed") if training else ("forward",)
+    for kind in kinds:
+        if (backend, dtype, head_size, kind) not in layout.tables:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "a layout that torch.compile traces must have its tables; call svggt_kernels.prepare(layout, "
+                    f"{dtype}, {head_size}, backend={backend!r}, training={training}) before"
+                )
+            # Tables made under inference mode could not be saved for a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                source = layout.transposed() if kind == "transposed" else layout
+                layout.tables[backend, dtype, head_size, kind] = backends.load(backend).tables(source, dtype, head_size)
+    tables = [layout.tables[backend, dtype, head_size, kind] for kind in kinds]
+    return (tables[0], tables[1]) if training else (tables[0], [])
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -102,11 +149,15 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     B, H, _, D = q.shape
-    for name, x, tokens in (("q", q, layout.num_tokens), ("k", k, layout.num_key_tokens), ("v", v, layout.num_key_tokens)):
+    for name, x, tokens in (
+        ("q", q, layout.num_tokens),
+        ("k", k, layout.num_key_tokens),
+        ("v", v, layout.num_key_tokens),
+    ):
         if x.shape != (B, H, tokens, D):
             raise ValueError(
-                f"{name} must have shape {[B, H, tokens, D]} to fit q and the layout ({layout.num_tokens} query tokens, "
-                f"{layout.num_key_tokens} key tokens), got {list(x.shape)}"
+                f"{name} must have shape {[B, H, tokens, D]} to fit q and the layout "
+                f"({layout.num_tokens} query tokens, {layout.num_key_tokens} key tokens), got {list(x.shape)}"
             )
     if layout.device != q.device:
         raise ValueError(
@@ -127,14 +178,14 @@ _library.define(
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, tables, transposed_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
-    return backends.load(backend).forward(q, k, v, tables, scale, need_lse)
+    with torch.autocast(q.device.type, enabled=False):
+        return backends.load(backend).forward(q, k, v, tables, scale, need_lse)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale, backend):  # type: ignore[no-untyped-def]
-    return backends.load(backend).backward(
-        grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return backends.load(backend).backward(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale)
 
 
 @torch.library.register_fake("svggt_kernels::attention", lib=_library)
@@ -150,7 +201,7 @@ def _attention_backward_fake(grad_out, grad_lse, q, k, v, o, lse, tables, transp
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, tables, transposed_tables, scale, need_lse, backend = inputs
+    q, k, v, tables, transposed_tables, scale, _, backend = inputs
     ctx.save_for_backward(q, k, v, *output, *tables, *transposed_tables)
     ctx.num_tables, ctx.scale, ctx.backend = len(tables), scale, backend
     ctx.set_materialize_grads(False)
@@ -161,7 +212,17 @@ def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.svggt_kernels.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, tables[: ctx.num_tables], tables[ctx.num_tables :], ctx.scale, ctx.backend
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        tables[: ctx.num_tables],
+        tables[ctx.num_tables :],
+        ctx.scale,
+        ctx.backend,
     )
     num_transposed = len(tables) - ctx.num_tables
     return *grads, [None] * ctx.num_tables, [None] * num_transposed, None, None, None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ class FrameTokens:
         closing: Special tokens at the end of each frame.
         trailing: Tokens after the last frame that belong to no frame.
         dense_special: True if special tokens see and are seen by everything; trailing tokens always do.
+        num_tokens: Tokens of all frames and the trailing ones.
     """
 
     lengths: tuple[int, ...]
@@ -31,11 +32,10 @@ class FrameTokens:
     closing: int = 0
     trailing: int = 0
     dense_special: bool = True
+    num_tokens: int = field(init=False)
 
-    @cached_property
-    def num_tokens(self) -> int:
-        """Number of tokens: those of all frames and the trailing ones."""
-        return sum(self.lengths) + self.trailing
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_tokens", sum(self.lengths) + self.trailing)
 
     @cached_property
     def ordinary(self) -> tuple[np.ndarray, np.ndarray]:
@@ -101,18 +101,20 @@ class BlockLayout:
 
     Ordinary tokens of frame i see the ordinary tokens of every frame j with an edge (i, j); dense tokens (special
     tokens with `dense_special`, trailing tokens always) see everything and are seen by everything. Build it with
-    `from_graph`; the tables that kernels walk are made on the graph's device, without a host sync, when first used,
-    and kept. Their size follows the number of edges.
+    `from_graph`. The runs and tiles that kernels walk are made on the graph's device, without a host sync, when first
+    used, and kept; their size follows the number of edges.
 
     Attributes:
         graph: Who sees whom, query frames x key frames.
         queries: How the query tokens lie.
         keys: How the key tokens lie.
+        tables: What backends made of the layout, by backend and kind; kept here so that it is made once.
     """
 
     graph: CovisibilityGraph
     queries: FrameTokens
     keys: FrameTokens
+    tables: dict[tuple[Hashable, ...], list[Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_graph(
@@ -144,8 +146,15 @@ class BlockLayout:
         """
         if not isinstance(graph, CovisibilityGraph):
             raise TypeError(f"graph must be a CovisibilityGraph, got {type(graph).__name__}")
-        leading, closing = special_tokens if isinstance(special_tokens, tuple) else (special_tokens, 0)
-        for name, count in (("special_tokens", leading), ("special_tokens", closing), ("trailing_tokens", trailing_tokens)):
+        both_ends = special_tokens if isinstance(special_tokens, tuple) else (special_tokens, 0)
+        if len(both_ends) != 2:
+            raise ValueError(f"special_tokens must be an int or (leading, closing), got {special_tokens}")
+        leading, closing = both_ends
+        for name, count in (
+            ("special_tokens", leading),
+            ("special_tokens", closing),
+            ("trailing_tokens", trailing_tokens),
+        ):
             if _as_int(name, count) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {count}")
         if key_tokens_per_frame is None:
@@ -190,7 +199,7 @@ class BlockLayout:
     def to(self, device: torch.device | str) -> BlockLayout:
         """Return the layout on `device` (itself if it is there)."""
         graph = self.graph.to(device)
-        return self if graph is self.graph else BlockLayout(graph, self.queries, self.keys)
+        return self if graph.indices is self.graph.indices else BlockLayout(graph, self.queries, self.keys)
 
     def transposed(self) -> BlockLayout:
         """Return the layout with queries and keys exchanged, as the backward pass walks it; made once and kept."""
@@ -247,17 +256,14 @@ class BlockLayout:
         )
 
     def tiles(self, row_block: int, column_block: int) -> Tiles:
-        """Return the runs cut into tiles of `row_block` x `column_block` tokens; made once per block size and kept.
+        """Return the runs cut into tiles of `row_block` x `column_block` tokens.
 
         Row tiles of the dense group and of the longest sixteenth of the frames come first, so that a launch in order
         does not end on one long row; the others follow in frame order, which keeps neighbours in cache.
-        """
-        cache = self.__dict__.setdefault("_tiles", {})
-        if (row_block, column_block) not in cache:
-            cache[row_block, column_block] = self._cut(row_block, column_block)
-        return cache[row_block, column_block]
 
-    def _cut(self, row_block: int, column_block: int) -> Tiles:
+        Raises:
+            ValueError: If there could be 2^31 tiles or more.
+        """
         runs, num_frames = self.runs, len(self.queries.lengths)
         num_full, rest = runs.length // column_block, runs.length % column_block
         num_full, has_tail = num_full.long(), (rest > 0).long()
@@ -310,7 +316,7 @@ class BlockLayout:
 
 
 def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Return the owner of every place, `[total]`, and the first place of every owner, if owner i has `counts[i]` places.
+    """Return the owner of each place, `[total]`, and the first place of each owner, if owner i has `counts[i]` places.
 
     `total` may exceed the sum of the counts; the owners of places beyond mean nothing. No host sync.
     """
@@ -321,7 +327,7 @@ def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 def _compact(keep: Tensor, values: Tensor) -> Tensor:
-    """Return the kept values in order at the front of `[n + 1]` places; those behind them mean nothing. No host sync."""
+    """Return the kept values in order at the front of `[n + 1]` places; what is behind means nothing. No host sync."""
     place = torch.where(keep, keep.cumsum(0) - 1, len(keep))
     return torch.zeros(len(keep) + 1, dtype=values.dtype, device=values.device).scatter_(0, place, values)
 
@@ -340,7 +346,7 @@ def _as_int(name: str, value: int) -> int:
 
 
 def _frame_lengths(name: str, tokens: int | Sequence[int], num_frames: int, special: int) -> tuple[int, ...]:
-    if isinstance(tokens, (int, np.integer)):
+    if not isinstance(tokens, Sequence):
         lengths = (_as_int(name, tokens),) * num_frames
     else:
         lengths = tuple(_as_int(f"{name}[{i}]", n) for i, n in enumerate(tokens))

@@ -1,27 +1,26 @@
 """The table of backends in order of preference, and the choice among them.
 
 A backend is a module with one kernel family: `NAME`, `unsupported`, `tables`, `forward` and `backward`, as `Backend`
-states them. Modules are imported when first asked for; adding one is one line in `BACKENDS`. They never import one
-another.
+states them; adding one is one line in `BACKENDS`. They never import one another, and what they need beyond torch they
+import when they first run.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-
-BACKENDS = ("triton", "sdpa")
+from . import sdpa, triton
 
 
 class Backend(Protocol):
     """What a backend module offers."""
 
     NAME: str
+    SAVES_LSE: bool  # whether `backward` reads the LSE
 
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
         """Return why this backend cannot run such q, k, v, as the end of "... cannot run this: "; None if it can."""
@@ -38,7 +37,7 @@ class Backend(Protocol):
         scale: float,
         need_lse: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return out `[B, H, N, D]` (laid out as `[B, N, H, D]`) and LSE, float32 `[B, H, N]` (any size if unneeded)."""
+        """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE, float32 `[B, H, N]` (`[0]` if unneeded)."""
 
     def backward(
         self,
@@ -56,6 +55,9 @@ class Backend(Protocol):
         """Return the gradients of q, k and v, laid out as q, k and v."""
 
 
+BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (triton, sdpa)}
+
+
 def load(name: str) -> Backend:
     """Return the backend module called `name`.
 
@@ -64,9 +66,9 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-    return cast(Backend, import_module(f".{name}", __name__))
+    return BACKENDS[name]
 
 
 def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
     """Return for every backend, best first, why it cannot run such q, k, v; None where it can."""
-    return {name: load(name).unsupported(device, dtype, head_size) for name in BACKENDS}
+    return {name: backend.unsupported(device, dtype, head_size) for name, backend in BACKENDS.items()}

@@ -28,7 +28,9 @@ def edge_recall(
         raise ValueError(f"pairs must be [E, 2] with at least one pair, got shape {tuple(pairs.shape)}")
     limits = pairs.new_tensor([graph.num_frames, graph.num_key_frames])
     if bool(((pairs < 0) | (pairs >= limits)).any()):
-        raise ValueError(f"pairs must be of {graph.num_frames} query frames and {graph.num_key_frames} key frames, counted from 0")
+        raise ValueError(
+            f"pairs must be of {graph.num_frames} query frames and {graph.num_key_frames} key frames, counted from 0"
+        )
     edges = graph.rows.long() * graph.num_key_frames + graph.indices
     wanted = pairs.to(edges.device, torch.int64)
     return float(torch.isin(wanted[:, 0] * graph.num_key_frames + wanted[:, 1], edges).double().mean())

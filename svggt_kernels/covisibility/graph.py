@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svggt_kernels.covisibility.neighbours import FrameSimilarity, connected_components
+from .neighbours import FrameSimilarity, connected_components
 
 MAX_EDGES = 2**31 - 1
 USELESS_DENSITY = 0.6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -13,9 +12,13 @@ from torch import Tensor
 from ...layout import BlockLayout, Tiles
 
 NAME = "triton"
+SAVES_LSE = True
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_SIZES = (32, 64, 128)
+
+# Set by tests, together with TRITON_INTERPRET=1, to run the kernels in Python on the CPU.
+INTERPRETED = False
 
 
 class Config(NamedTuple):
@@ -48,20 +51,15 @@ def configs(device: torch.device, dtype: torch.dtype, head_size: int) -> Configs
 
 
 def uses_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if full tiles are read by descriptor: 16-bit types where there is TMA (capability 9.0, interpreter)."""
+    """Return True if full tiles are read by descriptor: 16-bit types where there is TMA (and in the interpreter)."""
     return dtype.itemsize == 2 and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0))
-
-
-def interpreted() -> bool:
-    """Return True if Triton runs its kernels in Python on the CPU (`TRITON_INTERPRET=1`)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return why Triton cannot run such inputs, or None."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton (Linux)"
-    if device.type != "cuda" and not (interpreted() and device.type == "cpu"):
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"it needs a CUDA device, got {device.type}"
     if device.type == "cuda":
         if torch.version.hip is not None:
@@ -71,7 +69,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
             return f"it needs compute capability 8.0 or newer, this device has {capability[0]}.{capability[1]}"
     if dtype not in DTYPES:
         return f"it takes float16, bfloat16 and float32, got {dtype}"
-    if interpreted() and dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         return "the interpreter computes bfloat16 products wrongly; use float16 or float32"
     if head_size not in HEAD_SIZES:
         return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, got {head_size}"
@@ -100,13 +98,12 @@ def forward(
     q, k, v = (_readable(x) for x in (q, k, v))
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
-    launch = _Launch(tables, B, H, config.rows)
-    with launch.device:
-        kernels.forward[launch.grid](
-            q, k, v, _tiles_of(k, config.columns), _tiles_of(v, config.columns), out, lse,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out), N,
-            *tables, *launch.counts, scale,
-            ROWS=config.rows, COLUMNS=config.columns, D=D, DESCRIPTORS=uses_descriptors(q.device, q.dtype), **config.forward._asdict(),
+    walk = _Walk(tables, q, config)
+    with _on(q.device):
+        kernels.forward[walk.grid](
+            q, k, v, *walk.tiles_of(k, v), out, lse,
+            *_strides(q, k, v, out), N,
+            *tables, *walk.counts, scale, **walk.constants, **config.forward._asdict(),
         )  # fmt: skip
     return out, lse if need_lse else lse.new_empty(0)
 
@@ -129,61 +126,74 @@ def backward(
     B, H, N, D = q.shape
     config = configs(q.device, q.dtype, D)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    q, k, v, grad = (_readable(x) for x in (q, k, v, grad_out))
+    q, k, v, grad, out = (_readable(x) for x in (q, k, v, grad_out, out))
+    lse = lse.contiguous()
     inner = torch.empty_like(lse)
-    launch, transposed = _Launch(tables, B, H, config.rows), _Launch(transposed_tables, B, H, config.rows)
-    with launch.device:
-        kernels.inner_products[(-(-N // 64), B * H)](
-            grad, out, lse if grad_lse is None else grad_lse.contiguous(), inner, *_strides(grad), *_strides(out), N, H,
-            HAS_GRAD_LSE=grad_lse is not None, ROWS=64, D=D,
+    queries, keys = _Walk(tables, q, config), _Walk(transposed_tables, q, config)
+    with _on(q.device):
+        kernels.inner_products[(-(-N // 64) * B * H,)](
+            grad, out, lse if grad_lse is None else grad_lse.contiguous(), inner,
+            *_strides(grad, out), N, H, HAS_GRAD_LSE=grad_lse is not None, ROWS=64, D=D,
         )  # fmt: skip
-        kernels.backward_queries[launch.grid](
-            q, k, v, grad, _tiles_of(k, config.columns), _tiles_of(v, config.columns), lse, inner, dq,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(dq), N,
-            *tables, *launch.counts, scale,
-            ROWS=config.rows, COLUMNS=config.columns, D=D, DESCRIPTORS=uses_descriptors(q.device, q.dtype), **config.backward_queries._asdict(),
+        kernels.backward_queries[queries.grid](
+            q, k, v, grad, *queries.tiles_of(k, v), lse, inner, dq,
+            *_strides(q, k, v, grad, dq), N,
+            *tables, *queries.counts, scale, **queries.constants, **config.backward_queries._asdict(),
         )  # fmt: skip
-        kernels.backward_keys[transposed.grid](
-            q, k, v, grad, _tiles_of(q, config.columns), _tiles_of(grad, config.columns), lse, inner, dk, dv,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(dk), *_strides(dv), N,
-            *transposed_tables, *transposed.counts, scale,
-            ROWS=config.rows, COLUMNS=config.columns, D=D, DESCRIPTORS=uses_descriptors(q.device, q.dtype), **config.backward_keys._asdict(),
+        kernels.backward_keys[keys.grid](
+            q, k, v, grad, *keys.tiles_of(q, grad), lse, inner, dk, dv,
+            *_strides(q, k, v, grad, dk, dv), N,
+            *transposed_tables, *keys.counts, scale, **keys.constants, **config.backward_keys._asdict(),
         )  # fmt: skip
     return dq, dk, dv
 
 
-class _Launch:
-    """Grid, counts and device context of a kernel that walks `tables`."""
+class _Walk:
+    """What every kernel that walks tiles is launched with."""
 
-    def __init__(self, tables: list[Tensor], batch: int, heads: int, row_block: int) -> None:
+    def __init__(self, tables: list[Tensor], q: Tensor, config: Configs) -> None:
+        B, H, _, D = q.shape
         tiles = Tiles(*tables)
-        num_tiles, num_dense_tiles = len(tiles.rows), -(-len(tiles.dense_rows) // row_block)
+        num_tiles, num_dense_tiles = len(tiles.rows), -(-len(tiles.dense_rows) // config.rows)
+        # The tiles that the layout puts first are launched for all heads before the others.
         num_first = num_dense_tiles + -(-(num_tiles - num_dense_tiles) // 16)
         dense_group = len(tiles.full_offsets) - 2
-        self.grid = (num_tiles * batch * heads,)
-        self.counts = (num_tiles, num_first, dense_group, len(tiles.dense_columns), heads, batch * heads)
-        device = tiles.rows.device
-        self.device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        self.grid = (num_tiles * B * H,)
+        self.counts = (num_tiles, num_first, dense_group, len(tiles.dense_columns), H, B * H)
+        self.descriptors = uses_descriptors(q.device, q.dtype)
+        self.block = [1, 1, config.columns, D]
+        self.constants = {"ROWS": config.rows, "COLUMNS": config.columns, "D": D, "DESCRIPTORS": self.descriptors}
+
+    def tiles_of(self, *tensors: Tensor) -> list[object | None]:
+        """Return descriptors that read tiles of tensors `[B, H, N, D]`; None where they are not used."""
+        if not self.descriptors:
+            return [None] * len(tensors)
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        # The stride of an axis of length 1 is never used, but must be valid.
+        return [
+            TensorDescriptor(
+                x,
+                list(x.shape),
+                [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1],
+                self.block,
+            )
+            for x in tensors
+        ]
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Return x, copied if tensor descriptors cannot read it: unit last stride, the others and the base 16-byte aligned."""
+    """Return x, copied if descriptors cannot read it: unit last stride, base and other strides 16-byte aligned."""
     unit = 16 // x.element_size()
     aligned = all(n == 1 or (s > 0 and s % unit == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    return x if x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    readable = x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
-def _tiles_of(x: Tensor, columns: int):  # type: ignore[no-untyped-def]
-    """Return a descriptor that reads tiles `[1, 1, columns, D]` of x `[B, H, N, D]`, or None where they are not used."""
-    if not uses_descriptors(x.device, x.dtype):
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    D = x.shape[-1]
-    # The stride of an axis of length 1 is never used, but must be valid.
-    strides = [s if n > 1 else D for n, s in zip(x.shape, x.stride(), strict=True)][:-1] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, columns, D])
+def _strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of batch, head and token of every tensor."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,10 +1,12 @@
 """The Triton kernels. Every program owns one tile of rows, so results do not depend on the order of programs.
 
-A program walks the columns its rows see: first the full tiles, read through tensor descriptors where the device has TMA
-(DESCRIPTORS; without, `k_tiles` and its like are ignored), then the gathered ones: tails of runs and dense columns, read
-by pointer under a mask, so that nothing that is not visible is ever loaded. Forward: online softmax (Milakov and Gimelshein, arXiv 1805.02867) in tiles as in
-FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Backward: two passes (rows own dQ; columns own dK and dV), which
-costs 7 products in place of 5 and needs neither atomics nor a float32 copy of dQ.
+A program walks the columns its rows see: first the full tiles, read through tensor descriptors where the device has
+TMA (DESCRIPTORS; without it `k_tiles` and its like are None), then the gathered ones: tails of runs and dense columns,
+read by pointer under a mask, so that what is not visible never enters a product.
+
+Forward: online softmax (Milakov and Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
+2307.08691, algorithm 1). Backward: two passes (rows own dQ; columns own dK and dV), which costs 7 products in place of
+5 and needs neither atomics nor a float32 copy of dQ.
 """
 
 import triton
@@ -134,7 +136,8 @@ def forward(
         score_max, score_sum, out = _attend(q, k, v, visible, score_max, score_sum, out, scale_log2, MASKED=True)
 
     saw_nothing = score_sum == 0.0
-    out = out / tl.where(saw_nothing, 1.0, score_sum)[:, None]
+    score_sum = tl.where(saw_nothing, 1.0, score_sum)
+    out = out / score_sum[:, None]
     lse = tl.where(saw_nothing, -float("inf"), (score_max + tl.log2(score_sum)) * LN_2)
     out_ptr += b64 * out_batch + h64 * out_head
     tl.store(out_ptr + rows[:, None] * out_token + d[None, :], out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
@@ -147,14 +150,17 @@ def inner_products(
     grad_batch, grad_head, grad_token, out_batch, out_head, out_token, tokens, heads,
     HAS_GRAD_LSE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write dO . out - dLSE of ROWS tokens of one head; all rows of the token axis."""
-    batch_head = tl.program_id(1).to(tl.int64)
+    """Write dO . out - dLSE of ROWS tokens of one head."""
+    tiles_per_head = tl.cdiv(tokens, ROWS)
+    batch_head = (tl.program_id(0) // tiles_per_head).to(tl.int64)
     b, h = batch_head // heads, batch_head % heads
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) % tiles_per_head * ROWS + tl.arange(0, ROWS).to(tl.int64)
     exists = rows < tokens
     d = tl.arange(0, D)
     grad = tl.load(
-        grad_ptr + b * grad_batch + h * grad_head + rows[:, None] * grad_token + d[None, :], mask=exists[:, None], other=0.0
+        grad_ptr + b * grad_batch + h * grad_head + rows[:, None] * grad_token + d[None, :],
+        mask=exists[:, None],
+        other=0.0,
     )
     out = tl.load(
         out_ptr + b * out_batch + h * out_head + rows[:, None] * out_token + d[None, :], mask=exists[:, None], other=0.0
@@ -285,5 +291,7 @@ def backward_keys(
 
     dk_ptr += b64 * dk_batch + h64 * dk_head
     dv_ptr += b64 * dv_batch + h64 * dv_head
-    tl.store(dk_ptr + rows[:, None] * dk_token + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(
+        dk_ptr + rows[:, None] * dk_token + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=exists[:, None]
+    )
     tl.store(dv_ptr + rows[:, None] * dv_token + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=exists[:, None])

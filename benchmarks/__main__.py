@@ -1,0 +1,114 @@
+"""The command line: `python -m benchmarks attention ...` and `python -m benchmarks model ...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svggt_kernels.backends import BACKENDS
+
+from . import attention, models
+from .cases import GROUPS, WORK, Case, select
+from .peers import PEERS, backend
+from .record import RESULTS, Line, provenance, table, write
+
+Ran = tuple[list[Line], list[str], dict[str, str]]
+"""The lines of a run, what was not run and why, and the columns of the table."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 1 if something failed its check, else 0."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(arguments)
+    if options.list:
+        print(options.listing())
+        return 0
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    file = options.output or RESULTS / f"{options.command}-{device.type}.jsonl"
+    try:
+        cases = options.select(options.cases)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    source = provenance(arguments, device)
+    lines, not_run, columns = options.run(options, cases, device, dtype, source, lambda line: write(line, file))
+    print(table(lines, columns))
+    for line in lines:
+        if line.get("reason"):
+            print(f"{line['case']}, {line.get('backend')}: {line['reason']}")
+    print(*not_run, f"{len(lines)} lines added to {file}", sep="\n")
+    return int(any(line["check"] == "failed" for line in lines))
+
+
+def _run_attention(options: argparse.Namespace, cases: list[Case], *setting: Any) -> Ran:
+    contenders = [backend(name) for name in options.backends] + [PEERS[name] for name in options.peers]
+    runner = attention.Runner(*setting, options.seconds)
+    runner.run(cases, contenders, options.direction)
+    not_run = [f"{reason} ({len(what)} of these: {what[0]} ...)" for reason, what in runner.not_run.items()]
+    return runner.lines, not_run, attention.COLUMNS
+
+
+def _run_model(options: argparse.Namespace, cases: list[models.ModelCase], *setting: Any) -> Ran:
+    runner = models.ModelRunner(*setting, options.repeats)
+    for case in cases:
+        runner.run(case, options.systems, backend=options.backend, special_tokens=options.special_tokens)
+    return runner.lines, runner.not_run, models.COLUMNS
+
+
+def _list_attention() -> str:
+    lines = []
+    for group, cases in GROUPS.items():
+        lines.append(f"{group}:")
+        lines += [
+            f"  {case.name:32} [B, H, N, D] = {list(case.shape)}, density {case.density:.4f}, "
+            f"ideal speed-up {case.ideal_speedup:.2f}"
+            for case in cases
+        ]
+    contenders = [*map(backend, BACKENDS), *PEERS.values()]
+    return "\n".join([*lines, "backends and peers:", *(f"  {c.name:20} {c.about}" for c in contenders)])
+
+
+def _list_models() -> str:
+    return "\n".join(f"{case.name:28} {case.about}" for case in models.PUBLISHED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("attention", help="the operator and its peers, on named cases")
+    one.add_argument("--cases", nargs="+", default=["cpu"], help="groups or names of cases, see --list")
+    one.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=BACKENDS)
+    one.add_argument("--peers", nargs="*", default=[], choices=PEERS)
+    one.add_argument("--direction", nargs="+", default=["fwd"], choices=WORK)
+    one.add_argument("--seconds", type=float, default=1.0, help="time to repeat each measurement")
+    one.set_defaults(select=select, run=_run_attention, listing=_list_attention)
+
+    two = commands.add_parser("model", help="a whole model, patched and not")
+    two.add_argument("--cases", nargs="+", default=["toy-16f-4n"], help="names like vggt-1b-100f-10n, see --list")
+    two.add_argument("--systems", nargs="+", default=list(models.SYSTEMS), choices=models.SYSTEMS)
+    two.add_argument("--backend", choices=BACKENDS, help="backend of the patched model; chosen by default")
+    two.add_argument("--special-tokens", default="dense", choices=("dense", "masked"))
+    two.add_argument("--repeats", type=int, default=3, help="timed runs after one warm-up; the median counts")
+    two.set_defaults(select=lambda names: [*map(models.ModelCase.parse, names)], run=_run_model, listing=_list_models)
+
+    for command in (one, two):
+        command.add_argument("--list", action="store_true", help="show the cases and leave")
+        command.add_argument("--device", help="cuda, cpu or mps; CUDA where there is one")
+        command.add_argument("--dtype", choices=DTYPES, help="by default bf16, on the CPU fp32")
+        command.add_argument(
+            "--output", type=Path, help="JSON lines are appended here; by default in benchmarks/results"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

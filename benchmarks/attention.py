@@ -1,0 +1,177 @@
+"""The runner: checks every contender on every case, times what passed, writes one line of JSON per measurement."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .check import check_forward, check_gradients
+from .peers import Contender
+from .record import Line
+from .timing import Timing, measure
+
+KEYS = (
+    "case",
+    "direction",
+    "backend",
+    "device",
+    "dtype",
+    "shape",
+    "density",
+    "ms_median",
+    "ms_spread",
+    "useful_tflops",
+    "fraction_of_ideal",
+    "peak_mib",
+    "torch",
+    "triton",
+    "commit",
+    "command",
+    "run",
+    "date",
+    "check",
+)
+"""The keys of a line, in order; a line whose check failed also has a `reason`."""
+
+COLUMNS = {
+    "case": "case",
+    "direction": "direction",
+    "backend": "backend",
+    "ms_median": "ms:.3f",
+    "useful_tflops": "TFLOP/s:.3g",
+    "fraction_of_ideal": "of ideal:.3f",
+    "peak_mib": "peak MiB:.0f",
+    "check": "check",
+}
+
+
+class Runner:
+    """Runs contenders on cases in one process, so that their numbers may be compared.
+
+    Args:
+        device: Where to run.
+        dtype: Of q, k, v and the output.
+        provenance: What every line says about the run.
+        write: Called with each line as soon as it is known.
+        seconds: Time to repeat each measurement.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        provenance: Line,
+        write: Callable[[Line], None],
+        seconds: float = 1.0,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.provenance = provenance
+        self.write = write
+        self.seconds = seconds
+        self.lines: list[Line] = []
+        self.not_run: dict[str, list[str]] = {}
+        self._dense_tflops: dict[tuple[str, str, tuple[int, ...]], float] = {}
+
+    def run(self, cases: Sequence[Case], contenders: Sequence[Contender], directions: Sequence[str]) -> None:
+        """Check and time every contender on every case; dense cases first, as `fraction_of_ideal` needs them."""
+        for case in sorted(cases, key=lambda case: not case.is_dense):
+            for contender in contenders:
+                for direction in directions:
+                    self._run_one(case, contender, direction)
+
+    def _run_one(self, case: Case, contender: Contender, direction: str) -> None:
+        reason = timing = None
+        try:
+            q, k, v, grad = inputs(case, self.device, self.dtype, contender.storage)
+            for x in (q, k, v):
+                x.requires_grad_(direction != "fwd")
+            unsupported = contender.unsupported(case, q)
+            if unsupported is not None:
+                what = self.not_run.setdefault(f"{contender.name}: not run: {unsupported}", [])
+                what.append(f"{case.name}, {direction}")
+                return
+            print(f"{contender.name} on {case.name}, {direction} ...", file=sys.stderr, flush=True)
+            reason = self._wrong(case, contender, direction, (q, k, v, grad))
+            if reason is None:
+                timing = self._time(case, contender, direction, (q, k, v, grad))
+        except Exception as error:  # whatever a contender raises, the others still run, and the line says what it was
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._add(case, contender, direction, timing, reason)
+
+    def _wrong(self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]) -> str | None:
+        q, k, v, grad = tensors
+        reason = check_forward(contender, case, q, k, v)
+        if reason is None and direction != "fwd":
+            reason = check_gradients(contender, case, q, k, v, grad)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return reason
+
+    def _time(self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]) -> Timing:
+        q, k, v, grad = tensors
+        call = contender.prepare(case, q, k, v)
+        if direction == "fwd":
+            with torch.no_grad():
+                return measure(call, self.device, self.seconds)
+        if direction == "bwd":
+            return measure(_backward(call(), (q, k, v), grad), self.device, self.seconds)
+        return measure(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
+
+    def _add(self, case: Case, contender: Contender, direction: str, timing: Timing | None, reason: str | None) -> None:
+        tflops = fraction = None
+        if timing is not None:
+            tflops = case.useful_flops(direction) / timing.median / 1e9
+            if case.is_dense:
+                self._dense_tflops[contender.name, direction, case.shape] = tflops
+            dense = self._dense_tflops.get((contender.name, direction, case.shape))
+            fraction = None if dense is None else tflops / dense
+        line = {
+            "case": case.name,
+            "direction": direction,
+            "backend": contender.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(case.shape),
+            "density": case.density,
+            "ms_median": timing and timing.median,
+            "ms_spread": timing and [timing.low, timing.high],
+            "useful_tflops": tflops,
+            "fraction_of_ideal": fraction,
+            "peak_mib": timing and timing.peak_mib,
+            "check": "passed" if reason is None else "failed",
+            **self.provenance,
+        }
+        line = {key: line[key] for key in KEYS} | ({} if reason is None else {"reason": reason})
+        self.lines.append(line)
+        self.write(line)
+
+
+def _backward(out: Tensor, leaves: tuple[Tensor, ...], grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    grad = torch.empty_like(out).copy_(grad)  # lies in memory as the output does
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def inputs(
+    case: Case, device: torch.device, dtype: torch.dtype, storage: str = "bhnd"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v and the gradient of the output, `[B, H, N, D]`, normally distributed, the same at every call.
+
+    Args:
+        case: The problem.
+        device: Where they are made.
+        dtype: Their dtype.
+        storage: "bhnd" or "bnhd", the order of the axes in memory.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw() -> Tensor:
+        x = torch.randn(case.shape, device=device, dtype=dtype, generator=generator)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if storage == "bnhd" else x
+
+    return draw(), draw(), draw(), draw()

@@ -1,0 +1,211 @@
+"""The problems: frozen cases, each with a name that says everything about it, and the model of useful work.
+
+A name reads `s64-p1374-band2-special5-hd64-h16-b1`: 64 frames of 1374 tokens, a graph, and then, where they differ from
+the default, the special tokens of each frame (dense both ways; default 0), the head size (64), the heads (16) and the
+batch (1). Any size can be asked for by its name; `GROUPS` holds the ones we publish.
+
+Graphs, all symmetric, all with every frame seeing itself:
+
+    dense        every frame sees every frame
+    bandR        frames i and j see each other when |i - j| <= R: a video
+    loopR        a band whose last frame is next to the first one: a video that closes its loop
+    starR        a band, and frame 0 sees and is seen by all: a video with VGGT's reference frame
+    scatteredK   every frame sees K frames drawn at random (seed 0), made symmetric: a photo collection
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from svggt_kernels import BlockLayout, CovisibilityGraph
+
+GRAPH = r"dense|(?:band|loop|star|scattered)\d+"
+NAME = re.compile(rf"s(\d+)-p(\d+)-({GRAPH})((?:-(?:special|hd|h|b)\d+)*)")
+SUFFIX = re.compile(r"-(special|hd|h|b)(\d+)")
+
+WORK = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
+"""Useful work of each direction in units of the forward's: two products forward, five backward."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem.
+
+    Attributes:
+        frames: Frames, S.
+        tokens: Tokens of each frame, P, special ones included.
+        graph: Which frames see each other, as in the module's table.
+        special: Special tokens of each frame, R; they see and are seen by everything.
+        head_size: D.
+        heads: H.
+        batch: B.
+    """
+
+    frames: int
+    tokens: int
+    graph: str
+    special: int = 0
+    head_size: int = 64
+    heads: int = 16
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.tokens, self.head_size, self.heads, self.batch) < 1:
+            raise ValueError(f"{self.name}: frames, tokens, head size, heads and batch must be at least 1")
+        if self.special > self.tokens:
+            raise ValueError(f"{self.name}: {self.special} special tokens do not fit into {self.tokens} tokens a frame")
+        if not re.fullmatch(GRAPH, self.graph):
+            raise ValueError(f"graph must be dense, bandR, loopR, starR or scatteredK, got {self.graph!r}")
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """Read a case from its name.
+
+        Raises:
+            ValueError: If the name does not follow the grammar in the module's docstring.
+        """
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; "
+                "graphs are dense, bandR, loopR, starR and scatteredK"
+            )
+        frames, tokens, graph, rest = match.groups()
+        fields = {"special": "special", "hd": "head_size", "h": "heads", "b": "batch"}
+        suffixes = SUFFIX.findall(rest)
+        if len({key for key, _ in suffixes}) < len(suffixes):
+            raise ValueError(f"each suffix may be given once, got {name!r}")
+        return cls(int(frames), int(tokens), graph, **{fields[key]: int(value) for key, value in suffixes})
+
+    @property
+    def name(self) -> str:
+        """The shortest name of the case; `parse` reads it back."""
+        suffixes = [
+            f"-{key}{value}"
+            for key, value, default in (
+                ("special", self.special, 0),
+                ("hd", self.head_size, 64),
+                ("h", self.heads, 16),
+                ("b", self.batch, 1),
+            )
+            if value != default
+        ]
+        return f"s{self.frames}-p{self.tokens}-{self.graph}{''.join(suffixes)}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of q, k, v and the output, (B, H, N, D)."""
+        return self.batch, self.heads, self.frames * self.tokens, self.head_size
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token sees every token."""
+        return self.visible_pairs == self.dense_pairs
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Which frames see which, bool `[S, S]`."""
+        kind = self.graph.rstrip("0123456789")
+        number = int(self.graph.removeprefix(kind) or 0)
+        frame = torch.arange(self.frames)
+        distance = (frame[:, None] - frame[None]).abs()
+        if kind == "dense":
+            return torch.ones(self.frames, self.frames, dtype=torch.bool)
+        if kind == "loop":
+            return torch.minimum(distance, self.frames - distance) <= number
+        if kind == "scattered":
+            generator = torch.Generator().manual_seed(0)
+            seen = torch.eye(self.frames, dtype=torch.bool)
+            for row in seen:
+                row[torch.randperm(self.frames, generator=generator)[:number]] = True
+            return seen | seen.T
+        band = distance <= number
+        if kind == "star":
+            band[0] = band[:, 0] = True
+        return band
+
+    @property
+    def dense_pairs(self) -> int:
+        """Pairs of a query token and a key token."""
+        return (self.frames * self.tokens) ** 2
+
+    @cached_property
+    def visible_pairs(self) -> int:
+        """Pairs of a query token and a key token that it sees; counted here, not asked of the layout."""
+        edges, patches = int(self.visible.sum()), self.tokens - self.special
+        patch_patch = edges * patches**2
+        special_any = self.frames * self.special * self.frames * self.tokens
+        patch_special = self.frames * patches * self.frames * self.special
+        return patch_patch + special_any + patch_special
+
+    @property
+    def density(self) -> float:
+        """Visible pairs / all pairs, over tokens."""
+        return self.visible_pairs / self.dense_pairs
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Dense pairs / visible pairs: what skipping exactly the invisible work would give."""
+        return self.dense_pairs / self.visible_pairs
+
+    def useful_flops(self, direction: str = "fwd") -> float:
+        """Floating-point operations that the visible pairs need; padding and masked work do not count.
+
+        Args:
+            direction: "fwd": 4 * D * H * B * visible pairs; "bwd": 2.5 times that; "fwd+bwd": both.
+        """
+        return WORK[direction] * 4 * self.head_size * self.heads * self.batch * self.visible_pairs
+
+    def layout(self, device: torch.device | str = "cpu") -> BlockLayout:
+        """Return the layout of the case on `device`.
+
+        Raises:
+            RuntimeError: If the layout's own count of visible pairs is not the case's: no number could be trusted.
+        """
+        graph = CovisibilityGraph.from_dense(self.visible)
+        layout = BlockLayout.from_graph(graph, self.tokens, special_tokens=self.special).to(device)
+        if layout.visible_pairs != self.visible_pairs:
+            raise RuntimeError(f"{self.name} has {self.visible_pairs} visible pairs, its layout {layout.visible_pairs}")
+        return layout
+
+
+def _cases(*names: str) -> tuple[Case, ...]:
+    return tuple(map(Case.parse, names))
+
+
+GROUPS: dict[str, tuple[Case, ...]] = {
+    # Seconds on two CPU cores.
+    "cpu": _cases("s12-p197-dense-h4", "s12-p197-band2-h4", "s12-p197-scattered2-h4", "s8-p101-star1-special5-h4"),
+    # VGGT at 518 x 518, 518 x 392, 518 x 336 and 518 x 294 pixels.
+    "p1374": _cases("s64-p1374-dense", "s64-p1374-band2", "s64-p1374-scattered6"),
+    "p1041": _cases("s64-p1041-dense", "s64-p1041-band2", "s64-p1041-scattered6"),
+    "p893": _cases("s64-p893-dense", "s64-p893-band2", "s64-p893-scattered6"),
+    "p782": _cases("s64-p782-dense", "s64-p782-band2", "s64-p782-scattered6"),
+    "variants": _cases(
+        "s64-p1374-band2-special5",
+        "s64-p1374-scattered6-special5",
+        "s64-p1374-loop2",
+        "s64-p1374-star2",
+        "s64-p1374-dense-hd128",
+        "s64-p1374-band2-hd128",
+    ),
+    "backward": _cases("s16-p1374-dense", "s16-p1374-band2", "s16-p1374-scattered3"),
+    # 2.25e9 elements in each of q, k, v and the output: offsets do not fit into 32 bits.
+    "large": _cases("s1600-p1374-band2"),
+}
+"""The published cases by group, dense ones first."""
+
+
+def select(names: list[str]) -> list[Case]:
+    """Return the cases of the given group or case names, in order, each once.
+
+    Raises:
+        ValueError: If a name is neither a group nor follows the grammar of cases.
+    """
+    cases = [case for name in names for case in GROUPS.get(name) or (Case.parse(name),)]
+    return list(dict.fromkeys(cases))

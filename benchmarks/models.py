@@ -1,0 +1,341 @@
+"""Whole models, patched and not: seconds, peak memory, and how far the patched output strays when it should not.
+
+A name reads `vggt-1b-100f-10n`: the model, 100 frames, 10 neighbours of each frame, and frame 0 dense both ways. The
+neighbours are the five frames before and after; with the suffix `-random` each frame draws five others (seed 0) and
+sees those and the frames that drew it, ten on average.
+
+Models have random weights: time and memory do not depend on them. `vggt-1b` is the upstream code, importable as `vggt`,
+at 518 x 392 pixels (1041 tokens a frame); `toy` is the package's own small model, at 154 x 112 pixels (93 tokens).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svggt_kernels import CovisibilityGraph
+from svggt_kernels.patch import patch
+from svggt_kernels.toy import ToyMultiViewTransformer
+
+from .record import Line
+from .timing import synchronize
+
+NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(-random)?")
+PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
+"""Height and width of the images of each model."""
+
+SYSTEMS = ("upstream", "svggt")
+CHECKED_FRAMES = 4
+GIB = 2**30
+
+KEYS = (
+    "case",
+    "system",
+    "backend",
+    "device",
+    "dtype",
+    "shape",
+    "density",
+    "seconds_aggregator",
+    "seconds_full",
+    "peak_gib",
+    "deviation",
+    "measured",
+    "torch",
+    "triton",
+    "commit",
+    "command",
+    "run",
+    "date",
+    "check",
+)
+"""The keys of a line, in order; a line that is not measured also has a `reason`."""
+
+COLUMNS = {
+    "case": "case",
+    "system": "system",
+    "backend": "backend",
+    "density": "density:.4f",
+    "seconds_aggregator": "aggregator s:.3f",
+    "seconds_full": "full s:.3f",
+    "peak_gib": "peak GiB:.1f",
+    "deviation": "deviation:.1e",
+    "check": "check",
+}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model, the number of frames and the graph between them.
+
+    Attributes:
+        model: "toy" or "vggt-1b".
+        frames: Frames, S.
+        neighbours: Frames that each frame sees besides itself and frame 0; even.
+        random: Whether neighbours are drawn at random; by default they are the nearest in order.
+    """
+
+    model: str
+    frames: int
+    neighbours: int
+    random: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> ModelCase:
+        """Read a case from its name.
+
+        Raises:
+            ValueError: If the name does not follow the grammar in the module's docstring.
+        """
+        match = NAME.fullmatch(name)
+        if match is None or int(match[2]) < 1 or int(match[3]) % 2:
+            raise ValueError(
+                "a case of a model is called like toy-16f-4n or vggt-1b-100f-10n-random, with an even number of "
+                f"neighbours, got {name!r}"
+            )
+        return cls(match[1], int(match[2]), int(match[3]), match[4] is not None)
+
+    @property
+    def name(self) -> str:
+        """The name of the case; `parse` reads it back."""
+        return f"{self.model}-{self.frames}f-{self.neighbours}n{'-random' if self.random else ''}"
+
+    @property
+    def about(self) -> str:
+        """One line on the case."""
+        height, width = PIXELS[self.model]
+        kind = "random" if self.random else "nearest"
+        return f"{self.frames} images of {width} x {height}, {self.neighbours} {kind} neighbours and frame 0"
+
+    def graph(self) -> CovisibilityGraph:
+        """Return which frames see which."""
+        half = self.neighbours // 2
+        frame = torch.arange(self.frames)
+        visible = torch.eye(self.frames, dtype=torch.bool)
+        if self.random:
+            generator = torch.Generator().manual_seed(0)
+            for i in range(self.frames):
+                others = torch.randperm(self.frames, generator=generator)
+                visible[i, others[others != i][:half]] = True
+            visible |= visible.T.clone()
+        else:
+            visible |= (frame[:, None] - frame).abs() <= half
+        visible[0] = visible[:, 0] = True
+        return CovisibilityGraph.from_dense(visible)
+
+
+PUBLISHED = tuple(
+    map(
+        ModelCase.parse,
+        (
+            "toy-16f-4n",
+            "vggt-1b-50f-10n",
+            "vggt-1b-100f-10n",
+            "vggt-1b-100f-10n-random",
+            "vggt-1b-200f-10n",
+            "vggt-1b-300f-30n",
+        ),
+    )
+)
+
+
+class ModelRunner:
+    """Runs model cases in one process, so that their numbers may be compared.
+
+    Args:
+        device: Where to run.
+        dtype: float32, or the dtype of autocast.
+        provenance: What every line says about the run.
+        write: Called with each line as soon as it is known.
+        repeats: Timed runs of each measurement, after one warm-up.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        provenance: Line,
+        write: Callable[[Line], None],
+        repeats: int = 3,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.provenance = provenance
+        self.write = write
+        self.repeats = repeats
+        self.lines: list[Line] = []
+        self.not_run: list[str] = []
+        self._models: dict[str, nn.Module] = {}
+
+    def run(self, case: ModelCase, systems: Sequence[str], **options: Any) -> None:
+        """Time the model of the case unpatched ("upstream") and patched ("svggt"), the latter after its check.
+
+        Args:
+            case: The model and its frames.
+            systems: Which of the two, in order.
+            **options: Of `patch`: backend, special_tokens.
+        """
+        try:
+            model = self._model(case.model)
+        except ImportError as error:
+            self.not_run.append(
+                f"{case.name}: not run: {error}; "
+                "pip install --no-deps git+https://github.com/facebookresearch/vggt huggingface_hub einops"
+            )
+            return
+        for system in systems:
+            print(f"{system} on {case.name} ...", file=sys.stderr, flush=True)
+            line: Line = {"check": None, "measured": False}
+            try:
+                if system == "upstream":
+                    self._measure(case, model, line)
+                else:
+                    self._measure_patched(case, model, line, options)
+            except torch.OutOfMemoryError:
+                line["reason"] = "out of memory"
+            except Exception as error:  # the line says what it was, the other systems still run
+                traceback.print_exc()
+                line |= {"reason": f"{type(error).__name__}: {error}".splitlines()[0], "check": "failed"}
+            if "reason" in line:
+                line |= dict.fromkeys(("seconds_aggregator", "seconds_full", "peak_gib")) | {"measured": False}
+            self._add(case, system, line)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _measure_patched(self, case: ModelCase, model: nn.Module, line: Line, options: dict[str, Any]) -> None:
+        line["deviation"], reason = self._deviation(case, model, options)
+        line["check"] = "passed" if reason is None else "failed"
+        if reason is not None:
+            line["reason"] = reason
+            return
+        graph = case.graph()
+        with patch(model, covisibility=graph, **options) as handle:
+            self._measure(case, model, line)
+            report = handle.report()
+        edges = sum(summary.edges for summary in report.graphs)
+        if report.calls_last_forward != len(report.modules) or edges != graph.num_edges:
+            raise RuntimeError(
+                f"each of {len(report.modules)} patched modules must have attended over {graph.num_edges} edges once, "
+                f"got {report.calls_last_forward} calls over {edges} edges"
+            )
+        line["backend"] = report.backend
+        line["density"] = report.token_density
+
+    def _measure(self, case: ModelCase, model: nn.Module, line: Line) -> None:
+        images = self._images(case.model, case.frames)
+        with self._inference():
+            if hasattr(model, "aggregator"):
+                line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images[None]))
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            line["seconds_full"] = self._seconds(lambda: model(images))
+            if self.device.type == "cuda":
+                line["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        line["measured"] = True
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(1 + self.repeats):
+            synchronize(self.device)
+            started = time.perf_counter()
+            result = call()
+            synchronize(self.device)
+            times.append(time.perf_counter() - started)
+            del result
+        return statistics.median(times[1:])
+
+    def _deviation(self, case: ModelCase, model: nn.Module, options: dict[str, Any]) -> tuple[float, str | None]:
+        """Return how far the output strays when patched with the full graph, and why that is too far, or None.
+
+        The budget is that of the operator: the error against higher precision may be at most twice that of the
+        unpatched model, for each output.
+        """
+        images = self._images(case.model, CHECKED_FRAMES)
+        with self._inference():
+            plain = dict(_tensors(model(images)))
+            with patch(model, covisibility="all", **options):
+                patched = dict(_tensors(model(images)))
+        with torch.no_grad():
+            if self.dtype == torch.float32:
+                exact = dict(_tensors(copy.deepcopy(model).double()(images.double())))
+            else:
+                exact = dict(_tensors(model(images)))
+        deviation, reason = 0.0, None
+        for name, expected in exact.items():
+            error, allowed = (float((x.double() - expected.double()).norm()) for x in (patched[name], plain[name]))
+            if not error <= 2 * allowed and reason is None:
+                reason = (
+                    f"{name}: with every frame visible the error against higher precision may be at most 2x that of "
+                    f"the unpatched model, got {error / max(allowed, 1e-300):.3g}x"
+                )
+            difference = (patched[name].double() - plain[name].double()).abs().max()
+            deviation = max(deviation, float(difference / plain[name].double().abs().max()))
+        return deviation, reason
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        cast = self.dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype if cast else None, enabled=cast):
+            yield
+
+    def _images(self, model: str, frames: int) -> Tensor:
+        height, width = PIXELS[model]
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(frames, 3, height, width, generator=generator).to(self.device)
+
+    def _model(self, name: str) -> nn.Module:
+        if name not in self._models:
+            self._models.clear()
+            self._models[name] = _build(name, self.device)
+        return self._models[name]
+
+    def _add(self, case: ModelCase, system: str, line: Line) -> None:
+        height, width = PIXELS[case.model]
+        line |= {
+            "case": case.name,
+            "system": system,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": [case.frames, 3, height, width],
+            **self.provenance,
+        }
+        if system == "upstream":
+            line["density"] = 1.0
+        ordered = {key: line.get(key) for key in KEYS} | ({"reason": line["reason"]} if "reason" in line else {})
+        self.lines.append(ordered)
+        self.write(ordered)
+
+
+def _build(name: str, device: torch.device) -> nn.Module:
+    if name == "toy":
+        return ToyMultiViewTransformer.create().to(device)
+    from vggt.models.vggt import VGGT
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(0)
+        return VGGT().eval()
+
+
+def _tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors of nested dicts and lists, each with its path; the images are no output."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield name, output
+    elif isinstance(output, dict):
+        for key, value in output.items():
+            if key != "images":
+                yield from _tensors(value, f"{name}.{key}")
+    elif isinstance(output, list | tuple):
+        for index, value in enumerate(output):
+            yield from _tensors(value, f"{name}.{index}")

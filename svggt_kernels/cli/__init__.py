@@ -1,0 +1,51 @@
+"""The command line: `python -m svggt_kernels`, installed as `svggt-kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import check, compare, demo, info, layout
+from .errors import CommandError
+
+COMMANDS = (info, check, layout, compare, demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words after the program's name; by default those it was started with.
+
+    Returns:
+        The exit code: 0 if all is well, 1 if a check failed, 2 if the request cannot be carried out (one line on stderr says
+        why), 130 if interrupted.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return arguments.run(arguments)
+    except CommandError as error:
+        print(f"svggt-kernels {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"svggt-kernels {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="svggt-kernels",
+        description="Attention for multi-view transformers in which only frames that can see each other attend to each other.",
+        epilog="'svggt-kernels COMMAND --help' shows the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,100 @@
+"""`check`: is attention right on this machine? Every backend against float64, within the error budget."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import BlockLayout, CovisibilityGraph
+from ..verify import BUDGET, QUANTITIES, error_ratios, within_budget
+from .environment import DTYPES, backend_answers, by_reason, device_name, dtype_name, pick_device
+from .text import table
+
+HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one backend did in one dtype, over all layouts.
+
+    Attributes:
+        ratios: The error of each quantity as a multiple of plain attention's; the worst layout counts, NaN above all.
+        failure: What the backend raised, if it did.
+    """
+
+    ratios: dict[str, float]
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every quantity is within the budget."""
+        return self.failure is None and within_budget(self.ratios)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "check",
+        help="check the numbers of every backend on this machine, in under a minute",
+        description="Runs every backend that can run here, forward and backward, on a few small layouts, and compares with plain "
+        f"attention in float64. The error may be at most {BUDGET:g} times that of plain attention in the same dtype. Exit "
+        "code 0 if all is well, 1 if not.",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks every backend and prints a table; returns the exit code."""
+    device = pick_device(arguments.device)
+    print(f"{device} ({device_name(device)}), head size {HEAD_SIZE}, layouts: {', '.join(layouts())}")
+    print(f"Errors against float64, in multiples of plain attention's error in the same dtype; at most {BUDGET:g} passes.")
+    rows = [("backend", "dtype", *QUANTITIES, "")]
+    passed = True
+    for backend, answers in backend_answers(device, HEAD_SIZE).items():
+        for reason, dtypes in by_reason({dtype: reason for dtype, reason in answers.items() if reason}).items():
+            rows.append((backend, dtypes, *["-"] * len(QUANTITIES), f"cannot run: {reason}"))
+        for dtype in (dtype for dtype in DTYPES if answers[dtype_name(dtype)] is None):
+            verdict = judge(backend, device, dtype)
+            passed &= verdict.passed
+            ratios = [f"{verdict.ratios[name]:.2f}" if name in verdict.ratios else "-" for name in QUANTITIES]
+            rows.append((backend, dtype_name(dtype), *ratios, "ok" if verdict.passed else f"WRONG {verdict.failure or ''}"))
+    print(table(rows))
+    print("Every backend that can run here is within the budget." if passed else "At least one backend is WRONG here.")
+    return 0 if passed else 1
+
+
+def judge(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """Compares one backend in one dtype with float64 on every layout."""
+    worst = dict.fromkeys(QUANTITIES, 0.0)
+    for layout in layouts().values():
+        try:
+            ratios = error_ratios(layout.to(device), dtype, head_size=HEAD_SIZE, backend=backend)
+        except Exception as error:  # whatever a kernel raises here is the finding
+            return Verdict({}, f"{type(error).__name__}: {error}".splitlines()[0])
+        worst = {name: max(worst[name], ratio, key=_nan_last) for name, ratio in ratios.items()}
+    return Verdict(worst)
+
+
+def layouts() -> dict[str, BlockLayout]:
+    """Returns small layouts, on the CPU, that differ in everything a layout can differ in."""
+    generator = torch.Generator().manual_seed(0)
+    some = CovisibilityGraph.from_dense(torch.rand(7, 7, generator=generator) < 0.3)
+    wide = CovisibilityGraph.from_dense(torch.rand(3, 8, generator=generator) < 0.4)
+    video = CovisibilityGraph.sequential(9, 1)
+    return {
+        "random": BlockLayout.from_graph(some, 45, special_tokens=5),
+        "ragged": BlockLayout.from_graph(some, [30, 70, 1, 64, 17, 128, 33], trailing_tokens=1),
+        "video": BlockLayout.from_graph(video, 40, special_tokens=(1, 2)),
+        "masked": BlockLayout.from_graph(video, 40, special_tokens=5, dense_special=False),
+        "full": BlockLayout.from_graph(CovisibilityGraph.all_visible(4), 50),
+        "alone": BlockLayout.from_graph(CovisibilityGraph.sequential(4, 0), 50),
+        "rectangular": BlockLayout.from_graph(wide, 36),
+    }
+
+
+def _nan_last(ratio: float) -> float:
+    return math.inf if math.isnan(ratio) else ratio

@@ -1,0 +1,91 @@
+"""`compare DIR`: a model on a folder of photos, dense against sparse."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..photos import find_photos, load_photos
+from .comparison import Comparison, Outputs, compare
+from .environment import pick_device
+from .errors import refusals
+from .models import KINDS, load_model
+from .options import add_graph, add_output, add_photos, covisibility, describe, make_folder, positive
+from .pictures import draw_comparison, draw_graph, require_matplotlib
+from .report import as_json, as_text, headline, write_json
+from .text import percent, stage
+
+ROWS = 4
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "compare",
+        help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
+        description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every output. Writes a "
+        "report and pictures. Nothing is downloaded: without --weights the weights are random.",
+    )
+    add_photos(parser)
+    parser.add_argument("--model", choices=KINDS, required=True, help="the model to run")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random")
+    add_graph(parser, default="tokens")
+    parser.add_argument("--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--backend", choices=backends.BACKENDS, help="the backend that must run (default: the best that can)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs of each kind (default: 3)")
+    add_output(parser, "compare-output")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compares, prints the result and writes report and pictures; returns the exit code."""
+    require_matplotlib()
+    device = pick_device(arguments.device)
+    with refusals():
+        photos = find_photos(arguments.folder)[: arguments.max_frames]
+    output = make_folder(arguments.output)
+    model = load_model(arguments.model, arguments.weights, device)
+    with refusals(), stage(f"reading {len(photos)} photos"):
+        frames = load_photos(
+            photos, long_side=arguments.long_side or model.kind.long_side, patch_size=model.kind.patch_size
+        )
+    comparison, outputs = compare(
+        model,
+        frames.to(device),
+        covisibility(arguments),
+        described=describe(arguments),
+        backend=arguments.backend,
+        repeats=arguments.repeats,
+    )
+    print(as_text(comparison))
+    print(write_results(output, comparison, outputs, frames, [photo.name for photo in photos]))
+    return 0
+
+
+def write_results(
+    folder: Path, comparison: Comparison, outputs: Outputs, frames: Tensor, names: Sequence[str]
+) -> str:
+    """Writes report.json, comparison.png and graph.png, and says where they are."""
+    shown = torch.linspace(0, len(frames) - 1, min(ROWS, len(frames))).round().int().tolist()
+    draw_comparison(
+        folder / "comparison.png",
+        frames[shown],
+        outputs.dense["depth"][shown],
+        outputs.sparse["depth"][shown],
+        frames=[names[i] for i in shown],
+        title=headline(comparison),
+        warning=comparison.warning,
+    )
+    draw_graph(
+        folder / "graph.png",
+        outputs.graph,
+        f"{comparison.frames} frames, {comparison.covisibility}: density {percent(comparison.density)}",
+    )
+    write_json(folder / "report.json", as_json(comparison))
+    return f"Pictures: {folder / 'comparison.png'}, {folder / 'graph.png'}\nReport: {folder / 'report.json'}"

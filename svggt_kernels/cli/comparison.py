@@ -1,0 +1,270 @@
+"""Dense against sparse: one model, the same frames, before and after `patch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import BlockLayout, CovisibilityGraph, block_sparse_attention
+from ..patch import patch
+from .environment import device_name, dtype_name
+from .errors import CommandError
+from .measure import Cost, Deviation, cost, deviation, rotation_degrees
+from .models import LoadedModel
+from .text import stage
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """What one global attention costs by itself, on random q, k and v of the model's shape.
+
+    Attributes:
+        shape: `[B, H, N, D]` of q, k and v.
+        dtype: Their dtype.
+        dense: PyTorch's scaled_dot_product_attention.
+        sparse: block_sparse_attention with the layout of the run.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    dense: Cost
+    sparse: Cost
+
+    @property
+    def speedup(self) -> float:
+        """Dense / sparse median time."""
+        return self.dense.median_ms / self.sparse.median_ms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a comparison found.
+
+    Attributes:
+        model: Name of the model.
+        weights: Where its weights come from.
+        warning: What random weights mean for the outputs; None for given weights.
+        autocast: Dtype of autocast; None for float32 throughout.
+        device: Where it ran.
+        device_name: What that is.
+        frames: Frames S.
+        height: Pixels of a frame.
+        width: Pixels of a frame.
+        tokens_per_frame: Tokens P of a frame, special ones included.
+        covisibility: How the graph was made, in words.
+        graph: Summary of the graph.
+        density: Edges / S^2.
+        token_density: Visible / all pairs of tokens.
+        ideal_speedup: All / visible pairs of tokens: the speed-up of attention if time followed the work.
+        backend: What ran the sparse attention.
+        passed_over: Better backends, and why they did not run.
+        layers: Global attention layers, all of them answered by the patch.
+        planning_ms: Time for graph and layout in one sparse forward, ms; part of the sparse time.
+        dense: Cost of the whole model as it is.
+        sparse: Cost of the whole patched model.
+        attention: Cost of one global attention.
+        deviations: For each output, how far sparse is from dense.
+        rotation_degrees: Angle between the cameras of both, median and max; None if the model gives no camera.
+    """
+
+    model: str
+    weights: str
+    warning: str | None
+    autocast: str | None
+    device: str
+    device_name: str
+    frames: int
+    height: int
+    width: int
+    tokens_per_frame: int
+    covisibility: str
+    graph: dict[str, Any]
+    density: float
+    token_density: float
+    ideal_speedup: float
+    backend: str
+    passed_over: dict[str, str]
+    layers: int
+    planning_ms: float
+    dense: Cost
+    sparse: Cost
+    attention: AttentionCost
+    deviations: dict[str, Deviation]
+    rotation_degrees: dict[str, float] | None
+
+    @property
+    def speedup(self) -> float:
+        """Dense / sparse median time of the whole model."""
+        return self.dense.median_ms / self.sparse.median_ms
+
+    @property
+    def reached(self) -> float:
+        """Share of the ideal speed-up that one global attention reaches."""
+        return self.attention.speedup / self.ideal_speedup
+
+    @property
+    def attention_share(self) -> float:
+        """Share of the dense model's time that its global attention layers take."""
+        return self.layers * self.attention.dense.median_ms / self.dense.median_ms
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """The results of both runs, on the CPU.
+
+    Attributes:
+        dense: Outputs of the model as it is, by name.
+        sparse: Outputs of the patched model.
+        graph: Who sees whom in the patched model, frames in the order given.
+    """
+
+    dense: dict[str, Tensor]
+    sparse: dict[str, Tensor]
+    graph: CovisibilityGraph
+
+
+def compare(
+    model: LoadedModel,
+    frames: Tensor,  # [S, 3, H, W]
+    covisibility: Any,
+    *,
+    described: str,
+    backend: str | None = None,
+    repeats: int = 3,
+) -> tuple[Comparison, Outputs]:
+    """Runs the model dense, then sparse, then one global attention of each kind by itself.
+
+    Args:
+        model: The model, on its device.
+        frames: RGB in [0, 1], on the same device.
+        covisibility: As `patch` takes it.
+        described: What that is, in words.
+        backend: As `patch` takes it.
+        repeats: Timed runs of each, after one that warms up.
+
+    Raises:
+        CommandError: The device has not enough memory.
+    """
+    device = frames.device
+    with _enough_memory():
+        calls = _AttentionShapes()
+        with stage("dense, warming up"), calls:
+            model(frames)
+        with stage(f"dense, {repeats} runs"):
+            dense, dense_cost = cost(lambda: model(frames), device, repeats=repeats)
+        dense = {name: output.cpu() for name, output in dense.items()}
+        with patch(model.module, covisibility=covisibility, backend=backend) as handle:
+            with stage("sparse, warming up"):
+                model(frames)
+            with stage(f"sparse, {repeats} runs"):
+                sparse, sparse_cost = cost(lambda: model(frames), device, repeats=repeats)
+            report, layout, graph = handle.report(), handle.layout, handle.graph
+        sparse = {name: output.cpu() for name, output in sparse.items()}
+        with stage("one global attention by itself"):
+            attention = _attention_cost(calls.largest, layout, model.autocast, report.backend, repeats, device)
+
+    summary = graph.summary()
+    assert report.backend is not None and report.token_density is not None and report.ideal_speedup is not None
+    return Comparison(
+        model=model.name,
+        weights=model.weights,
+        warning=model.warning,
+        autocast=None if model.autocast is None else dtype_name(model.autocast),
+        device=str(device),
+        device_name=device_name(device),
+        frames=len(frames),
+        height=frames.shape[-2],
+        width=frames.shape[-1],
+        tokens_per_frame=layout.queries.lengths[0],
+        covisibility=described,
+        graph=asdict(summary),
+        density=summary.density,
+        token_density=report.token_density,
+        ideal_speedup=report.ideal_speedup,
+        backend=report.backend,
+        passed_over=report.passed_over,
+        layers=len(report.modules),
+        planning_ms=1000 * report.planning_seconds,
+        dense=dense_cost,
+        sparse=sparse_cost,
+        attention=attention,
+        deviations={name: deviation(dense[name], sparse[name]) for name in dense},
+        rotation_degrees=_camera_rotation(dense, sparse),
+    ), Outputs(dense, sparse, graph)
+
+
+class _AttentionShapes(TorchFunctionMode):
+    """Notes the shape and dtype of every attention call inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else (kwargs or {})["query"]
+            self.seen.add((tuple(query.shape), query.dtype))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def largest(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """The call over most tokens: global attention."""
+        return max(self.seen, key=lambda call: call[0][-2])
+
+
+def _attention_cost(
+    call: tuple[tuple[int, ...], torch.dtype],
+    layout: BlockLayout,
+    autocast: torch.dtype | None,
+    backend: str | None,
+    repeats: int,
+    device: torch.device,
+) -> AttentionCost:
+    (batch, heads, _, head_size), dtype = call
+    dtype = autocast or dtype
+    shape = (batch, layout.num_tokens, heads, head_size)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+
+    def dense() -> None:
+        F.scaled_dot_product_attention(q, k, v)
+
+    def sparse() -> None:
+        block_sparse_attention(q, k, v, layout, backend=backend)
+
+    with torch.inference_mode():
+        for run in (dense, sparse):
+            run()
+        costs = [cost(run, device, repeats=repeats)[1] for run in (dense, sparse)]
+    return AttentionCost((batch, heads, layout.num_tokens, head_size), dtype_name(dtype), *costs)
+
+
+def _camera_rotation(dense: dict[str, Tensor], sparse: dict[str, Tensor]) -> dict[str, float] | None:
+    for name, rotation in (
+        ("pose_enc", lambda x: x[..., 3:7]),
+        ("extrinsics", lambda x: x[..., :3, :3]),
+        ("camera_poses", lambda x: x[..., :3, :3]),
+    ):
+        if name in dense:
+            angles = rotation_degrees(rotation(dense[name]), rotation(sparse[name]))
+            return {"median": float(angles.median()), "max": float(angles.max())}
+    return None
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turns a device that runs out of memory into a refusal that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CommandError(
+            "the device ran out of memory; use fewer photos (--max-frames) or smaller ones (--long-side)"
+        ) from error

@@ -1,0 +1,95 @@
+"""The machine: versions, devices and which backends can run on them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import __version__, backends
+from .errors import CommandError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that decide a result, and the operating system."""
+    return {
+        "svggt_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "numpy": installed("numpy"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def installed(package: str) -> str:
+    """Returns the version of a package, or `not installed`; imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> dict[str, str]:
+    """Returns every device that torch can use here, with its name."""
+    found = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if torch.backends.mps.is_available():
+        found["mps"] = f"Apple GPU of {_processor()}"
+    return found | {"cpu": f"{_processor()}, {torch.get_num_threads()} threads"}
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the device's name as `devices` lists it."""
+    key = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+    return devices()[key]
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`, or for `auto` the fastest kind there is.
+
+    Raises:
+        CommandError: There is no such device here.
+    """
+    found = devices()
+    if name == "auto":
+        return torch.device(next(iter(found)))
+    if name == "cuda" and "cuda:0" in found:
+        name = "cuda:0"
+    if name not in found:
+        raise CommandError(f"--device must be auto or one of {', '.join(found)} on this machine, got {name}")
+    return torch.device(name)
+
+
+def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str, str | None]]:
+    """Returns for every backend and dtype why the backend cannot run there; None where it can."""
+    answers: dict[str, dict[str, str | None]] = {name: {} for name in backends.BACKENDS}
+    for dtype in DTYPES:
+        for name, reason in backends.reasons(device, dtype, head_size).items():
+            answers[name][dtype_name(dtype)] = reason
+    return answers
+
+
+def by_reason(answers: dict[str, str | None]) -> dict[str | None, str]:
+    """Returns the dtypes that share an answer, `{reason: "float16, bfloat16"}`."""
+    grouped: dict[str | None, list[str]] = {}
+    for dtype, reason in answers.items():
+        grouped.setdefault(reason, []).append(dtype)
+    return {reason: ", ".join(dtypes) for reason, dtypes in grouped.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns `float16` for `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,55 @@
+"""`info`: what is installed, and which backend can run on which device, or why not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from .environment import backend_answers, by_reason, devices, installed, versions
+from .text import table
+
+OPTIONAL_PACKAGES = {"matplotlib": "pictures", "pillow": "photos", "rich": "progress", "depth-anything-3": "--model da3-small"}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "info",
+        help="show versions, devices and which backends can run here",
+        description="Shows versions, devices and which backends can run on each device, or why not.",
+    )
+    parser.add_argument("--head-size", type=int, default=64, help="head size D to ask the backends about (default: 64)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what this machine offers; returns the exit code."""
+    found = devices()
+    answers = {device: backend_answers(torch.device(device), arguments.head_size) for device in found}
+    optional = {package: installed(package) for package in OPTIONAL_PACKAGES}
+    if arguments.json:
+        print(
+            json.dumps(
+                {"versions": versions(), "devices": found, "backends": answers, "optional_packages": optional}, indent=2
+            )
+        )
+        return 0
+    print(table([(name, version) for name, version in versions().items()], indent=""))
+    print(f"\nBackends at head size {arguments.head_size}, best first; without a request the first that can run does.")
+    for device, name in found.items():
+        print(f"\n{device} ({name})")
+        print(
+            table(
+                [
+                    (backend, dtypes, "runs" if reason is None else f"cannot run: {reason}")
+                    for backend, by_dtype in answers[device].items()
+                    for reason, dtypes in by_reason(by_dtype).items()
+                ]
+            )
+        )
+    print("\nOptional packages")
+    print(table([(package, version, f"for {OPTIONAL_PACKAGES[package]}") for package, version in optional.items()]))
+    return 0

@@ -1,0 +1,225 @@
+"""The models that the command line can build: how to make each one, feed it and read its outputs.
+
+| name | package | without --weights |
+|---|---|---|
+| toy | none: it is in svggt_kernels | random, it has no trained weights |
+| da3-small | depth-anything-3 (PyPI) | random |
+| vggt | vggt (from its repository) | random |
+| pi3 | pi3 (from its repository) | random |
+
+Nothing is downloaded. Weights are a file that the user has.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..toy import ToyMultiViewTransformer
+from .errors import CommandError, refusals
+
+SEED = 0
+RANDOM_WEIGHTS = "The weights are random: depth and cameras mean nothing; only dense against sparse can be compared."
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What the command line knows about one model.
+
+    Attributes:
+        build: Makes the model with random weights.
+        requirement: How to install what `build` imports; empty if nothing is needed.
+        long_side: The model's usual resolution: pixels of the longer side.
+        trainable: Whether trained weights exist for it.
+        feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward.
+        outputs: Reads its result into named tensors `[S, ...]`; "depth" is `[S, H, W]`.
+        key_prefix: A prefix that weight files put before every name.
+        patch_size: Pixels of a patch.
+    """
+
+    build: Callable[[], nn.Module]
+    requirement: str
+    long_side: int
+    trainable: bool
+    feed: Callable[[Tensor], Tensor]
+    outputs: Callable[[Any], dict[str, Tensor]]
+    key_prefix: str = ""
+    patch_size: int = 14
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Attributes:
+        name: Its name on the command line.
+        module: The model, in eval mode, on its device.
+        kind: How to feed and read it.
+        weights: Where the weights come from, in words.
+        warning: What random weights mean for the outputs; None for weights from a file.
+        autocast: The dtype of autocast, or None for float32 throughout.
+    """
+
+    name: str
+    module: nn.Module
+    kind: ModelKind
+    weights: str
+    warning: str | None
+    autocast: torch.dtype | None
+
+    def __call__(self, frames: Tensor) -> dict[str, Tensor]:
+        """Runs the model on frames `[S, 3, H, W]` and returns its named outputs."""
+        enabled = self.autocast is not None
+        with torch.inference_mode(), torch.autocast(frames.device.type, dtype=self.autocast, enabled=enabled):
+            return self.kind.outputs(self.module(self.kind.feed(frames)))
+
+
+def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedModel:
+    """Builds the model called `name`, with random weights of a fixed seed or those of a file.
+
+    On CUDA it runs under bfloat16 autocast, as these models are used; elsewhere in float32.
+
+    Raises:
+        CommandError: The name is unknown, a package is missing (the message says how to install it), or the weights do not fit.
+    """
+    if name not in KINDS:
+        raise CommandError(f"--model must be one of {', '.join(KINDS)}, got {name}")
+    kind = KINDS[name]
+    if weights is not None and not kind.trainable:
+        raise CommandError(f"--weights does not go with --model {name}: no trained weights exist for it")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        try:
+            module = kind.build()
+        except ImportError as error:
+            raise CommandError(f"--model {name} cannot be imported ({error}). Install it: {kind.requirement}") from error
+    if weights is not None:
+        with refusals():
+            _load_weights(module, weights, kind.key_prefix)
+    return LoadedModel(
+        name=name,
+        module=module.eval().to(device),
+        kind=kind,
+        weights=f"random, seed {SEED}" if weights is None else str(weights),
+        warning=RANDOM_WEIGHTS if weights is None else None,
+        autocast=torch.bfloat16 if device.type == "cuda" else None,
+    )
+
+
+def _load_weights(module: nn.Module, path: Path, key_prefix: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"--weights must be a file, but {path} is none")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError("reading .safetensors needs safetensors, which is not installed: pip install safetensors") from error
+        state = load_file(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle raises whatever the bytes lead it to
+            raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}): give a .safetensors or .pt file") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(state).__name__}")
+    state = {key.removeprefix(key_prefix): value for key, value in state.items()}
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if missing or wrong:
+        raise ValueError(
+            f"{path} does not fit the model: of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} have another "
+            f"shape, for example {(missing + wrong)[0]}; give the weights of this very model"
+        )
+    module.load_state_dict(state, strict=False)
+
+
+def _build_da3_small() -> nn.Module:
+    os.environ.setdefault("DA3_LOG_LEVEL", "WARN")  # its notes would mix with the report
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of its own dependencies warns it
+        import depth_anything_3
+        from depth_anything_3.cfg import create_object, load_config
+
+    return create_object(load_config(str(Path(depth_anything_3.__path__[0]) / "configs" / "da3-small.yaml")))
+
+
+def _build_vggt() -> nn.Module:
+    from vggt.models.vggt import VGGT
+
+    return VGGT()
+
+
+def _build_pi3() -> nn.Module:
+    from pi3.models.pi3 import Pi3
+
+    return Pi3()
+
+
+def _feed_batch(frames: Tensor) -> Tensor:
+    return frames[None]
+
+
+def _feed_da3(frames: Tensor) -> Tensor:
+    mean, std = (frames.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((frames - mean) / std)[None]
+
+
+def _batched(result: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: result[name][0] for name in names if name in result}
+
+
+def _toy_outputs(result: Any) -> dict[str, Tensor]:
+    return _batched(result, ("depth", "depth_conf", "pose_enc"))
+
+
+def _da3_outputs(result: Any) -> dict[str, Tensor]:
+    return _batched(result, ("depth", "depth_conf", "extrinsics", "intrinsics"))
+
+
+def _vggt_outputs(result: Any) -> dict[str, Tensor]:
+    outputs = _batched(result, ("depth", "depth_conf", "pose_enc", "world_points", "world_points_conf"))
+    return outputs | {"depth": outputs["depth"][..., 0]}
+
+
+def _pi3_outputs(result: Any) -> dict[str, Tensor]:
+    outputs = _batched(result, ("local_points", "points", "conf", "camera_poses"))
+    return {"depth": outputs["local_points"][..., 2]} | outputs
+
+
+KINDS = {
+    "toy": ModelKind(ToyMultiViewTransformer, "", 336, False, _feed_batch, _toy_outputs),
+    "da3-small": ModelKind(
+        _build_da3_small,
+        "pip install --no-deps depth-anything-3 && pip install einops omegaconf addict huggingface_hub safetensors",
+        504,
+        True,
+        _feed_da3,
+        _da3_outputs,
+        key_prefix="model.",
+    ),
+    "vggt": ModelKind(
+        _build_vggt,
+        "pip install --no-deps git+https://github.com/facebookresearch/vggt && pip install einops huggingface_hub safetensors",
+        518,
+        True,
+        _feed_batch,
+        _vggt_outputs,
+    ),
+    "pi3": ModelKind(
+        _build_pi3,
+        "pip install --no-deps git+https://github.com/yyfz/Pi3 && pip install einops huggingface_hub safetensors plyfile",
+        518,
+        True,
+        _feed_batch,
+        _pi3_outputs,
+    ),
+}

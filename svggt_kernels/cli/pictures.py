@@ -1,0 +1,133 @@
+"""Pictures of a graph and of a comparison; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from ..covisibility import CovisibilityGraph
+from .errors import CommandError
+from .text import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNSEEN, SEEN, SEEN_IN_VAIN, MISSED = range(4)
+PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
+
+
+def require_matplotlib() -> None:
+    """Refuses before any work is done if pictures cannot be drawn here."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CommandError("drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'") from error
+
+
+def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: CovisibilityGraph | None = None) -> None:
+    """Draws who sees whom as a matrix, and how many frames a frame sees as a histogram.
+
+    Args:
+        path: The PNG to write.
+        graph: A square graph of `S` frames.
+        title: One line above the picture.
+        truth: Which frames do share a view; the matrix then shows which of those pairs the graph misses.
+    """
+    visible = graph.to_dense().cpu().numpy()
+    kinds = np.where(visible, SEEN, UNSEEN)
+    labels = {SEEN: "sees"}
+    if truth is not None:
+        true = truth.to_dense().cpu().numpy()
+        kinds = np.select([visible & true, visible, true], [SEEN, SEEN_IN_VAIN, MISSED], UNSEEN)
+        labels = {SEEN: "sees, and shares a view", SEEN_IN_VAIN: "sees, shares no view", MISSED: "misses"}
+
+    figure = _figure(10.5, 5.6, title)
+    matrix, histogram = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _draw_matrix(matrix, kinds, labels)
+    degrees = visible.sum(1)
+    lowest, highest = int(degrees.min()), int(degrees.max())
+    step = max(1, -(-(highest - lowest + 1) // 40))
+    histogram.hist(degrees, bins=np.arange(lowest, highest + step + 1, step) - 0.5, color=PAIR_COLOURS[SEEN], rwidth=0.85)
+    histogram.axvline(np.median(degrees), color="black", linestyle="--", linewidth=1, label=f"median {np.median(degrees):g}")
+    histogram.set(title="Degree", xlabel="frames that a frame sees, itself included", ylabel="number of frames")
+    histogram.legend(frameon=False)
+    for axis in (histogram.xaxis, histogram.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_comparison(
+    path: Path,
+    photos: Tensor,  # [F, 3, H, W]
+    dense: Tensor,  # [F, H, W]
+    sparse: Tensor,  # [F, H, W]
+    *,
+    frames: Sequence[str],
+    title: str,
+    warning: str | None = None,
+) -> None:
+    """Draws one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
+
+    Args:
+        path: The PNG to write.
+        photos: RGB in [0, 1].
+        dense: Depth of the unpatched model.
+        sparse: Depth of the patched model.
+        frames: A label for each row.
+        title: Lines above the picture.
+        warning: A line in red beneath the title.
+    """
+    depths = np.stack([dense.float().cpu().numpy(), sparse.float().cpu().numpy()])  # [2, F, H, W]
+    finite = np.isfinite(depths)
+    low, high = np.percentile(depths[finite], (2, 98)) if finite.any() else (0.0, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = 100 * (depths[1] - depths[0]) / np.abs(depths[0])
+    finite_change = np.abs(change[np.isfinite(change)])
+    limit = max(float(np.percentile(finite_change, 98)), 1e-6) if finite_change.size else 1.0
+
+    rows, (height, width) = len(photos), photos.shape[-2:]
+    column_width, bar_height = 2.9, 0.14
+    row_height = column_width * height / width
+    figure = _figure(4 * column_width + 0.5, rows * (row_height + 0.1) + bar_height + 1.7, title, warning)
+    grid = figure.add_gridspec(rows + 1, 4, height_ratios=[row_height] * rows + [bar_height])
+    panels = ("photo", "depth, dense", "depth, sparse", "sparse - dense")
+    for row, frame in enumerate(frames):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
+        axes[0].imshow(photos[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy())
+        axes[0].set_ylabel(frame, fontsize=9)
+        for axis, depth in zip(axes[1:3], depths[:, row], strict=True):
+            depth_image = axis.imshow(depth, cmap="viridis", vmin=low, vmax=high)
+        change_image = axes[3].imshow(change[row], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.set(xticks=[], yticks=[], title=panel if row == 0 else "")
+    for image, columns, label in ((depth_image, slice(1, 3), "depth, in the model's unit"), (change_image, 3, "% of dense")):
+        bar = figure.add_subplot(grid[rows, columns])
+        figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label=label)
+    figure.savefig(path, dpi=110)
+
+
+def _figure(width: float, height: float, title: str, warning: str | None = None) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=11)
+    if warning:
+        figure.supxlabel(warning, fontsize=11, color="#c00000", weight="bold")
+    return figure
+
+
+def _draw_matrix(axis, kinds: np.ndarray, labels: dict[int, str]) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    axis.imshow(kinds, cmap=ListedColormap(PAIR_COLOURS), vmin=0, vmax=3, interpolation="nearest")
+    axis.set(title="Who sees whom", xlabel="key frame", ylabel="query frame")
+    handles = [
+        Patch(facecolor=PAIR_COLOURS[kind], label=f"{label}: {percent((kinds == kind).mean())} of pairs")
+        for kind, label in labels.items()
+    ]
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=9)

@@ -1,0 +1,97 @@
+"""The comparison in words and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .comparison import Comparison
+from .environment import versions
+from .text import mebibytes, milliseconds, percent, table, times
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Writes a report; numbers that JSON does not have become null."""
+    path.write_text(json.dumps(_plain(report), indent=2) + "\n")
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Returns everything a reader needs to judge the numbers and to make them again."""
+    return {"command": " ".join(["svggt-kernels", *sys.argv[1:]]), "versions": versions(), **asdict(comparison)}
+
+
+def as_text(comparison: Comparison) -> str:
+    """Returns the comparison as a page of text."""
+    c = comparison
+    rows = [
+        ("", "dense", "sparse", "speed-up"),
+        (
+            "whole model, median",
+            milliseconds(c.dense.median_ms),
+            milliseconds(c.sparse.median_ms),
+            times(c.speedup),
+        ),
+        ("  shortest - longest run", _spread(c.dense.min_ms, c.dense.max_ms), _spread(c.sparse.min_ms, c.sparse.max_ms), ""),
+        (
+            "one global attention",
+            milliseconds(c.attention.dense.median_ms),
+            milliseconds(c.attention.sparse.median_ms),
+            f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal: {percent(c.reached)} reached",
+        ),
+        ("peak memory of a run", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib), ""),
+    ]
+    lines = [
+        f"{c.model}, weights: {c.weights}" + (f", autocast {c.autocast}" if c.autocast else ", float32"),
+        f"{c.frames} frames of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} ({c.device_name})",
+        f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over tokens",
+        f"Backend: {c.backend}" + "".join(f"; not {name}: {reason}" for name, reason in c.passed_over.items()),
+        *(f"Note: {warning}" for warning in c.graph["warnings"]),
+        "",
+        table(rows),
+        f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense time, the rest stays.",
+        "",
+        "Sparse against dense output:",
+        table(
+            [("output", "relative L2", "largest difference")]
+            + [(name, f"{d.relative_l2:.2e}", f"{d.max_abs:.2e}" + _bad(d.not_finite)) for name, d in c.deviations.items()]
+        ),
+    ]
+    if c.rotation_degrees:
+        median, largest = c.rotation_degrees["median"], c.rotation_degrees["max"]
+        lines.append(f"  rotation of the cameras: {median:.3g} degrees median, {largest:.3g} at most")
+    if c.warning:
+        lines += ["", c.warning]
+    return "\n".join(lines)
+
+
+def headline(comparison: Comparison) -> str:
+    """Returns the facts for the top of the picture."""
+    c = comparison
+    return (
+        f"{c.model}, {c.frames} frames of {c.width} x {c.height} px on {c.device_name}; density {percent(c.token_density)} over tokens\n"
+        f"whole model: dense {milliseconds(c.dense.median_ms)}, sparse {milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); "
+        f"global attention: {times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal; "
+        f"depth differs by {percent(c.deviations['depth'].relative_l2)} (relative L2)"
+    )
+
+
+def _spread(low: float, high: float) -> str:
+    return f"{milliseconds(low)} - {milliseconds(high)}"
+
+
+def _bad(count: int) -> str:
+    return f" ({count} values not finite)" if count else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,129 @@
+"""Covisibility graphs as a model needs them: from its own tokens, in its own order of frames, causal where it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .covisibility import CovisibilityGraph
+
+__all__ = ["TokenSimilarity", "earlier_frames_only", "frame_order", "in_order"]
+
+
+@dataclass(frozen=True)
+class TokenSimilarity:
+    """Finds covisibility in the tokens that enter a model's first global attention.
+
+    The descriptor of a frame is the mean of its patch tokens minus the mean over all frames, in float32. What all
+    frames share would otherwise make every pair look alike. Similarities only rank frames, see
+    `CovisibilityGraph.from_descriptors`. No other network runs, and any model has such tokens.
+
+    Attributes:
+        neighbours: Most similar frames that each frame sees at least.
+        window: Frames before and after that each frame sees; for ordered input, such as video.
+        anchors: Frames that everyone sees; None for a number that grows with the frames.
+        bridge: Whether to join parts of the graph that do not see each other.
+        reference_frame: A frame that sees all and is seen by all: "model" for the one the model has, an index, or None.
+    """
+
+    neighbours: int = 10
+    window: int = 0
+    anchors: int | None = None
+    bridge: bool = True
+    reference_frame: int | Literal["model"] | None = "model"
+
+    def graph(
+        self,
+        tokens: Tensor,  # [S, P, C]
+        reference_frame: int | None,
+    ) -> CovisibilityGraph:
+        """Returns the graph of S frames.
+
+        Args:
+            tokens: Patch tokens of one scene, `[S, P, C]`, without special tokens.
+            reference_frame: The model's own reference frame, used if this object says "model".
+
+        Raises:
+            ValueError: If tokens are NaN or infinite, or all zero.
+        """
+        pooled = tokens.detach().mean(dim=1, dtype=torch.float32)
+        mean = pooled.mean(dim=0)
+        centred = pooled - mean
+        # A frame that equals the mean frame (one frame alone, one image repeated) would have no direction.
+        descriptors = torch.where((centred == 0).all(dim=1, keepdim=True), mean, centred)
+        return CovisibilityGraph.from_descriptors(
+            descriptors,
+            neighbours=self.neighbours,
+            window=self.window,
+            reference_frame=reference_frame if self.reference_frame == "model" else self.reference_frame,
+            anchors=self.anchors,
+            bridge=self.bridge,
+        )
+
+
+def in_order(
+    graph: CovisibilityGraph,
+    order: tuple[int, ...] | None,
+) -> CovisibilityGraph:
+    """Returns the graph over frames in another order, in which place p holds frame `order[p]`.
+
+    None stands for the order that the graph has, and returns the graph itself.
+    """
+    if order is None:
+        return graph
+    place = inverse(order)
+    places = torch.tensor(place, device=graph.device)
+    return CovisibilityGraph.from_pairs(
+        graph.num_frames,
+        torch.stack([places[graph.rows.long()], places[graph.indices.long()]], dim=1),
+        num_key_frames=graph.num_key_frames,
+    )
+
+
+def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the place of each frame in `order`."""
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def earlier_frames_only(graph: CovisibilityGraph) -> CovisibilityGraph:
+    """Returns the graph without the edges from a frame to a later one."""
+    keep = graph.indices <= graph.rows
+    pairs = torch.stack([graph.rows[keep], graph.indices[keep]], dim=1)
+    return CovisibilityGraph.from_pairs(graph.num_frames, pairs, num_key_frames=graph.num_key_frames)
+
+
+def frame_order(
+    before: Tensor,  # [S, K]
+    after: Tensor,  # [S, K]
+) -> tuple[int, ...] | None:
+    """Returns the order into which a model put its frames, read off samples of their tokens; None if it kept theirs.
+
+    Frames whose samples are equal bit for bit (one photo given twice) are taken in the order in which they came.
+
+    Args:
+        before: Some values of each frame's tokens.
+        after: The same values of the same tokens after the frames were reordered.
+
+    Raises:
+        RuntimeError: If the frames after are not those before in another order.
+    """
+    places: defaultdict[bytes, deque[int]] = defaultdict(deque)
+    for frame, values in enumerate(_bits(before)):
+        places[values].append(frame)
+    try:
+        order = tuple(places[values].popleft() for values in _bits(after))
+    except IndexError:
+        raise RuntimeError(
+            "the order of the frames inside the model could not be read: the tokens after it reorders its frames are "
+            "not the tokens before in another order. This version of the model does more there than is known; "
+            'use covisibility="tokens", which needs no order'
+        ) from None
+    return None if order == tuple(range(len(order))) else order
+
+
+def _bits(samples: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in samples.to("cpu", torch.float32).numpy()]

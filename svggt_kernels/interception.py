@@ -1,0 +1,86 @@
+"""Standing in for the forward of one module, and answering the attention call inside it.
+
+Both act on one instance: its class, its parameters, its hooks and PyTorch's functions stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Answering", "StandIn"]
+
+
+class StandIn:
+    """Stands in for `module.forward` on this instance alone, from `install` to `remove`.
+
+    It is an object that holds the module and not a closure around its forward, so a deep copy of the module runs the
+    copy's weights and a pickled module comes back with its stand-in.
+
+    Args:
+        module: The module whose forward is replaced.
+        name: What messages call the module.
+        around: Called with this object and the arguments of forward; a method that can be pickled.
+    """
+
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        self.module = module
+        self.name = name
+        self.around = around
+        # Other tools (offloading hooks) put forwards on instances too; theirs runs inside ours.
+        self.replaced = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of the module's forward."""
+        return self.around(self, *args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the forward that this object stands in for."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def install(self) -> None:
+        """Puts this object in the place of the module's forward."""
+        self.module.__dict__["forward"] = self
+
+    @property
+    def installed(self) -> bool:
+        """Whether the module's forward is this object."""
+        return self.module.__dict__.get("forward") is self
+
+    def remove(self) -> None:
+        """Gives the module the forward that it had."""
+        if self.replaced is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.replaced
+
+
+class Answering(TorchFunctionMode):
+    """Inside this context `answer` runs in place of `torch.nn.functional.scaled_dot_product_attention`.
+
+    The mode sees the function however the caller imported it, before autocast casts its arguments, and is off while
+    `answer` runs: what `answer` itself calls is PyTorch's.
+
+    Attributes:
+        answered: Calls answered so far.
+    """
+
+    def __init__(self, answer: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+        self.answered = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answers attention and lets every other function pass."""
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.answered += 1
+        return self.answer(*args, **(kwargs or {}))

@@ -1,0 +1,333 @@
+"""What is known about each multi-view transformer: one frozen record per model.
+
+A record says how to recognise the model, which of its attention modules look across frames, and how their tokens lie.
+Models are recognised by structure and by class name, so no model package is imported here. The records side by side
+are the documentation of how the models differ; `svggt_kernels.patch` acts on them and knows no model by name.
+
+| record | global attention | special tokens per frame | reference frame |
+|---|---|---|---|
+| VGGT | every `global_blocks[i].attn` | first 5 (camera, registers) | 0 |
+| StreamVGGT | the same, causal over frames | first 5 | 0 |
+| VGGT-Omega | `inter_frame_blocks[i].attn` of type "global" | first 17 | 0 |
+| Pi3 | `decoder[i].attn`, odd i | first 5, alike in all frames | none |
+| Depth Anything 3 | `pretrained.blocks[i].attn`, odd i from `alt_start` | first 1 | 0, after reordering |
+| MapAnything | `self_attention_blocks[i].attn`, even i | last T, and trailing tokens after all frames | 0 |
+| toy | every `global_blocks[i].attn` | first `num_special_tokens` | 0 |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["RECORDS", "ForwardInputs", "ModelRecord", "find_model", "stated_record"]
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What a record reads from the arguments of one forward: how many frames there are and how their tokens lie.
+
+    Attributes:
+        images: What a covisibility function is given: the images `[B, S, 3, H, W]`; for MapAnything, whose transformer
+            never sees them, its list of S feature maps `[B, C, h, w]`; for a model no record knows, its first tensor.
+        frames: Frames S of each sample; None if the number of tokens tells.
+        tokens_per_frame: Tokens P of each frame, special ones included; None if the number of frames tells.
+        special_tokens: The first R tokens of each frame, or (a, b) for the first a and the last b.
+        trailing_tokens: Tokens after the last frame that belong to no frame.
+    """
+
+    images: Any
+    frames: int | None
+    tokens_per_frame: int | None = None
+    special_tokens: int | tuple[int, int] = 0
+    trailing_tokens: int = 0
+
+
+def _keeps_order(module: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The facts about one model that patching needs.
+
+    `module` below is the module the record recognises: the innermost one whose own forward runs every global
+    attention, so that a patch attached to it works however the model is called.
+
+    Attributes:
+        name: What to call the model.
+        structure: What makes a module this model, in words.
+        matches: Whether a module is this model.
+        global_attention: The attention modules that look across frames, by name relative to `module`.
+        read: Reads (module, arguments of its forward by name) and tells how the tokens of this forward lie.
+        reference_frame: The frame that sets the coordinate system, as the model orders frames; None if there is none.
+        causal: Whether a frame sees only itself and earlier frames.
+        reorders_between: Names of the two consecutive blocks between which the model reorders its frames: what leaves
+            the first and what enters the second are the same tokens `[B * S, P, C]`, frames in another order. None if
+            it keeps the order of the images.
+    """
+
+    name: str
+    structure: str
+    matches: Callable[[nn.Module], bool]
+    global_attention: Callable[[nn.Module], dict[str, nn.Module]]
+    read: Callable[[nn.Module, Mapping[str, Any]], ForwardInputs]
+    reference_frame: int | None = 0
+    causal: bool = False
+    reorders_between: Callable[[nn.Module], tuple[str, str] | None] = _keeps_order
+
+
+def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
+    """Returns the record of a model, and the name and module inside it that the record recognises.
+
+    Args:
+        model: A model of the family, or any module that holds one: a wrapper with heads, a pipeline.
+
+    Raises:
+        ValueError: If no record knows the model, or it holds several known models.
+    """
+    found: list[tuple[ModelRecord, str, nn.Module]] = []
+    for name, module in model.named_modules():
+        record = next((record for record in RECORDS if record.matches(module)), None)
+        if record is not None:
+            # A wrapper that passes attributes on (torch.compile) looks like the model inside it.
+            found = [other for other in found if module not in other[2].modules()]
+            found.append((record, name, module))
+    if not found:
+        known = "\n".join(f"  {record.name}: {record.structure}" for record in RECORDS)
+        raise ValueError(
+            f"no record knows the model {type(model).__name__}; looked in it and in its submodules for\n{known}\n"
+            "Name the modules of its global attention yourself: patch(model, modules=[block.attn for block in ...], "
+            "tokens_per_frame=P, num_special_tokens=R)."
+        )
+    if len(found) > 1:
+        listed = ", ".join(f"{name} ({record.name})" for record, name, _ in found)
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models: {listed}; patch each by itself, "
+            f"for example patch(model.{found[0][1]})"
+        )
+    return found[0]
+
+
+def _blocks(module: nn.Module, path: str, chosen: Callable[[int], bool]) -> dict[str, nn.Module]:
+    """Returns the attention of the chosen blocks of a ModuleList, by name."""
+    blocks = module.get_submodule(path)
+    names = [f"{i}.attn" for i, _ in enumerate(blocks.children()) if chosen(i)]
+    return {f"{path}.{name}": blocks.get_submodule(name) for name in names}
+
+
+def _has_blocks(module: nn.Module, *paths: str) -> bool:
+    """Whether each path names a ModuleList, not empty, whose blocks have an attention called `attn`."""
+    return all(_are_blocks(getattr(module, path, None)) for path in paths)
+
+
+def _are_blocks(blocks: object) -> bool:
+    return (
+        isinstance(blocks, nn.ModuleList)
+        and len(blocks) > 0
+        and all(isinstance(getattr(block, "attn", None), nn.Module) for block in blocks)
+    )
+
+
+def _has(module: nn.Module, names: Iterable[str]) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+def _from_images(images: Tensor, special_tokens: int) -> ForwardInputs:
+    """Reads images `[B, S, 3, H, W]`, or `[S, 3, H, W]` for one sample."""
+    batched = images if images.dim() == 5 else images[None]
+    return ForwardInputs(batched, batched.shape[1], special_tokens=special_tokens)
+
+
+def _is_alternating(module: nn.Module) -> bool:
+    return _has_blocks(module, "frame_blocks", "global_blocks") and hasattr(module, "patch_start_idx")
+
+
+def _is_streaming(module: nn.Module) -> bool:
+    return _is_alternating(module) and "past_key_values" in inspect.signature(type(module).forward).parameters
+
+
+def _global_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    return _blocks(module, "global_blocks", lambda i: True)
+
+
+def _read_vggt(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    return _from_images(arguments["images"], module.patch_start_idx)
+
+
+def _read_streaming(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    if arguments.get("use_cache"):
+        raise ValueError(
+            "a patched StreamVGGT runs all frames at once, without a KV cache, but got use_cache=True; "
+            "call undo() on the patch before streaming"
+        )
+    return _read_vggt(module, arguments)
+
+
+def _is_omega(module: nn.Module) -> bool:
+    names = ("inter_frame_attention_types", "patch_token_start")
+    return _has_blocks(module, "inter_frame_blocks") and _has(module, names)
+
+
+def _read_omega(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    return _from_images(arguments["images"], module.patch_token_start)
+
+
+def _omega_attention(module: Any) -> dict[str, nn.Module]:
+    kinds = module.inter_frame_attention_types
+    return _blocks(module, "inter_frame_blocks", lambda i: kinds[i] == "global")
+
+
+def _is_pi3(module: nn.Module) -> bool:
+    return _has_blocks(module, "decoder") and _has(module, ("encoder", "register_token", "patch_start_idx"))
+
+
+def _pi3_attention(module: nn.Module) -> dict[str, nn.Module]:
+    return _blocks(module, "decoder", lambda i: i % 2 == 1)
+
+
+def _read_pi3(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    return _from_images(arguments["imgs"], module.patch_start_idx)
+
+
+def _is_da3(module: Any) -> bool:
+    # The wrapper of the transformer, which others call; the transformer itself has no forward.
+    pretrained = getattr(module, "pretrained", None)
+    return isinstance(pretrained, nn.Module) and _has_blocks(pretrained, "blocks") and _alt_start(pretrained) >= 0
+
+
+def _alt_start(pretrained: Any) -> int:
+    return getattr(pretrained, "alt_start", -1)
+
+
+def _da3_attention(module: Any) -> dict[str, nn.Module]:
+    first = module.pretrained.alt_start
+    return _blocks(module, "pretrained.blocks", lambda i: i >= first and i % 2 == 1)
+
+
+def _da3_reorders_between(module: Any) -> tuple[str, str] | None:
+    first = module.pretrained.alt_start
+    return (f"pretrained.blocks.{first - 2}", f"pretrained.blocks.{first - 1}") if first >= 2 else None
+
+
+def _read_da3(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    return _from_images(arguments["x"], 1 + module.pretrained.num_register_tokens)
+
+
+def _is_mapanything(module: nn.Module) -> bool:
+    name = "MultiViewAlternatingAttentionTransformer"
+    return _has_blocks(module, "self_attention_blocks") and name in (cls.__name__ for cls in type(module).__mro__)
+
+
+def _mapanything_attention(module: nn.Module) -> dict[str, nn.Module]:
+    return _blocks(module, "self_attention_blocks", lambda i: i % 2 == 0)
+
+
+def _read_mapanything(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    given = arguments["model_input"]
+    per_view, trailing = given.additional_input_tokens_per_view, given.additional_input_tokens
+    return ForwardInputs(
+        images=given.features,
+        frames=len(given.features),
+        special_tokens=(0, 0 if per_view is None else per_view[0].shape[-1]),
+        trailing_tokens=0 if trailing is None else trailing.shape[-1],
+    )
+
+
+def _is_toy(module: nn.Module) -> bool:
+    return _has_blocks(module, "frame_blocks", "global_blocks") and hasattr(module, "num_special_tokens")
+
+
+def _read_toy(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
+    return _from_images(arguments["images"], module.num_special_tokens)
+
+
+def stated_record(
+    name: str,
+    *,
+    tokens_per_frame: int | None,
+    special_tokens: int | tuple[int, int],
+    trailing_tokens: int,
+) -> ModelRecord:
+    """Returns a record for a model no record knows, whose tokens lie as the caller states."""
+    read = _StatedTokens(tokens_per_frame, special_tokens, trailing_tokens)
+    return ModelRecord(name, "named by the caller", _is_nothing, _no_modules, read)
+
+
+@dataclass(frozen=True)
+class _StatedTokens:
+    tokens_per_frame: int | None
+    special_tokens: int | tuple[int, int]
+    trailing_tokens: int
+
+    def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
+        images = next((given for given in arguments.values() if isinstance(given, Tensor)), None)
+        return ForwardInputs(images, None, self.tokens_per_frame, self.special_tokens, self.trailing_tokens)
+
+
+def _is_nothing(module: nn.Module) -> bool:
+    return False
+
+
+def _no_modules(module: nn.Module) -> dict[str, nn.Module]:
+    return {}
+
+
+RECORDS = (
+    ModelRecord(
+        name="StreamVGGT",
+        structure="frame_blocks, global_blocks and patch_start_idx, and a forward that takes past_key_values",
+        matches=_is_streaming,
+        global_attention=_global_blocks,
+        read=_read_streaming,
+        causal=True,
+    ),
+    ModelRecord(
+        name="VGGT",
+        structure="frame_blocks, global_blocks and patch_start_idx; so have forks of VGGT and HunyuanWorld-Mirror",
+        matches=_is_alternating,
+        global_attention=_global_blocks,
+        read=_read_vggt,
+    ),
+    ModelRecord(
+        name="VGGT-Omega",
+        structure="inter_frame_blocks, inter_frame_attention_types and patch_token_start",
+        matches=_is_omega,
+        global_attention=_omega_attention,
+        read=_read_omega,
+    ),
+    ModelRecord(
+        name="Pi3",
+        structure="decoder (blocks with attn), encoder, register_token and patch_start_idx",
+        matches=_is_pi3,
+        global_attention=_pi3_attention,
+        read=_read_pi3,
+        reference_frame=None,
+    ),
+    ModelRecord(
+        name="Depth Anything 3",
+        structure="pretrained.blocks and pretrained.alt_start of 0 or more",
+        matches=_is_da3,
+        global_attention=_da3_attention,
+        read=_read_da3,
+        reorders_between=_da3_reorders_between,
+    ),
+    ModelRecord(
+        name="MapAnything",
+        structure="UniCeption's class MultiViewAlternatingAttentionTransformer, with self_attention_blocks",
+        matches=_is_mapanything,
+        global_attention=_mapanything_attention,
+        read=_read_mapanything,
+    ),
+    ModelRecord(
+        name="toy",
+        structure="frame_blocks, global_blocks and num_special_tokens (svggt_kernels.toy)",
+        matches=_is_toy,
+        global_attention=_global_blocks,
+        read=_read_toy,
+    ),
+)

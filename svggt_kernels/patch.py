@@ -1,0 +1,496 @@
+"""`patch(model)`: put block-sparse attention into a multi-view transformer, prove that it acts, and take it out again.
+
+Every model of the family calls `scaled_dot_product_attention` once in each global attention module. A patch stands in
+for the forward of those modules, on this one model, and answers that call with `block_sparse_attention`. Weights,
+state_dict keys, classes and PyTorch's functions stay as they are. The layout is made once per forward, at the first
+global attention, and shared by all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .attention import block_sparse_attention, choose_backend, prepare
+from .covisibility import CovisibilityGraph
+from .covisibility.graph import GraphSummary
+from .frame_graphs import TokenSimilarity
+from .interception import Answering, StandIn
+from .layout import BlockLayout
+from .models import ForwardInputs, find_model, stated_record
+from .planning import Covisibility, Forward, Planner, require_redundant
+
+__all__ = ["Patch", "PatchReport", "TokenSimilarity", "patch"]
+
+# Forwards kept for activation checkpointing to run again in their backward.
+FORWARDS_KEPT = 16
+
+
+def patch(
+    model: nn.Module,
+    *,
+    covisibility: Covisibility = "tokens",
+    special_tokens: Literal["dense", "masked"] = "dense",
+    backend: str | None = None,
+    modules: Iterable[str | nn.Module] | None = None,
+    tokens_per_frame: int | None = None,
+    num_special_tokens: int | tuple[int, int] = 0,
+    trailing_tokens: int = 0,
+) -> Patch:
+    """Makes the global attention of `model` attend between covisible frames only, until `undo()`.
+
+    Models that `svggt_kernels.models` has a record of need no more than `patch(model)`. Each call of the model then
+    raises if any of its global attention did not come through here. For other models name the attention modules and
+    say how their tokens lie; the last four arguments are for that:
+
+        patch(model, modules=[block.attn for block in model.blocks], tokens_per_frame=P, num_special_tokens=R)
+
+    A deep copy or a pickled copy of a patched model is patched too, by itself; `Patch.of(copy)` is its handle. Scale,
+    autocast, gradients and activation checkpointing work as before. A temperature that a model derives from its number
+    of tokens (UniCeption's entropy scaling) stays as the model computes it, from all tokens.
+
+    Args:
+        model: The model, or any module that holds it.
+        covisibility: Which frames see which:
+            "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
+            "all": everything, which is dense attention;
+            a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;
+            a function of the images `[B, S, 3, H, W]` that returns either.
+        special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
+            "masked": they are ordinary tokens of their frame.
+        backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
+        modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
+        tokens_per_frame: With `modules`, the tokens P of a frame, special ones included. Not needed if `covisibility`
+            gives graphs, whose number of frames tells.
+        num_special_tokens: With `modules`, the number of tokens at the start of each frame that are special; (a, b)
+            for the first a and the last b.
+        trailing_tokens: With `modules`, the number of tokens after the last frame that belong to no frame.
+
+    Returns:
+        The handle: `undo()`, `report()`, and a context manager that undoes at its end.
+
+    Raises:
+        ValueError: If no record knows the model and `modules` is not given, the model is patched already, or an
+            argument has no meaning. Calls of the patched model raise ValueError for attention that a layout cannot
+            express: dropout, causal attention, masks that hide visible frames, keys that are not the queries' tokens.
+        TypeError: If an argument is of another type.
+    """
+    if special_tokens not in ("dense", "masked"):
+        raise ValueError(f'special_tokens must be "dense" or "masked", got {special_tokens!r}')
+    if backend is not None:
+        backends.load(backend)
+    if modules is None:
+        if tokens_per_frame is not None or num_special_tokens != 0 or trailing_tokens != 0:
+            raise ValueError(
+                "tokens_per_frame, num_special_tokens and trailing_tokens describe a model that no record knows; "
+                "give them together with modules="
+            )
+        record, path, root = find_model(model)
+        attention = record.global_attention(root)
+    else:
+        path, root, attention = "", model, _named_modules(model, modules)
+        record = stated_record(
+            type(model).__name__,
+            tokens_per_frame=tokens_per_frame,
+            special_tokens=num_special_tokens,
+            trailing_tokens=trailing_tokens,
+        )
+    if record.causal and special_tokens == "dense":
+        raise ValueError(
+            f"{record.name} is causal, and dense special tokens would show it later frames; "
+            'use patch(model, special_tokens="masked")'
+        )
+    return Patch(root, path, attention, Planner(record, covisibility, special_tokens == "dense"), backend)
+
+
+class Patch:
+    """The handle of a patched model. `patch` makes it; leaving it as a context manager undoes it.
+
+    Attributes:
+        record: What is known about the model.
+        modules: Names of the patched attention modules.
+    """
+
+    def __init__(
+        self, root: nn.Module, path: str, attention: dict[str, nn.Module], planner: Planner, backend: str | None
+    ) -> None:
+        def full(name: str) -> str:
+            return f"{path}.{name}" if path else name
+
+        self.record = planner.record
+        self.modules = tuple(full(name) for name in attention)
+        self._planner = planner
+        self._backend = backend
+        self._root = StandIn(root, path or type(root).__name__, self._run_model)
+        self._stand_ins = [self._root]
+        self._stand_ins += [StandIn(module, full(name), self._attend) for name, module in attention.items()]
+        self._reorders = self.record.reorders_between(root)
+        if self._reorders is not None:
+            before, after = self._reorders
+            self._stand_ins.append(StandIn(root.get_submodule(before), full(before), self._before_reordering))
+            self._stand_ins.append(StandIn(root.get_submodule(after), full(after), self._after_reordering))
+        self._installed = False
+        self._calls = 0
+        self._active: Forward | None = None
+        self._last: Forward | None = None
+        self._history: deque[Forward] = deque(maxlen=FORWARDS_KEPT)
+        self._install()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Patch:
+        """Returns the handle of a patched model, for example of a deep copy or of a model loaded from a file.
+
+        Raises:
+            ValueError: If the model is not patched.
+        """
+        for module in model.modules():
+            stand_in = module.__dict__.get("forward")
+            if isinstance(stand_in, StandIn):
+                return stand_in.around.__self__  # type: ignore[attr-defined]
+        raise ValueError(f"{type(model).__name__} is not patched")
+
+    def undo(self) -> None:
+        """Takes the patch out and leaves no trace of it in the model.
+
+        Raises:
+            RuntimeError: If it was undone already, or something else has replaced the forward of a patched module.
+        """
+        if not self._installed:
+            raise RuntimeError("this patch was undone already; patch(model) makes a new one")
+        covered = [stand_in.name for stand_in in self._stand_ins if not stand_in.installed]
+        if covered:
+            raise RuntimeError(
+                f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then undo()"
+            )
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+        self._installed = False
+        self._history.clear()
+        self._planner.forget()
+
+    @property
+    def graphs(self) -> tuple[CovisibilityGraph, ...]:
+        """The graphs of the last forward, frames in the order of the images: one per sample, or one for all."""
+        return self._finished().graphs
+
+    @property
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        """The layouts of the last forward, frames in the order of the model: one per sample, or one for all."""
+        return self._finished().layouts
+
+    @property
+    def graph(self) -> CovisibilityGraph:
+        """The graph of the last forward, if all samples had the same."""
+        return _only(self.graphs, "graphs")
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The layout of the last forward, if all samples had the same."""
+        return _only(self.layouts, "layouts")
+
+    def report(self) -> PatchReport:
+        """Tells what is patched and what ran in the last forward; reads the graph from its device."""
+        forward = self._last or Forward(ForwardInputs(None, None))
+        chosen, passed_over = None, {}
+        if forward.kind is not None:
+            chosen = choose_backend(*forward.kind, self._backend)
+            for name, reason in backends.reasons(*forward.kind).items():
+                if name == chosen:
+                    break
+                passed_over[name] = reason or f"backend={chosen!r} was asked for"
+        return PatchReport(
+            model=self.record.name,
+            modules=self.modules,
+            special_tokens="dense" if self._planner.dense_special else "masked",
+            calls_last_forward=sum(forward.answered.values()),
+            calls_total=self._calls,
+            graphs=tuple(graph.summary() for graph in forward.graphs),
+            visible_pairs=sum(layout.visible_pairs for layout in forward.layouts),
+            dense_pairs=sum(layout.num_tokens * layout.num_key_tokens for layout in forward.layouts),
+            backend=chosen,
+            passed_over=passed_over,
+            planning_seconds=forward.seconds,
+        )
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installed:
+            self.undo()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_active": None, "_last": None, "_history": deque(maxlen=FORWARDS_KEPT)}
+
+    def _install(self) -> None:
+        for stand_in in self._stand_ins:
+            if isinstance(stand_in.replaced, StandIn):
+                raise ValueError(
+                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
+                )
+        for stand_in in self._stand_ins:
+            stand_in.install()
+        self._installed = True
+
+    def _finished(self) -> Forward:
+        if self._last is None:
+            raise RuntimeError("there is no graph or layout before the first forward of the patched model")
+        return self._last
+
+    @torch.compiler.disable(recursive=False)
+    def _run_model(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Runs one forward of the model and checks that every patched attention was answered in it."""
+        if self._active is not None:
+            raise RuntimeError(
+                f"{stand_in.name} is running already; a patched model runs one forward at a time. "
+                "Give each thread its own copy.deepcopy(model)"
+            )
+        module = stand_in.module
+        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        del arguments[next(iter(arguments))]
+        inputs = self.record.read(module, arguments)
+        start = time.perf_counter()
+        graphs = self._planner.begin(inputs)
+        forward = Forward(
+            replace(inputs, images=None),
+            recomputable=torch.is_grad_enabled(),
+            reorders=self._reorders is not None,
+            graphs=graphs,
+            seconds=time.perf_counter() - start,
+        )
+        self._active = forward
+        try:
+            output = stand_in.original(*args, **kwargs)
+        finally:
+            self._active = None
+        missed = [name for name in self.modules if not forward.answered[name]]
+        if missed:
+            raise RuntimeError(
+                f"{len(missed)} of {len(self.modules)} patched modules were not called in this forward of "
+                f"{stand_in.name}: {', '.join(missed)}. Patch the modules that it calls: patch(model, modules=[...])"
+            )
+        self._last = forward
+        if forward.recomputable:
+            self._history.append(forward)
+        return output
+
+    @torch.compiler.disable
+    def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Runs a global attention module, its attention call answered here."""
+        with Answering(partial(self._answer, stand_in.name, (*args, *kwargs.values()))) as answering:
+            output = stand_in.original(*args, **kwargs)
+        if not answering.answered:
+            raise RuntimeError(
+                f"{stand_in.name} did not call torch.nn.functional.scaled_dot_product_attention, so nothing was made "
+                "sparse. Where the module has a switch for fused attention, turn it on (module.fused_attn = True); "
+                "attention through xformers or flash_attn must be switched off"
+            )
+        return output
+
+    def _answer(
+        self,
+        name: str,
+        module_inputs: tuple[Any, ...],
+        query: Tensor,  # [B, H, N, D]
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, D]
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Answers one call of scaled_dot_product_attention, whose parameters these are after the first two."""
+        if dropout_p > 0:
+            raise ValueError(
+                f"attention dropout must be 0 in a patched model, but {name} uses dropout_p={dropout_p}; "
+                "set it to 0 or call model.eval()"
+            )
+        if is_causal or enable_gqa:
+            raise ValueError(f"{name} uses is_causal={is_causal}, enable_gqa={enable_gqa}; a patch supports neither")
+        if query.dim() != 4 or key.shape[:-1] != query.shape[:-1]:
+            raise ValueError(
+                f"{name} must attend from [B, H, N, D] to the same tokens, but its queries are {list(query.shape)} and "
+                f"its keys {list(key.shape)}; caches of keys and cross-attention are not supported"
+            )
+        forward = self._active or self._recomputed(name, query)
+        if not forward.layouts:
+            start = time.perf_counter()
+            self._planner.plan(forward, name, query, module_inputs)
+            self._prepare(forward, query)
+            forward.seconds += time.perf_counter() - start
+        layouts = forward.layouts
+        if query.shape[2] != layouts[0].num_tokens or len(layouts) not in (1, len(query)):
+            raise ValueError(
+                f"{name} attends in {len(query)} samples of {query.shape[2]} tokens, but the first global attention of "
+                f"this forward did so in {len(layouts)} of {layouts[0].num_tokens}; the layers of a patched model must "
+                "agree (no token merging, no stochastic depth over samples)"
+            )
+        if attn_mask is not None:
+            require_redundant(name, attn_mask, layouts)
+        if len(layouts) == 1:
+            out = self._run(query, key, value, layouts[0], scale)
+        else:
+            samples = zip(query.split(1), key.split(1), value.split(1), layouts, strict=True)
+            out = torch.cat([self._run(*sample, scale) for sample in samples])
+        self._calls += 1
+        if forward is self._active:
+            forward.answered[name] += 1
+            if forward.recomputable:
+                forward.samples[name] = _sample(query)
+        return out
+
+    def _prepare(self, forward: Forward, query: Tensor) -> None:
+        """Makes the tables that the backend walks, so that no layer has to."""
+        device = query.device
+        autocast = torch.is_autocast_enabled(device.type) and query.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype
+        forward.kind = (device, dtype, query.shape[-1])
+        training = torch.is_grad_enabled() and query.requires_grad
+        for layout in forward.layouts:
+            prepare(layout, dtype, query.shape[-1], backend=self._backend, training=training)
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float | None) -> Tensor:
+        out = block_sparse_attention(query, key, value, layout, scale=scale, backend=self._backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _recomputed(self, name: str, query: Tensor) -> Forward:
+        """Returns the forward that activation checkpointing runs again, in the backward of this attention."""
+        if torch._C._current_graph_task_id() == -1 or not self._history:
+            raise RuntimeError(
+                f"{name} was called outside a forward of {self._root.name}, where its frames are not known; call "
+                f"{self._root.name} instead, or patch the module that you call: patch(module, modules=[...])"
+            )
+        forwards = [forward for forward in reversed(self._history) if name in forward.samples]
+        if all(forward.layouts == forwards[0].layouts for forward in forwards):
+            return forwards[0]
+        # Several forwards wait for their backward, each with a layout of its own: the queries tell which one this is.
+        sample, nearest, distance = _sample(query), None, float("inf")
+        for forward in forwards:
+            if forward.samples[name].shape == sample.shape:
+                apart = float((forward.samples[name] - sample).abs().max() / sample.abs().max().clamp_min(1e-30))
+                if apart < distance:
+                    nearest, distance = forward, apart
+                if apart == 0:
+                    break
+        if nearest is None or distance > 1e-2:
+            raise RuntimeError(
+                f"activation checkpointing runs {name} again for a forward that is none of the last {FORWARDS_KEPT}; "
+                "run backward sooner, or give one covisibility graph for all forwards"
+            )
+        return nearest
+
+    def _before_reordering(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        output = stand_in.original(*args, **kwargs)
+        if self._active is not None:
+            self._active.before = _sample_frames(output)
+        return output
+
+    def _after_reordering(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        if self._active is not None:
+            self._active.after = _sample_frames(args[0])
+        return stand_in.original(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What a patch did; `str` of it is for people.
+
+    Attributes:
+        model: Name of the model's record.
+        modules: Names of the patched attention modules.
+        special_tokens: "dense" or "masked".
+        calls_last_forward: Attention calls answered in the last forward.
+        calls_total: Attention calls answered since the patch, those that checkpointing ran again included.
+        graphs: Summary of each graph of the last forward: one per sample, or one for all.
+        visible_pairs: (query token, key token) pairs that attend, summed over `graphs`.
+        dense_pairs: The same under dense attention.
+        backend: The backend that ran; None before the first forward.
+        passed_over: Each better backend and why it did not run.
+        planning_seconds: Time spent on graph, layout and tables in the last forward, on the host.
+    """
+
+    model: str
+    modules: tuple[str, ...]
+    special_tokens: str
+    calls_last_forward: int
+    calls_total: int
+    graphs: tuple[GraphSummary, ...]
+    visible_pairs: int
+    dense_pairs: int
+    backend: str | None
+    passed_over: dict[str, str]
+    planning_seconds: float
+
+    @property
+    def token_density(self) -> float | None:
+        """Visible pairs / dense pairs of tokens; None before the first forward."""
+        return self.visible_pairs / self.dense_pairs if self.dense_pairs else None
+
+    @property
+    def ideal_speedup(self) -> float | None:
+        """Dense pairs / visible pairs of tokens: the speed-up of attention if time followed the work."""
+        return self.dense_pairs / self.visible_pairs if self.visible_pairs else None
+
+    def __str__(self) -> str:
+        where = self.modules if len(self.modules) <= 3 else (self.modules[0], "...", self.modules[-1])
+        lines = [
+            f"{self.model}: {len(self.modules)} global attention modules patched ({', '.join(where)})",
+            f"special tokens: {self.special_tokens}",
+        ]
+        if self.backend is None:
+            return "\n".join([*lines, "no forward yet"])
+        lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
+        lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
+        lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
+        lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms")
+        lines.append(f"backend: {self.backend}")
+        lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
+        return "\n".join(lines)
+
+
+def _named_modules(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
+    """Returns the modules by name, given either."""
+    if isinstance(modules, (str, nn.Module)):
+        raise TypeError(f"modules must be a list of modules or their names, got one {type(modules).__name__}")
+    known = {name: module for name, module in model.named_modules() if module is not model}
+    names = {id(module): name for name, module in known.items()}
+    chosen: dict[str, nn.Module] = {}
+    for given in modules:
+        name = given if isinstance(given, str) else names.get(id(given), "")
+        if name not in known:
+            what = f"a module called {given!r}" if isinstance(given, str) else f"this {type(given).__name__}"
+            raise ValueError(f"{type(model).__name__} does not hold {what}; modules must be submodules of the model")
+        if name in chosen:
+            raise ValueError(f"{name} is given twice in modules")
+        chosen[name] = known[name]
+    if not chosen:
+        raise ValueError("modules is empty; name at least one global attention module")
+    return chosen
+
+
+def _only(items: tuple[Any, ...], name: str) -> Any:
+    if len(items) != 1:
+        raise ValueError(f"the last forward had {len(items)} {name}, one per sample; use handle.{name}")
+    return items[0]
+
+
+def _sample(query: Tensor) -> Tensor:
+    """Returns some values of the queries, `[B, <= 32, <= 8]`, finite."""
+    step = max(1, query.shape[2] // 16)
+    return query.detach()[:, 0, ::step, :8].nan_to_num().clone()
+
+
+def _sample_frames(tokens: Tensor) -> Tensor:
+    """Returns some values of each frame's tokens `[B * S, P, C]`, as `[B * S, K]`."""
+    return tokens.detach()[:, :4, :64].flatten(1).clone()

@@ -1,0 +1,256 @@
+"""From one forward of a patched model to its layouts: which frames there are, who sees whom, in which order."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .covisibility import CovisibilityGraph
+from .frame_graphs import TokenSimilarity, earlier_frames_only, frame_order, in_order, inverse
+from .layout import BlockLayout
+from .models import ForwardInputs, ModelRecord
+
+__all__ = ["Covisibility", "Forward", "Planner", "require_redundant"]
+
+Graphs = CovisibilityGraph | Sequence[CovisibilityGraph]
+Covisibility = Literal["tokens", "all"] | TokenSimilarity | Graphs | Callable[[Any], Graphs]
+Order = tuple[int, ...] | None
+
+# Layouts kept for graphs that come again.
+LAYOUTS_KEPT = 16
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of a patched model.
+
+    Attributes:
+        inputs: What the record read from its arguments.
+        recomputable: Whether gradients were on, so that checkpointing may run parts of it again.
+        reorders: Whether the model reorders its frames inside.
+        graphs: Who sees whom, frames in the order of the images; one per sample or one for all.
+        layouts: The same over tokens, frames in the order of the model; empty until the first global attention.
+        seconds: Time spent on both, and on the tables of the layouts.
+        answered: Calls answered, by module.
+        kind: Device, dtype and head size of those calls.
+        samples: Some values of the queries of each module.
+        before: Some values of each frame's tokens before the model reordered its frames.
+        after: The same values after.
+    """
+
+    inputs: ForwardInputs
+    recomputable: bool = False
+    reorders: bool = False
+    graphs: tuple[CovisibilityGraph, ...] = ()
+    layouts: tuple[BlockLayout, ...] = ()
+    seconds: float = 0.0
+    answered: Counter[str] = field(default_factory=Counter)
+    kind: tuple[torch.device, torch.dtype, int] | None = None
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+
+class Planner:
+    """Finds the graphs and layouts of forward after forward; the same graph gives the same layout again.
+
+    Args:
+        record: What is known about the model.
+        covisibility: As given to `patch`.
+        dense_special: Whether special tokens see everything and are seen by everything.
+
+    Raises:
+        ValueError: If `covisibility` is an unknown word.
+        TypeError: If it is none of the types that it may be.
+    """
+
+    def __init__(self, record: ModelRecord, covisibility: Covisibility, dense_special: bool) -> None:
+        self.record = record
+        self.dense_special = dense_special
+        self.source: Literal["all"] | TokenSimilarity | Callable[[Any], Graphs] | tuple[CovisibilityGraph, ...]
+        if isinstance(covisibility, str):
+            if covisibility not in ("tokens", "all"):
+                raise ValueError(f'covisibility must be "tokens", "all", graphs or a function, got {covisibility!r}')
+            self.source = "all" if covisibility == "all" else TokenSimilarity()
+        elif isinstance(covisibility, TokenSimilarity) or callable(covisibility):
+            self.source = covisibility
+        else:
+            self.source = _checked_graphs("covisibility", covisibility)
+        self._layouts: OrderedDict[tuple[Any, ...], tuple[CovisibilityGraph, BlockLayout]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": OrderedDict()}
+
+    def forget(self) -> None:
+        """Drops the layouts kept."""
+        self._layouts.clear()
+
+    def begin(self, inputs: ForwardInputs) -> tuple[CovisibilityGraph, ...]:
+        """Returns the graphs that are known before the forward runs: those given, and those that its images give."""
+        if isinstance(self.source, tuple):
+            return self.source
+        if callable(self.source):
+            return _checked_graphs("what the covisibility function returns", self.source(inputs.images))
+        return ()
+
+    def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: tuple[Any, ...]) -> None:
+        """Finds the graphs of a forward at its first global attention and lays them over its tokens.
+
+        Args:
+            forward: Where graphs and layouts are put.
+            name: What messages call the attention module.
+            query: Its queries, `[B, H, N, D]`.
+            module_inputs: Its arguments, its tokens `[B, N, C]` among them.
+        """
+        inputs, batch, num_tokens = forward.inputs, query.shape[0], query.shape[2]
+        frames = _num_frames(forward, name, num_tokens)
+        per_frame = (num_tokens - inputs.trailing_tokens) // frames
+        orders = self._orders(forward, frames, batch)
+        if isinstance(self.source, TokenSimilarity):
+            patches = _patch_tokens(name, module_inputs, (batch, frames, per_frame), inputs)
+            seen = [self.source.graph(tokens, self.record.reference_frame) for tokens in patches]
+            forward.graphs = tuple(
+                in_order(graph, None if order is None else inverse(order))
+                for graph, order in zip(seen, orders, strict=True)
+            )
+        elif self.source == "all":
+            forward.graphs = (CovisibilityGraph.all_visible(frames),)
+        graphs = forward.graphs
+        if len(graphs) not in (1, batch):
+            raise ValueError(f"covisibility must give one graph, or one for each of {batch} samples, got {len(graphs)}")
+        for graph in graphs:
+            if graph.num_frames != frames or graph.num_key_frames != frames:
+                raise ValueError(
+                    f"the covisibility graph must be over the {frames} frames of this forward, got "
+                    f"{graph.num_frames} x {graph.num_key_frames} frames"
+                )
+        layouts = tuple(
+            self._layout(graph, order, per_frame, inputs, query.device)
+            for graph, order in zip(graphs if len(graphs) == batch else graphs * batch, orders, strict=True)
+        )
+        forward.layouts = layouts[:1] if all(layout is layouts[0] for layout in layouts) else layouts
+
+    def _orders(self, forward: Forward, frames: int, batch: int) -> list[Order]:
+        """Returns for each sample which image lies at each place inside the model; None if it kept their order."""
+        if self.source == "all" or not forward.reorders:
+            return [None] * batch
+        if forward.before is None or forward.after is None:
+            raise RuntimeError(
+                f"{self.record.name} did not call the blocks between which it reorders its frames before its first "
+                'global attention, so their order is unknown; use covisibility="all", or name the modules yourself'
+            )
+        return [
+            frame_order(before, after)
+            for before, after in zip(forward.before.split(frames), forward.after.split(frames), strict=True)
+        ]
+
+    def _layout(
+        self, graph: CovisibilityGraph, order: Order, per_frame: int, inputs: ForwardInputs, device: torch.device
+    ) -> BlockLayout:
+        """Returns the layout of a graph whose frames are in the order of the images."""
+        key = (id(graph), order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
+        if key in self._layouts:
+            self._layouts.move_to_end(key)
+            return self._layouts[key][1]
+        ordered = in_order(graph, order)
+        if self.record.causal:
+            ordered = earlier_frames_only(ordered)
+        layout = BlockLayout.from_graph(
+            ordered,
+            per_frame,
+            special_tokens=inputs.special_tokens,
+            dense_special=self.dense_special,
+            trailing_tokens=inputs.trailing_tokens,
+        )
+        if layout.device != device:
+            layout = layout.to(device)
+        # The graph is kept with its layout so that no other graph gets its id.
+        self._layouts[key] = (graph, layout)
+        if len(self._layouts) > LAYOUTS_KEPT:
+            self._layouts.popitem(last=False)
+        return layout
+
+
+def require_redundant(name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...]) -> None:
+    """Raises unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
+
+    Args:
+        name: What the message calls the attention module.
+        attn_mask: As `scaled_dot_product_attention` takes it, `[..., N, N]`, True or 0 where tokens may attend.
+        layouts: One per sample, or one for all.
+
+    Raises:
+        ValueError: If the mask hides or weighs a visible pair.
+    """
+    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
+    allowed = allowed.reshape((1,) * (4 - allowed.dim()) + allowed.shape)
+    for sample, layout in enumerate(layouts):
+        of_sample = allowed if len(layouts) == 1 else allowed[sample if len(allowed) > 1 else 0]
+        if bool((layout.to_dense() & ~of_sample).any()):
+            raise ValueError(
+                f"{name} is given an attn_mask that hides or weighs tokens which the covisibility graph shows. Leave "
+                "the mask out, or give a graph that shows only what the mask does"
+            )
+
+
+def _checked_graphs(what: str, graphs: object) -> tuple[CovisibilityGraph, ...]:
+    if isinstance(graphs, CovisibilityGraph):
+        return (graphs,)
+    if isinstance(graphs, Sequence) and graphs and all(isinstance(graph, CovisibilityGraph) for graph in graphs):
+        return tuple(graphs)
+    raise TypeError(
+        f"{what} must be a CovisibilityGraph or a list of one per sample, got {type(graphs).__name__}; a boolean "
+        "matrix becomes a graph with CovisibilityGraph.from_dense"
+    )
+
+
+def _num_frames(forward: Forward, name: str, num_tokens: int) -> int:
+    inputs = forward.inputs
+    in_frames = num_tokens - inputs.trailing_tokens
+    if inputs.frames is not None:
+        frames = inputs.frames
+    elif inputs.tokens_per_frame is not None:
+        frames = in_frames // inputs.tokens_per_frame
+    elif forward.graphs:
+        frames = forward.graphs[0].num_frames
+    else:
+        raise ValueError(
+            f"{name} attends over {num_tokens} tokens, and nothing tells how many of them are a frame; give "
+            "tokens_per_frame= to patch, or a graph as covisibility"
+        )
+    per_frame = inputs.tokens_per_frame or max(in_frames, 0) // max(frames, 1)
+    if frames < 1 or per_frame < 1 or frames * per_frame != in_frames:
+        raise ValueError(
+            f"{name} attends over {num_tokens} tokens, which is not {frames} frames of {per_frame} tokens and "
+            f"{inputs.trailing_tokens} trailing tokens; all frames must have the same number of tokens"
+        )
+    return frames
+
+
+def _patch_tokens(
+    name: str, module_inputs: tuple[Any, ...], sizes: tuple[int, int, int], inputs: ForwardInputs
+) -> Tensor:
+    """Returns the patch tokens `[B, S, P', C]` that enter an attention module, special tokens left out."""
+    batch, frames, per_frame = sizes
+    num_tokens = frames * per_frame + inputs.trailing_tokens
+    for tokens in module_inputs:
+        if isinstance(tokens, Tensor) and tokens.is_floating_point() and tokens.shape[:-1] == (batch, num_tokens):
+            break
+    else:
+        raise ValueError(
+            f'covisibility="tokens" needs the tokens [B, N, C] = [{batch}, {num_tokens}, C] among the arguments of '
+            f"{name}, and there are none; give a graph, or a function of the images, as covisibility"
+        )
+    special = inputs.special_tokens
+    first, last = special if isinstance(special, tuple) else (special, 0)
+    if first + last >= per_frame:
+        raise ValueError(
+            f'covisibility="tokens" needs patch tokens, but all {per_frame} tokens of a frame are special ones; '
+            "give a graph as covisibility"
+        )
+    return tokens[:, : frames * per_frame].unflatten(1, (frames, per_frame))[:, :, first : per_frame - last]

@@ -1,0 +1,37 @@
+"""Random layouts for fuzzing: everything in which a layout can differ."""
+
+from __future__ import annotations
+
+import torch
+
+from svggt_kernels import BlockLayout, CovisibilityGraph
+
+
+def random_layout(seed: int, *, max_frames: int = 5, max_tokens: int = 140, device: str = "cpu") -> BlockLayout:
+    """Draw frames, tokens, special and trailing tokens, and a graph that may have empty rows and unseen frames."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    leading, closing = draw(0, 3) * draw(0, 1), draw(0, 2) * draw(0, 1)
+    fewest = max(1, leading + closing)
+    frames, rectangular, ragged = draw(1, max_frames), draw(0, 2) == 0, draw(0, 1) == 1
+    key_frames = draw(1, max_frames) if rectangular else frames
+
+    def lengths(count: int) -> int | list[int]:
+        return [draw(fewest, max_tokens) for _ in range(count)] if ragged else draw(fewest, max_tokens)
+
+    if rectangular:
+        pairs = (torch.rand(frames, key_frames, generator=generator) < draw(0, 10) / 10).nonzero()
+        graph = CovisibilityGraph.from_pairs(frames, pairs, num_key_frames=key_frames)
+    else:
+        graph = CovisibilityGraph.from_dense(torch.rand(frames, frames, generator=generator) < draw(0, 10) / 10)
+    return BlockLayout.from_graph(
+        graph.to(device),
+        lengths(frames),
+        special_tokens=(leading, closing),
+        dense_special=draw(0, 3) > 0,
+        trailing_tokens=draw(0, 2) * draw(0, 1),
+        key_tokens_per_frame=lengths(key_frames) if rectangular else None,
+    )

@@ -1,0 +1,234 @@
+"""The operator through its reference backend, and the contract that holds for every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layouts import random_layout
+
+from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention, prepare
+from svggt_kernels.attention import choose_backend
+from svggt_kernels.verify import error_ratios, plain_attention, within_budget
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(layout: BlockLayout, *, heads: int = 2, head_size: int = 16, dtype=torch.float64, batch: int = 1):
+    q = torch.randn(batch, heads, layout.num_tokens, head_size, dtype=dtype, requires_grad=True)
+    k = torch.randn(batch, heads, layout.num_key_tokens, head_size, dtype=dtype, requires_grad=True)
+    v = torch.randn(batch, heads, layout.num_key_tokens, head_size, dtype=dtype, requires_grad=True)
+    return q, k, v
+
+
+def layout_of(graph: CovisibilityGraph, tokens: int = 9, **options) -> BlockLayout:
+    return BlockLayout.from_graph(graph, tokens, **options)
+
+
+@pytest.fixture
+def band() -> BlockLayout:
+    return layout_of(CovisibilityGraph.sequential(6, 1), special_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("start", range(0, 500, 50))
+def test_fuzz_against_float64(start: int, dtype: torch.dtype):
+    """500 random layouts: forward, LSE and all gradients within the error budget."""
+    for seed in range(start, start + 50):
+        ratios = error_ratios(
+            random_layout(seed, max_tokens=40), dtype, head_size=(8, 32, 64)[seed % 3], backend="sdpa", seed=seed
+        )
+        assert within_budget(ratios), (seed, ratios)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_float64_is_the_definition(seed: int):
+    layout = random_layout(seed, max_tokens=30)
+    q, k, v = inputs(layout, batch=2)
+    mask = layout.to_dense()
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="sdpa")
+    expected, expected_lse = plain_attention(q, k, v, mask)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    weights, lse_weights = torch.randn_like(out), torch.randn_like(lse)
+    sees = mask.any(-1)
+    gradients = torch.autograd.grad((out * weights).sum() + (lse * lse_weights)[..., sees].sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum() + (expected_lse * lse_weights)[..., sees].sum(), (q, k, v))
+    for actual, reference in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(actual, reference)
+
+
+@pytest.mark.parametrize("dense_special", [True, False])
+def test_full_graph_is_dense_attention(dense_special: bool):
+    layout = layout_of(
+        CovisibilityGraph.all_visible(5), special_tokens=2, dense_special=dense_special, trailing_tokens=1
+    )
+    q, k, v = inputs(layout)
+    torch.testing.assert_close(block_sparse_attention(q, k, v, layout), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_identity_graph_is_each_frame_alone():
+    layout = layout_of(CovisibilityGraph.sequential(5, 0), special_tokens=2, dense_special=False)
+    q, k, v = inputs(layout)
+    alone = [F.scaled_dot_product_attention(*parts) for parts in zip(*(x.split(9, 2) for x in (q, k, v)), strict=True)]
+    torch.testing.assert_close(block_sparse_attention(q, k, v, layout), torch.cat(alone, 2))
+
+
+def test_what_is_not_visible_is_never_read(band: BlockLayout):
+    q, k, v = (x.detach() for x in inputs(band))
+    clean = block_sparse_attention(q, k, v, band)
+    rows = slice(2, 9)  # the patches of frame 0, which see frames 0 and 1 and all special tokens
+    hidden = ~band.to_dense()[rows].any(0)
+    assert bool(hidden.any())
+    k[:, :, hidden], v[:, :, hidden] = float("nan"), float("nan")
+    torch.testing.assert_close(block_sparse_attention(q, k, v, band)[:, :, rows], clean[:, :, rows], rtol=0, atol=0)
+
+
+def test_a_row_that_sees_nothing_gives_zero_and_an_unseen_key_zero_gradient():
+    graph = CovisibilityGraph.from_pairs(3, [(0, 0), (2, 0), (2, 1)], num_key_frames=3)
+    layout = layout_of(graph, 4)
+    q, k, v = inputs(layout)
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+    blind, unseen = slice(4, 8), slice(8, 12)
+    assert bool((out[:, :, blind] == 0).all()) and bool((lse[:, :, blind] == -torch.inf).all())
+    dq, dk, dv = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert bool((dq[:, :, blind] == 0).all())
+    assert bool((dk[:, :, unseen] == 0).all()) and bool((dv[:, :, unseen] == 0).all())
+    assert all(bool(g.isfinite().all()) for g in (dq, dk, dv))
+
+
+def test_partial_results_merge_by_lse():
+    """A layout cut into two key halves and merged by LSE is the whole: what streaming and sharding rest on."""
+    whole = CovisibilityGraph.from_dense(torch.rand(4, 6) < 0.7)
+    visible = whole.to_dense()
+    q, k, v = inputs(layout_of(whole, 5))
+    expected = block_sparse_attention(q, k, v, layout_of(whole, 5))
+    parts = []
+    for frames in (slice(0, 3), slice(3, 6)):
+        pairs = visible[:, frames].nonzero()
+        layout = layout_of(CovisibilityGraph.from_pairs(4, pairs, num_key_frames=3), 5)
+        tokens = slice(5 * frames.start, 5 * frames.stop)
+        parts.append(block_sparse_attention(q, k[:, :, tokens], v[:, :, tokens], layout, return_lse=True))
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).nan_to_num()
+    merged = sum(w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True))
+    torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0, -0.3])
+def test_scale(band: BlockLayout, scale: float):
+    q, k, v = inputs(band)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band.to_dense(), scale=scale)
+    torch.testing.assert_close(block_sparse_attention(q, k, v, band, scale=scale), expected)
+
+
+def test_output_merges_heads_without_a_copy(band: BlockLayout):
+    out = block_sparse_attention(*inputs(band), band)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_long_rows_are_split(band: BlockLayout, monkeypatch: pytest.MonkeyPatch):
+    q, k, v = inputs(band)
+    expected, lse = block_sparse_attention(q, k, v, band, return_lse=True)
+    gradients = torch.autograd.grad(expected.sum() + lse.sum(), (q, k, v))
+    monkeypatch.setattr("svggt_kernels.backends.sdpa.MAX_SCORES", 100)
+    out, split_lse = block_sparse_attention(q, k, v, band, return_lse=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(split_lse, lse)
+    for actual, wanted in zip(torch.autograd.grad(out.sum() + split_lse.sum(), (q, k, v)), gradients, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_autocast_casts_as_sdpa_does(band: BlockLayout):
+    q, k, v = (x.float() for x in inputs(band))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = block_sparse_attention(q, k, v.bfloat16(), band, return_lse=True)
+        theirs = F.scaled_dot_product_attention(q, k, v.bfloat16(), attn_mask=band.to_dense())
+    assert out.dtype == theirs.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    expected = block_sparse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), band)
+    assert torch.equal(out, expected)
+    torch.autograd.grad(out.sum(), (q, k, v))
+
+
+def test_results_are_bitwise_the_same(band: BlockLayout):
+    q, k, v = inputs(band, dtype=torch.float32)
+
+    def run() -> list[torch.Tensor]:
+        out, lse = block_sparse_attention(q, k, v, band, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_a_layout_used_in_inference_mode_still_trains(band: BlockLayout):
+    q, k, v = inputs(band)
+    with torch.inference_mode():
+        expected = block_sparse_attention(q, k, v, band)
+        prepare(band, q.dtype, 16, training=True)
+    out = block_sparse_attention(q, k, v, band)
+    torch.testing.assert_close(out, expected.clone())
+    torch.autograd.grad(out.sum(), (q, k, v))
+
+
+def test_opcheck(band: BlockLayout):
+    from svggt_kernels import backends
+
+    q, k, v = inputs(band)
+    sdpa = backends.load("sdpa")
+    tables = [sdpa.tables(layout, q.dtype, 16) for layout in (band, band.transposed())]
+    torch.library.opcheck(torch.ops.svggt_kernels.attention.default, (q, k, v, *tables, 0.25, True, "sdpa"))
+    out, lse = torch.ops.svggt_kernels.attention(q, k, v, *tables, 0.25, True, "sdpa")
+    saved = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
+    torch.library.opcheck(torch.ops.svggt_kernels.attention_backward.default, (*saved, *tables, 0.25, "sdpa"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiles_without_a_graph_break():
+    compiled = torch.compile(
+        lambda q, k, v, layout: block_sparse_attention(q, k, v, layout, return_lse=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for frames in (4, 6):
+        layout = layout_of(CovisibilityGraph.sequential(frames, 1), special_tokens=2)
+        q, k, v = inputs(layout, dtype=torch.float32)
+        with pytest.raises(Exception, match="prepare"):
+            compiled(q, k, v, layout)
+        assert prepare(layout, torch.float32, 16, training=True) == "sdpa"
+        out, lse = compiled(q, k, v, layout)
+        expected, expected_lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(lse, expected_lse)
+        for actual, wanted in zip(
+            torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)),
+            torch.autograd.grad(expected.sum() + expected_lse.sum(), (q, k, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_bad_input_is_explained(band: BlockLayout):
+    q, k, v = (x.detach() for x in inputs(band, dtype=torch.float32))
+    cases = [
+        ((q[0], k, v, band), {}, ValueError, r"q must have shape \[B, H, N, D\], got \[2, 54, 16\]"),
+        ((q, k[:, :1], v, band), {}, ValueError, r"k must have shape \[1, 2, 54, 16\].*got \[1, 1, 54, 16\]"),
+        ((q[:, :, 1:], k, v, band), {}, ValueError, r"q must have shape .*54 query tokens.*got \[1, 2, 53, 16\]"),
+        ((q, k, v[..., :8], band), {}, ValueError, "v must have shape"),
+        ((q, k.double(), v, band), {}, TypeError, "one dtype, got torch.float32, torch.float64 and torch.float32"),
+        ((q, k.to("meta"), v, band), {}, ValueError, "one device, got cpu, meta and cpu"),
+        ((q, k, v, band.to("meta")), {}, ValueError, r"use layout.to\('cpu'\)"),
+        ((q, k, v, band.graph), {}, TypeError, "layout must be a BlockLayout, got CovisibilityGraph"),
+        ((q, k, v, band), {"backend": "cuda"}, ValueError, "backend must be one of triton, sdpa or None, got 'cuda'"),
+        ((q, k, v, band), {"backend": "triton"}, ValueError, "backend triton cannot run this: it needs a CUDA device"),
+        ((q.int(), k.int(), v.int(), band), {}, TypeError, "no backend can run torch.int32"),
+        ((q, k, v, band), {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ]
+    for arguments, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            block_sparse_attention(*arguments, **options)
+
+
+def test_choice_of_backend_is_told():
+    assert choose_backend(torch.device("cpu"), torch.float32, 64) == "sdpa"
+    assert choose_backend(torch.device("cpu"), torch.float32, 64, "sdpa") == "sdpa"

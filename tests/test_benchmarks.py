@@ -1,0 +1,498 @@
+"""The benchmarks: what a case is, what counts as useful, and that nothing wrong is ever timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import attention, models, peers, record
+from benchmarks.__main__ import main
+from benchmarks.cases import GROUPS, Case, select
+from benchmarks.check import Budget, check_forward, check_gradients, explicit, explicit_gradients
+from benchmarks.peers import PEERS, Contender, backend, flex_mask
+from benchmarks.timing import measure
+from svggt_kernels import block_sparse_attention
+
+CPU = torch.device("cpu")
+BAND = Case.parse("s8-p9-band1-h3")
+
+
+# Cases
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("s64-p1374-band2", Case(64, 1374, "band2")),
+        ("s8-p64-dense", Case(8, 64, "dense")),
+        ("s8-p64-scattered3-special5", Case(8, 64, "scattered3", special=5)),
+        ("s8-p64-loop1-hd128-h4", Case(8, 64, "loop1", head_size=128, heads=4)),
+        ("s1-p1-star0-special1-hd32-h2-b3", Case(1, 1, "star0", 1, 32, 2, 3)),
+    ],
+)
+def test_name_gives_the_case_and_the_case_its_name(name, expected):
+    assert Case.parse(name) == expected
+    assert expected.name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "s64", "s64-p1374", "s64-p1374-band", "s64-p1374-dense2", "s0-p4-dense", "s4-p0-dense", "s4-p4-ring1",
+     "s4-p4-dense-special5", "s4-p4-dense-h0", "s4-p4-dense-h2-h3", "x-s4-p4-dense", "s4-p4-dense-q7"],
+)  # fmt: skip
+def test_bad_name_is_refused(name):
+    with pytest.raises(ValueError):
+        Case.parse(name)
+
+
+def test_graphs():
+    def edges(name):
+        return {tuple(edge) for edge in Case.parse(name).visible.nonzero().tolist()}
+
+    band = {(i, j) for i in range(5) for j in range(5) if abs(i - j) <= 1}
+    assert edges("s5-p1-band1") == band
+    assert edges("s5-p1-loop1") == band | {(0, 4), (4, 0)}
+    assert edges("s5-p1-star1") == band | {(0, j) for j in range(5)} | {(i, 0) for i in range(5)}
+    assert edges("s5-p1-dense") == {(i, j) for i in range(5) for j in range(5)}
+    assert edges("s5-p1-band0") == {(i, i) for i in range(5)}
+
+
+def test_scattered_graph_is_the_one_of_its_seed():
+    visible = Case.parse("s40-p1-scattered3").visible
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.eye(40, dtype=torch.bool)
+    for i in range(40):
+        drawn = torch.randperm(40, generator=generator)[:3]
+        expected[i, drawn] = expected[drawn, i] = True
+    assert torch.equal(visible, expected)
+
+
+def test_published_cases():
+    names = [case.name for group in GROUPS.values() for case in group]
+    assert len(names) == len(set(names))
+    for tokens in (1374, 1041, 893, 782):
+        for graph in ("band2", "scattered6", "dense"):
+            assert f"s64-p{tokens}-{graph}" in names
+    assert max(math.prod(case.shape) for case in GROUPS["large"]) > 2**31
+    assert select(["cpu", "s4-p4-dense", GROUPS["cpu"][0].name]) == [*GROUPS["cpu"], Case(4, 4, "dense")]
+
+
+# Useful work
+
+
+def test_useful_work_by_hand():
+    case = Case(frames=3, tokens=2, graph="band1", head_size=4, heads=5, batch=2)
+    assert case.visible_pairs == 7 * 2 * 2
+    assert case.dense_pairs == 6 * 6
+    assert case.ideal_speedup == 36 / 28
+    assert case.useful_flops("fwd") == 4 * 4 * 5 * 2 * 28
+    assert case.useful_flops("bwd") == 2.5 * 4 * 4 * 5 * 2 * 28
+    assert case.useful_flops("fwd+bwd") == 3.5 * 4 * 4 * 5 * 2 * 28
+
+
+@pytest.mark.parametrize("name", ["s4-p3-band1-special1", "s5-p4-scattered1-special2", "s3-p2-band0-special2"])
+def test_visible_pairs_are_those_of_the_mask(name):
+    case = Case.parse(name)
+    token = torch.arange(case.frames * case.tokens)
+    frame, special = token // case.tokens, token % case.tokens < case.special
+    mask = case.visible[frame][:, frame] | special[:, None] | special
+    assert case.visible_pairs == int(mask.sum())
+    assert torch.equal(case.layout().to_dense(), mask)
+
+
+# Checks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["s8-p9-band1-h3", "s5-p20-scattered1-special3-h2", "s3-p33-star0-h1-b2-hd32"])
+def test_right_contender_passes(name, dtype):
+    case = Case.parse(name)
+    q, k, v, grad = _trainable(case, dtype)
+    contender = PEERS["sdpa-gather"] if case.special == 0 else backend("sdpa")
+    assert contender.unsupported(case, q) is None
+    assert check_forward(contender, case, q, k, v) is None
+    assert check_gradients(contender, case, q, k, v, grad) is None
+
+
+def test_explicit_formula_is_the_reference():
+    case = Case.parse("s3-p7-dense-h2")
+    q, k, v, grad = _trainable(case, torch.float64)
+    out, lse = block_sparse_attention(q, k, v, case.layout(), backend="sdpa", return_lse=True)
+    gradients = torch.autograd.grad(out, (q, k, v), grad)
+    every = torch.arange(q.shape[2])
+    with torch.no_grad():
+        ours = *explicit(q[0], k[0], v[0]), *explicit_gradients(q[0], k[0], v[0], grad[0], every)
+    for actual, expected in zip(ours, (out, lse, *gradients), strict=True):
+        torch.testing.assert_close(actual, expected[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.95, True), (2.05, False), (math.nan, False)])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["all rows", "one row"])
+def test_budget_is_twice_the_plain_error(rows, factor, passes):
+    exact = torch.randn(2, 50, 8, dtype=torch.float64)
+    plain = exact + 1e-3 * torch.randn_like(exact).sign()
+    actual = plain.clone()
+    actual[:, rows] = exact[:, rows] + factor * (plain - exact)[:, rows]
+    budget = Budget("out")
+    budget.add(actual, plain, exact)
+    assert (budget.exceeded() is None) == passes
+
+
+def test_plain_error_counts_as_at_least_one_rounding():
+    exact = 1 + torch.rand(1, 50, 8, dtype=torch.float64)
+    budget = Budget("out")
+    budget.add(exact.float() * (1 + 2**-24), exact.clone(), exact)
+    assert budget.exceeded() is None
+    budget.add(exact.float() * (1 + 2**-21), exact.clone(), exact)
+    assert "out: the error against float64" in budget.exceeded()
+
+
+def _dense(case, q, k, v):
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def _spoiled(spoil):
+    def prepare(case, q, k, v):
+        layout = case.layout()
+
+        def call():
+            out = block_sparse_attention(q, k, v, layout, backend="sdpa")
+            return spoil(case, out)
+
+        return call
+
+    return prepare
+
+
+def _at(index, value):
+    def spoil(case, out):
+        mask = torch.zeros_like(out, dtype=torch.bool)
+        mask[index] = True
+        return torch.where(mask, out * value, out)
+
+    return spoil
+
+
+def _missing_tail(case, q, k, v):
+    layout = dataclasses.replace(case, tokens=case.tokens).layout()
+    last = torch.arange(q.shape[2]) % case.tokens == case.tokens - 1
+
+    def call():
+        gone = torch.where(last[:, None], torch.full_like(k, -10.0), k)
+        return block_sparse_attention(q, gone, v, layout, backend="sdpa")
+
+    return call
+
+
+WRONG = {
+    "sees everything": _dense,
+    "one token of each frame misread": _missing_tail,
+    "scaled by 1.001": _spoiled(lambda case, out: out * 1.001),
+    "NaN in one place": _spoiled(_at((0, 0, 0, 0), float("nan"))),
+    "one row of an unsampled frame and head": _spoiled(_at((0, 1, 5 * BAND.tokens), 0.5)),
+    "rows of another frame": _spoiled(lambda case, out: out.roll(case.tokens, 2)),
+    "lower precision": _spoiled(lambda case, out: out.bfloat16().float()),
+    "wrong dtype": _spoiled(lambda case, out: out.double()),
+    "wrong shape": _spoiled(lambda case, out: out[:, :, 1:]),
+    "raises": _spoiled(lambda case, out: 1 / 0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_contender_is_never_timed(wrong, monkeypatch):
+    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("a wrong contender was timed"))
+    [line] = _lines(Contender("wrong", wrong, lambda case, q: None, WRONG[wrong]), ["fwd"])
+    assert line["check"] == "failed"
+    assert line["reason"]
+    assert [line[key] for key in ("ms_median", "ms_spread", "useful_tflops", "fraction_of_ideal", "peak_mib")] == [
+        None
+    ] * 5
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, which):
+        ctx.which = which
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        spoiled = grad.clone()
+        spoiled[:, :, : BAND.tokens] *= 1 + 1e-3 * ctx.which
+        return spoiled, None
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["dQ", "dK", "dV"])
+def test_wrong_gradient_is_never_timed(which, monkeypatch):
+    def prepare(case, *qkv):
+        layout = case.layout()
+
+        def call():
+            spoiled = [_WrongGradient.apply(x, int(which == i)) for i, x in enumerate(qkv)]
+            return block_sparse_attention(*spoiled, layout, backend="sdpa")
+
+        return call
+
+    wrong = Contender("wrong", "its forward is right", lambda case, q: None, prepare)
+    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("a wrong contender was timed"))
+    [line] = _lines(wrong, ["bwd"])
+    assert line["check"] == "failed"
+    assert line["reason"].startswith(("dQ", "dK", "dV")[which])
+
+
+def test_wrong_lse_is_refused():
+    right = backend("sdpa")
+    wrong = dataclasses.replace(right, lse=lambda *args: right.lse(*args) * math.log2(math.e))
+    q, k, v, _ = attention.inputs(BAND, CPU, torch.float32)
+    assert check_forward(wrong, BAND, q, k, v).startswith("LSE")
+
+
+# Peers
+
+
+@pytest.mark.parametrize("name", ["s5-p60-band1", "s3-p128-band0", "s4-p100-scattered1-special5", "s2-p300-band0"])
+def test_flex_mask_shows_exactly_the_visible_tokens(name):
+    case = Case.parse(name)
+    mask = flex_mask(case, CPU)
+    token = torch.arange(case.frames * case.tokens)
+    frame, special = token // case.tokens, token % case.tokens < case.special
+    expected = case.visible[frame][:, frame] | special[:, None] | special
+
+    blocks = -(-len(token) // peers.FLEX_BLOCK)
+    shown = torch.zeros(len(token), len(token), dtype=torch.bool)
+    in_mask = mask.mask_mod(None, None, token[:, None], token)
+    for counts, indices, is_full in (
+        (mask.kv_num_blocks, mask.kv_indices, False),
+        (mask.full_kv_num_blocks, mask.full_kv_indices, True),
+    ):
+        for row in range(blocks):
+            for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
+                tile = tuple(slice(i * peers.FLEX_BLOCK, (i + 1) * peers.FLEX_BLOCK) for i in (row, column))
+                shown[tile] = True if is_full else in_mask[tile]
+    assert torch.equal(shown, expected)
+
+
+def test_peer_that_cannot_run_is_named_with_its_reason(tmp_path, capsys):
+    file = tmp_path / "out.jsonl"
+    arguments = "attention --cases s2-p4-band0-h1 s2-p4-dense-h1 --backends --device cpu".split()
+    assert main([*arguments, "--output", str(file), "--peers", *PEERS]) == 0
+    printed = capsys.readouterr().out
+    ran = {json.loads(line)["backend"] for line in file.read_text().splitlines()}
+    assert ran == {"sdpa-dense-flash", "sdpa-gather"}
+    for name in set(PEERS) - ran:
+        assert f"\n{name}: not run: " in printed
+    assert (
+        "sdpa-dense-flash: not run: it has no sparsity; name a dense case (1 of these: s2-p4-band0-h1, fwd" in printed
+    )
+
+
+def _flash_attn_fwd(q, k, v, page_table, seqused_k, tile_mn=None):
+    """FlashAttention-4's paged forward, [batch, rows, H, D], in plain PyTorch."""
+    outs = []
+    for query, pages, used in zip(q, page_table.long(), seqused_k.tolist(), strict=True):
+        keys, values = (x[pages].flatten(0, 1)[:used].transpose(0, 1) for x in (k, v))
+        outs.append(torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), keys, values))
+    return torch.stack(outs).transpose(1, 2), None
+
+
+def _flash_attn_func(q, k, v):
+    qkv = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2), None
+
+
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [
+        ("fa4-paged", "s6-p7-scattered1-h2"),
+        ("fa4-paged-192x128", "s5-p9-star1-h3"),
+        ("fa4-dense", "s3-p8-dense-h2"),
+        ("flex", "s3-p130-band1-h1-hd16"),
+        ("flex", "s4-p70-scattered1-special5-h2-hd16"),
+    ],
+)
+def test_peer_for_another_machine_is_wired_right(peer, name, monkeypatch):
+    monkeypatch.setattr(
+        peers, "_fa4", lambda: types.SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, flash_attn_func=_flash_attn_func)
+    )
+    monkeypatch.setattr(peers, "_flex", lambda case, device: (_eager_flex, flex_mask(case, device)))
+    case = Case.parse(name)
+    q, k, v, _ = attention.inputs(case, CPU, torch.float32, PEERS[peer].storage)
+    assert check_forward(PEERS[peer], case, q, k, v) is None
+
+
+def _eager_flex(q, k, v, block_mask):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+
+def test_peer_whose_package_is_absent_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    peers._fa4.cache_clear()
+    try:
+        q = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, requires_grad=False)
+        for name in ("fa4-dense", "fa4-paged"):
+            assert "install flash-attn-4" in PEERS[name].unsupported(Case.parse("s2-p4-dense"), q)
+    finally:
+        peers._fa4.cache_clear()
+
+
+# Lines
+
+
+def test_lines_are_complete_and_valid(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SVGGT_COMMIT", "0123abc")
+    file = tmp_path / "deep" / "out.jsonl"
+    command = "attention --cases s4-p8-band1-h2 s4-p8-dense-h2 --backends sdpa --direction fwd bwd fwd+bwd"
+    command += " --dtype bf16 --device cpu --seconds 0.01"
+    assert main([*command.split(), "--output", str(file)]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["case"], line["direction"]) for line in lines] == [
+        (case, direction) for case in ("s4-p8-dense-h2", "s4-p8-band1-h2") for direction in ("fwd", "bwd", "fwd+bwd")
+    ]
+    for line in lines:
+        assert tuple(line) == attention.KEYS
+        low, high = line["ms_spread"]
+        assert 0 < low <= line["ms_median"] <= high
+        case = Case.parse(line["case"])
+        work = case.useful_flops(line["direction"])
+        assert line["useful_tflops"] == pytest.approx(work / (line["ms_median"] * 1e-3) / 1e12)
+        assert line["density"] == case.density
+        assert line["shape"] == [1, 2, 32, 64]
+        assert (line["backend"], line["dtype"], line["check"], line["commit"]) == (
+            "sdpa",
+            "bfloat16",
+            "passed",
+            "0123abc",
+        )
+        assert line["peak_mib"] is None
+        assert line["torch"] == torch.__version__
+        assert "threads" in line["device"]
+        assert line["command"] == f"python -m benchmarks {command}"
+    assert len({line["run"] for line in lines}) == 1
+    for dense, band in zip(lines[:3], lines[3:], strict=True):
+        ideal = Case.parse(band["case"]).ideal_speedup
+        assert dense["fraction_of_ideal"] == 1
+        assert band["fraction_of_ideal"] == pytest.approx(dense["ms_median"] / band["ms_median"] / ideal)
+    assert "s4-p8-band1-h2" in capsys.readouterr().out
+
+
+def test_fraction_of_ideal_needs_the_dense_case_of_the_same_run():
+    [line] = _lines(backend("sdpa"), ["fwd"])
+    assert line["fraction_of_ideal"] is None
+    assert line["ms_median"] > 0
+
+
+def test_failed_check_is_the_exit_status(tmp_path, monkeypatch):
+    monkeypatch.setitem(PEERS, "sdpa-gather", dataclasses.replace(PEERS["sdpa-gather"], prepare=_dense))
+    file = tmp_path / "out.jsonl"
+    arguments = "attention --cases s8-p9-band1-h3 --backends --peers sdpa-gather --device cpu --output".split()
+    assert main([*arguments, str(file)]) == 1
+    [line] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert tuple(line) == (*attention.KEYS, "reason")
+
+
+@pytest.mark.parametrize("command", ["attention", "model"])
+def test_list_names_the_cases(command, capsys):
+    assert main([command, "--list"]) == 0
+    names = capsys.readouterr().out
+    published = GROUPS["p1374"] if command == "attention" else models.PUBLISHED
+    assert all(case.name in names for case in published)
+
+
+@pytest.mark.parametrize("arguments", ["attention --cases nonsense", "model --cases vggt-1b-100f-3n"])
+def test_unknown_case_is_named(arguments, tmp_path, capsys):
+    assert main([*arguments.split(), "--device", "cpu", "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert arguments.split()[-1] in capsys.readouterr().err
+
+
+def test_checked_in_results_are_complete():
+    for file in sorted(record.RESULTS.glob("*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            keys = models.KEYS if "system" in line else attention.KEYS
+            assert tuple(line)[: len(keys)] == keys, file.name
+
+
+def test_time_is_the_median_of_the_calls():
+    calls = []
+    timing = measure(lambda: calls.append(None), CPU, seconds=1e-6)
+    assert len(calls) >= 7
+    assert 0 <= timing.low <= timing.median <= timing.high
+    assert timing.peak_mib is None
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", ["toy-16f-4n", "vggt-1b-100f-10n", "vggt-1b-100f-10n-random"])
+def test_model_graph_has_its_neighbours_and_frame_0(name):
+    case = models.ModelCase.parse(name)
+    assert case.name == name
+    visible = case.graph().to_dense()
+    assert visible[0].all()
+    assert visible[:, 0].all()
+    assert torch.equal(visible, visible.T)
+    others = visible.sum(1)[case.neighbours : -case.neighbours].double() - 2
+    assert (others.mean() if case.random else others).sub(case.neighbours).abs().max() <= (1 if case.random else 0)
+
+
+def test_model_lines_are_complete(tmp_path):
+    file = tmp_path / "out.jsonl"
+    assert main([*"model --cases toy-5f-2n --device cpu --repeats 1 --output".split(), str(file)]) == 0
+    upstream, ours = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in (upstream, ours):
+        assert tuple(line) == models.KEYS
+        assert line["measured"]
+        assert line["seconds_full"] > 0
+        assert line["case"] == "toy-5f-2n"
+        assert line["shape"] == [5, 3, 112, 154]
+    assert (upstream["system"], upstream["density"], upstream["check"]) == ("upstream", 1.0, None)
+    assert (ours["system"], ours["check"]) == ("svggt", "passed")
+    assert ours["density"] < 1
+    assert 0 <= ours["deviation"] < 1e-4
+
+
+def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):
+    patch = models.patch
+
+    def wrong(model, *, covisibility, **options):
+        graph = models.CovisibilityGraph.sequential(models.CHECKED_FRAMES, 0) if covisibility == "all" else covisibility
+        return patch(model, covisibility=graph, **options)
+
+    monkeypatch.setattr(models, "patch", wrong)
+    file = tmp_path / "out.jsonl"
+    assert main([*"model --cases toy-5f-2n --systems svggt --device cpu --output".split(), str(file)]) == 1
+    [line] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (line["check"], line["measured"], line["seconds_full"]) == ("failed", False, None)
+    assert "at most 2x" in line["reason"]
+
+
+def test_out_of_memory_is_a_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("there is none left")
+
+    monkeypatch.setattr(models.ModelRunner, "_seconds", full)
+    file = tmp_path / "out.jsonl"
+    assert main([*"model --cases toy-5f-2n --systems upstream --device cpu --output".split(), str(file)]) == 0
+    [line] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (line["measured"], line["seconds_full"], line["reason"]) == (False, None, "out of memory")
+
+
+def _trainable(case, dtype):
+    q, k, v, grad = attention.inputs(case, CPU, dtype)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+
+def _lines(contender, directions):
+    source = dict.fromkeys(("device", "torch", "triton", "commit", "command", "run", "date"), "")
+    runner = attention.Runner(CPU, torch.float32, source, lambda line: None, seconds=0.01)
+    runner.run([BAND], [contender], directions)
+    return runner.lines

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from layouts import random_layout
+
+from svggt_kernels import BlockLayout, CovisibilityGraph
+
+
+def definition(layout: BlockLayout) -> torch.Tensor:
+    """The semantics, token by token: ordinary tokens follow the graph, dense tokens see and are seen by everything."""
+
+    def frames(side) -> list[int | None]:
+        owners: list[int | None] = []
+        for frame, length in enumerate(side.lengths):
+            for place in range(length):
+                special = place < side.leading or place >= length - side.closing
+                owners.append(None if special and side.dense_special else frame)
+        return owners + [None] * side.trailing
+
+    visible = layout.graph.to_dense()
+    rows, columns = frames(layout.queries), frames(layout.keys)
+    return torch.tensor([[i is None or j is None or bool(visible[i, j]) for j in columns] for i in rows])
+
+
+def covered(layout: BlockLayout, row_block: int, column_block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often the tiles visit each (query, key) pair and each query."""
+    tiles = layout.tiles(row_block, column_block)
+    dense_group = layout.graph.num_frames
+    pairs = torch.zeros(layout.num_tokens, layout.num_key_tokens, dtype=torch.int32)
+    rows_seen = torch.zeros(layout.num_tokens, dtype=torch.int32)
+    for group, start, length in tiles.rows.tolist():
+        assert 0 < length <= row_block
+        place = torch.arange(start, start + length)
+        rows = tiles.dense_rows[place].long() if group == dense_group else place
+        rows_seen[rows] += 1
+        for i in range(tiles.full_offsets[group], tiles.full_offsets[group + 1]):
+            pairs[rows, tiles.full_start[i] : tiles.full_start[i] + column_block] += 1
+        for i in range(tiles.tail_offsets[group], tiles.tail_offsets[group + 1]):
+            assert 0 < tiles.tail_length[i] < column_block
+            pairs[rows, tiles.tail_start[i] : tiles.tail_start[i] + tiles.tail_length[i]] += 1
+        if group != dense_group:
+            pairs[rows[:, None], tiles.dense_columns.long()] += 1
+    return pairs, rows_seen
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_mask_follows_the_definition(seed: int):
+    layout = random_layout(seed, max_tokens=20)
+    mask = layout.to_dense()
+    assert torch.equal(mask, definition(layout))
+    assert layout.visible_pairs == int(mask.sum())
+    assert layout.density == pytest.approx(float(mask.double().mean()))
+    assert torch.equal(layout.transposed().to_dense(), mask.mT)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("blocks", [(8, 4), (16, 32)], ids=str)
+def test_tiles_visit_every_visible_pair_once_and_nothing_else(seed: int, blocks: tuple[int, int]):
+    layout = random_layout(seed, max_tokens=50)
+    for side in (layout, layout.transposed()):
+        pairs, rows = covered(side, *blocks)
+        assert torch.equal(pairs, side.to_dense().int())
+        assert bool((rows == 1).all())
+
+
+def test_adjacent_frames_merge_into_one_run():
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(10, 2), 7)
+    runs = layout.runs
+    assert runs.offsets.diff()[:-1].tolist() == [1] * 10
+    assert runs.start[:10].tolist() == [7 * max(0, i - 2) for i in range(10)]
+    assert runs.length[:10].tolist() == [7 * n for n in (3, 4, 5, 5, 5, 5, 5, 5, 4, 3)]
+
+
+def test_dense_special_tokens_are_one_group_not_a_tile_per_frame():
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(20, 1), 50, special_tokens=5, trailing_tokens=1)
+    tiles = layout.tiles(64, 64)
+    dense_tiles = tiles.rows[tiles.rows[:, 0] == 20]
+    assert dense_tiles[:, 2].tolist() == [64, 37]
+    assert len(tiles.rows) == 20 + 2
+
+
+def test_long_rows_are_launched_first():
+    star = CovisibilityGraph.from_pairs(32, [(7, j) for j in range(32)] + [(j, 7) for j in range(32) if j != 7])
+    assert BlockLayout.from_graph(star, 64).tiles(64, 64).rows[0].tolist() == [7, 7 * 64, 64]
+
+
+def test_transposing_twice_gives_the_same_object():
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1), 4)
+    assert layout.transposed().transposed() is layout
+    assert layout.to("cpu") is layout
+
+
+def test_ten_thousand_frames_take_less_than_a_second():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.stack(
+        [torch.arange(10_000).repeat_interleave(32), torch.randint(10_000, (320_000,), generator=generator)], 1
+    )
+    graph = CovisibilityGraph.from_pairs(10_000, pairs.unique(dim=0))
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        layout = BlockLayout.from_graph(graph, 1374, special_tokens=5)
+        tiles = [*layout.tiles(128, 64), *layout.transposed().tiles(128, 64)]
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1
+    # 22 tiles of 64 keys an edge, 4 bytes each, both ways, and what does not grow with edges.
+    assert sum(t.numel() for t in tiles) < 2 * (24 * graph.num_edges + 10_000 * 60)
+
+
+def test_tables_need_no_value_from_the_device():
+    """Shapes must not depend on device values: building on the meta device has no values to read."""
+    graph = CovisibilityGraph.sequential(5, 1).to("meta")
+    layout = BlockLayout.from_graph(graph, 50, special_tokens=3, trailing_tokens=1)
+    on_cpu = BlockLayout.from_graph(CovisibilityGraph.sequential(5, 1), 50, special_tokens=3, trailing_tokens=1)
+    for ours, theirs in zip(layout.tiles(16, 8), on_cpu.tiles(16, 8), strict=True):
+        assert ours.shape == theirs.shape
+    assert layout.transposed().tiles(16, 8).rows.shape == on_cpu.transposed().tiles(16, 8).rows.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tokens_per_frame": 0}, ValueError, "tokens_per_frame must be 1 or more, got 0 for frame 0"),
+        ({"tokens_per_frame": [4, 4]}, ValueError, "got 2 for 3 frames"),
+        ({"tokens_per_frame": [4, 0, 4]}, ValueError, "got 0 for frame 1"),
+        ({"tokens_per_frame": 4.0}, TypeError, "tokens_per_frame"),
+        ({"tokens_per_frame": True}, TypeError, "must be an int, got True"),
+        ({"tokens_per_frame": 4, "special_tokens": 5}, ValueError, "frame 0 has 4 tokens but 5 special ones"),
+        ({"tokens_per_frame": 4, "special_tokens": (3, 2)}, ValueError, "4 tokens but 5 special"),
+        ({"tokens_per_frame": 4, "special_tokens": -1}, ValueError, "special_tokens must be 0 or more, got -1"),
+        ({"tokens_per_frame": 4, "special_tokens": (1, 2, 3)}, ValueError, "special_tokens must be"),
+        ({"tokens_per_frame": 4, "trailing_tokens": -2}, ValueError, "trailing_tokens must be 0 or more, got -2"),
+        ({"tokens_per_frame": 4, "key_tokens_per_frame": [1]}, ValueError, "key_tokens_per_frame"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(arguments: dict, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1), **arguments)
+
+
+def test_a_graph_is_needed():
+    with pytest.raises(TypeError, match="graph must be a CovisibilityGraph, got Tensor"):
+        BlockLayout.from_graph(torch.ones(3, 3), 4)  # type: ignore[arg-type]
