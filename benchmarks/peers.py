@@ -145,7 +145,7 @@ def flex_mask(case: Case, device: torch.device) -> BlockMask:
 def _flex(case: Case, device: torch.device) -> tuple[Callable[..., Tensor], BlockMask]:
     torch._dynamo.reset()
     # Donated buffers forbid the retained graph on which the backward alone is timed.
-    torch._functorch.config.donated_buffer = False
+    import_module("torch._functorch.config").donated_buffer = False
     return torch.compile(flex_attention, dynamic=False), flex_mask(case, device)
 
 

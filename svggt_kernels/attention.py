@@ -87,7 +87,6 @@ def prepare(
     return name
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, backend: str | None = None) -> str:
     """Return the name of the backend that runs such q, k, v: `backend` itself if given, else the best one.
 

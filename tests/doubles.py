@@ -226,7 +226,7 @@ class Pi3(nn.Module):
 
 
 class Dino(nn.Module):
-    """DA3's transformer: its frames move, reference first, before block `alt_start - 1`; odd blocks after are global."""
+    """DA3's transformer: frames move, reference first, before block `alt_start - 1`; odd blocks after it are global."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--backend", choices=backends.BACKENDS, help="the backend that must run (default: the best that can)")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs of each kind (default: 3)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs of each kind, fewer if they take long (default: 3)")
     add_output(parser, "compare-output")
     parser.set_defaults(run=run)
 
@@ -81,6 +81,7 @@ def write_results(
         frames=[names[i] for i in shown],
         title=headline(comparison),
         warning=comparison.warning,
+        cell=comparison.patch_size if comparison.warning else 1,
     )
     draw_graph(
         folder / "graph.png",

@@ -57,6 +57,7 @@ class Comparison:
         frames: Frames S.
         height: Pixels of a frame.
         width: Pixels of a frame.
+        patch_size: Pixels of a token.
         tokens_per_frame: Tokens P of a frame, special ones included.
         covisibility: How the graph was made, in words.
         graph: Summary of the graph.
@@ -83,6 +84,7 @@ class Comparison:
     frames: int
     height: int
     width: int
+    patch_size: int
     tokens_per_frame: int
     covisibility: str
     graph: dict[str, Any]
@@ -147,7 +149,7 @@ def compare(
         covisibility: As `patch` takes it.
         described: What that is, in words.
         backend: As `patch` takes it.
-        repeats: Timed runs of each, after one that warms up.
+        repeats: Timed runs of each at most, after one that warms up; see `measure.cost`.
 
     Raises:
         CommandError: The device has not enough memory.
@@ -157,13 +159,13 @@ def compare(
         calls = _AttentionShapes()
         with stage("dense, warming up"), calls:
             model(frames)
-        with stage(f"dense, {repeats} runs"):
+        with stage("dense, against the clock"):
             dense, dense_cost = cost(lambda: model(frames), device, repeats=repeats)
         dense = {name: output.cpu() for name, output in dense.items()}
         with patch(model.module, covisibility=covisibility, backend=backend) as handle:
             with stage("sparse, warming up"):
                 model(frames)
-            with stage(f"sparse, {repeats} runs"):
+            with stage("sparse, against the clock"):
                 sparse, sparse_cost = cost(lambda: model(frames), device, repeats=repeats)
             report, layout, graph = handle.report(), handle.layout, handle.graph
         sparse = {name: output.cpu() for name, output in sparse.items()}
@@ -182,6 +184,7 @@ def compare(
         frames=len(frames),
         height=frames.shape[-2],
         width=frames.shape[-1],
+        patch_size=model.kind.patch_size,
         tokens_per_frame=layout.queries.lengths[0],
         covisibility=described,
         graph=asdict(summary),

@@ -17,6 +17,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+ENOUGH_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -53,7 +55,13 @@ class Deviation:
 
 
 def cost(run: Callable[[], T], device: torch.device, *, repeats: int = 3) -> tuple[T, Cost]:
-    """Runs `repeats` times against the clock; returns the last result and what a run costs. Warm up before."""
+    """Runs against the clock; returns the last result and what a run costs. Warm up before.
+
+    Args:
+        run: What to run.
+        device: Where it runs.
+        repeats: Runs at most; runs that take longer than `ENOUGH_SECONDS` together are enough.
+    """
     peak = _PeakMemory(device)
     elapsed = []
     for _ in range(repeats):
@@ -62,7 +70,9 @@ def cost(run: Callable[[], T], device: torch.device, *, repeats: int = 3) -> tup
         result = run()
         _synchronize(device)
         elapsed.append(1000 * (time.perf_counter() - started))
-    return result, Cost(statistics.median(elapsed), min(elapsed), max(elapsed), repeats, peak.mib())
+        if sum(elapsed) > 1000 * ENOUGH_SECONDS:
+            break
+    return result, Cost(statistics.median(elapsed), min(elapsed), max(elapsed), len(elapsed), peak.mib())
 
 
 def deviation(dense: Tensor, sparse: Tensor) -> Deviation:

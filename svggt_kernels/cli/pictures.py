@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..covisibility import CovisibilityGraph
@@ -29,7 +31,7 @@ def require_matplotlib() -> None:
 
 
 def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: CovisibilityGraph | None = None) -> None:
-    """Draws who sees whom as a matrix, and how many frames a frame sees as a histogram.
+    """Draws who sees whom as a matrix, and how many others a frame sees as a histogram.
 
     Args:
         path: The PNG to write.
@@ -48,12 +50,12 @@ def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: Covisibi
     figure = _figure(10.5, 5.6, title)
     matrix, histogram = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_matrix(matrix, kinds, labels)
-    degrees = visible.sum(1)
+    degrees = visible.sum(1) - visible.diagonal()
     lowest, highest = int(degrees.min()), int(degrees.max())
     step = max(1, -(-(highest - lowest + 1) // 40))
     histogram.hist(degrees, bins=np.arange(lowest, highest + step + 1, step) - 0.5, color=PAIR_COLOURS[SEEN], rwidth=0.85)
     histogram.axvline(np.median(degrees), color="black", linestyle="--", linewidth=1, label=f"median {np.median(degrees):g}")
-    histogram.set(title="Degree", xlabel="frames that a frame sees, itself included", ylabel="number of frames")
+    histogram.set(title="Degree", xlabel="other frames that a frame sees", ylabel="number of frames")
     histogram.legend(frameon=False)
     for axis in (histogram.xaxis, histogram.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -69,6 +71,7 @@ def draw_comparison(
     frames: Sequence[str],
     title: str,
     warning: str | None = None,
+    cell: int = 1,
 ) -> None:
     """Draws one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
 
@@ -79,9 +82,12 @@ def draw_comparison(
         sparse: Depth of the patched model.
         frames: A label for each row.
         title: Lines above the picture.
-        warning: A line in red beneath the title.
+        warning: A line in red beneath the picture.
+        cell: Show depth as means over squares of this many pixels. Heads without training fill each token with noise; its
+            mean is what the tokens decide.
     """
-    depths = np.stack([dense.float().cpu().numpy(), sparse.float().cpu().numpy()])  # [2, F, H, W]
+    depths = F.avg_pool2d(torch.stack([dense, sparse]).float().cpu().flatten(0, 1), cell)
+    depths = depths.unflatten(0, (2, -1)).numpy()  # [2, F, H / cell, W / cell]
     finite = np.isfinite(depths)
     low, high = np.percentile(depths[finite], (2, 98)) if finite.any() else (0.0, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -94,7 +100,8 @@ def draw_comparison(
     row_height = column_width * height / width
     figure = _figure(4 * column_width + 0.5, rows * (row_height + 0.1) + bar_height + 1.7, title, warning)
     grid = figure.add_gridspec(rows + 1, 4, height_ratios=[row_height] * rows + [bar_height])
-    panels = ("photo", "depth, dense", "depth, sparse", "sparse - dense")
+    mean = f", mean of {cell} x {cell} px" if cell > 1 else ""
+    panels = ("photo", f"dense depth{mean}", f"sparse depth{mean}", "sparse - dense")
     for row, frame in enumerate(frames):
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
         axes[0].imshow(photos[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy())

@@ -17,6 +17,8 @@ SAVES_LSE = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_SIZES = (32, 64, 128)
 
+INSTALLED = find_spec("triton") is not None
+
 # Set by tests, together with TRITON_INTERPRET=1, to run the kernels in Python on the CPU.
 INTERPRETED = False
 
@@ -39,12 +41,13 @@ class Configs(NamedTuple):
 
 
 def configs(device: torch.device, dtype: torch.dtype, head_size: int) -> Configs:
-    """Return the launch configurations; those for head size 64 in 16 bits were measured on Hopper."""
+    """Return the launch configurations for a device, chosen by its capability and never by timing."""
     if dtype == torch.float32:
         # IEEE float32 products run on the plain units: small tiles keep the operands in registers.
         return Configs(32, 32, Config(4, 1), Config(4, 1), Config(4, 1))
-    if not uses_descriptors(device, dtype):
-        return Configs(64, 64, Config(4, 2), Config(4, 2), Config(4, 2))
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        # Ampere, Ada and the consumer Blackwells have no wgmma, and as little as 99 KiB of shared memory.
+        return Configs(64, 64, Config(4, 2), Config(4, 2), Config(8, 2))
     if head_size == 128:
         return Configs(128, 64, Config(8, 3), Config(8, 2), Config(8, 2))
     return Configs(128, 64, Config(4, 3), Config(8, 2), Config(8, 2))
@@ -57,7 +60,7 @@ def uses_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return why Triton cannot run such inputs, or None."""
-    if find_spec("triton") is None:
+    if not INSTALLED:
         return "triton is not installed: pip install triton (Linux)"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"it needs a CUDA device, got {device.type}"

@@ -1,0 +1,30 @@
+# Everything runs in an environment of its own, made on first use: a machine needs Python 3.10 to 3.13 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.ready  ## dense against sparse attention on a rendered walk, in under two minutes
+	$(BIN)/svggt-kernels demo
+
+test: $(VENV)/.ready  ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready  ## the CPU-sized benchmark cases, checked before they are timed
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt tests/models.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/models.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
