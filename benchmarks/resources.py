@@ -80,7 +80,13 @@ def _compiled(
     name: str, capability: int, dtype: torch.dtype, head_size: int, config: backend.Configs, descriptors: bool
 ) -> Resources:
     kernel, launch = getattr(kernels, name), getattr(config, name)
-    constants = {"ROWS": config.rows, "COLUMNS": config.columns, "D": head_size, "DESCRIPTORS": descriptors}
+    constants = {
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "TAIL": config.tail,
+        "D": head_size,
+        "DESCRIPTORS": descriptors,
+    }
     signature, values, attributes = {}, {}, {}
     for position, argument in enumerate(kernel.arg_names):
         aligned = [["tt.divisibility", 16]]
@@ -88,7 +94,7 @@ def _compiled(
             signature[argument], values[position,] = "constexpr", constants[argument]
         elif argument in ("k_tiles", "v_tiles", "q_tiles", "grad_tiles"):
             if descriptors:
-                signature[argument] = f"tensordesc<{TYPES[dtype]}[1, 1, {config.columns}, {head_size}]>"
+                signature[argument] = f"tensordesc<{TYPES[dtype]}[1, 1, {launch.columns}, {head_size}]>"
             else:
                 signature[argument], values[position,] = "constexpr", None
         elif argument.endswith("_ptr"):
@@ -105,7 +111,7 @@ def _compiled(
     compiled = triton.compile(
         ASTSource(kernel, signature, values, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=launch._asdict(),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
     usage, code = (_disassembled(compiled.asm["cubin"], option) for option in ("--dump-resource-usage", "--dump-sass"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
@@ -114,7 +120,7 @@ def _compiled(
         capability=capability,
         dtype=TYPES[dtype],
         head_size=head_size,
-        configuration=f"{config.rows}x{config.columns}, {launch.num_warps} warps, {launch.num_stages} stages",
+        configuration=f"{launch.rows}x{launch.columns}, {launch.num_warps} warps, {launch.num_stages} stages",
         registers=int(registers),
         spill_bytes=int(stack),
         shared_bytes=compiled.metadata.shared,

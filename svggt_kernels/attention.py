@@ -57,9 +57,9 @@ def block_sparse_attention(
         q, scale = -q, -scale
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    tables, transposed = _tables(layout, name, q.dtype, q.shape[-1], training)
+    tables, backward_tables = _tables(layout, name, q.dtype, q.shape[-1], training)
     need_lse = return_lse or (training and backends.load(name).SAVES_LSE)
-    out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, transposed, float(scale), need_lse, name)
+    out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, backward_tables, float(scale), need_lse, name)
     return (out, lse) if return_lse else out
 
 
@@ -112,21 +112,23 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, bac
 def _tables(
     layout: BlockLayout, backend: str, dtype: torch.dtype, head_size: int, training: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tables of the layout and, for training, of its transpose; made once and kept in the layout."""
-    kinds = ("forward", "transposed") if training else ("forward",)
-    for kind in kinds:
-        if (backend, dtype, head_size, kind) not in layout.tables:
+    """Return the tables for forward and, if training, for backward; made once and kept in the layout."""
+    found = []
+    for direction in ("forward", "backward") if training else ("forward",):
+        key = (backend, dtype, head_size, direction)
+        if key not in layout.tables:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "a layout that torch.compile traces must have its tables; call svggt_kernels.prepare(layout, "
                     f"{dtype}, {head_size}, backend={backend!r}, training={training}) before"
                 )
+            kernels = backends.load(backend)
+            make = kernels.tables if direction == "forward" else kernels.backward_tables
             # Tables made under inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                source = layout.transposed() if kind == "transposed" else layout
-                layout.tables[backend, dtype, head_size, kind] = backends.load(backend).tables(source, dtype, head_size)
-    tables = [layout.tables[backend, dtype, head_size, kind] for kind in kinds]
-    return (tables[0], tables[1]) if training else (tables[0], [])
+                layout.tables[key] = make(layout, dtype, head_size)
+        found.append(layout.tables[key])
+    return (found[0], found[1]) if training else (found[0], [])
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -166,42 +168,42 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
 
 _library = torch.library.Library("svggt_kernels", "DEF")
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] transposed_tables, float scale, bool need_lse, "
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor[] backward_tables, float scale, bool need_lse, "
     "str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    "Tensor[] tables, Tensor[] transposed_tables, float scale, str backend) -> (Tensor, Tensor, Tensor)"
+    "Tensor[] tables, float scale, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _attention(q, k, v, tables, transposed_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
+def _attention(q, k, v, tables, backward_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
     with torch.autocast(q.device.type, enabled=False):
         return backends.load(backend).forward(q, k, v, tables, scale, need_lse)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _attention_backward(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale, backend):  # type: ignore[no-untyped-def]
+def _attention_backward(grad_out, grad_lse, q, k, v, o, lse, tables, scale, backend):  # type: ignore[no-untyped-def]
     with torch.autocast(q.device.type, enabled=False):
-        return backends.load(backend).backward(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale)
+        return backends.load(backend).backward(grad_out, grad_lse, q, k, v, o, lse, tables, scale)
 
 
 @torch.library.register_fake("svggt_kernels::attention", lib=_library)
-def _attention_fake(q, k, v, tables, transposed_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
+def _attention_fake(q, k, v, tables, backward_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
     B, H, N, D = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(B, N, H, D).transpose(1, 2), q.new_empty((B, H, N) if need_lse else (0,), dtype=lse_dtype)
 
 
 @torch.library.register_fake("svggt_kernels::attention_backward", lib=_library)
-def _attention_backward_fake(grad_out, grad_lse, q, k, v, o, lse, tables, transposed_tables, scale, backend):  # type: ignore[no-untyped-def]
+def _attention_backward_fake(grad_out, grad_lse, q, k, v, o, lse, tables, scale, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, tables, transposed_tables, scale, _, backend = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables, *transposed_tables)
+    q, k, v, tables, backward_tables, scale, _, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, *backward_tables)
     ctx.num_tables, ctx.scale, ctx.backend = len(tables), scale, backend
     ctx.set_materialize_grads(False)
 
@@ -211,20 +213,9 @@ def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.svggt_kernels.attention_backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        tables[: ctx.num_tables],
-        tables[ctx.num_tables :],
-        ctx.scale,
-        ctx.backend,
+        grad_out, grad_lse, q, k, v, out, lse, tables, ctx.scale, ctx.backend
     )
-    num_transposed = len(tables) - ctx.num_tables
-    return *grads, [None] * ctx.num_tables, [None] * num_transposed, None, None, None
+    return *grads, [None] * ctx.num_tables, [None] * len(tables), None, None, None
 
 
 torch.library.register_autograd("svggt_kernels::attention", _differentiate, setup_context=_save, lib=_library)

@@ -78,11 +78,12 @@ class Runs(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The runs cut into tiles of fixed size, in the order in which kernels should launch them; int32 tensors.
+    """The runs cut into tiles, in the order in which kernels should launch them; int32 tensors.
 
     `rows[t]` is (group, start, length) of row tile `t`; start counts tokens, or entries of `dense_rows` for the dense
-    group. A group sees its full tiles (`full_start`, each of the block size), its tails (`tail_start`, `tail_length`,
-    the rest of each run), and, unless it is the dense group, `dense_columns`.
+    group. A group sees its full tiles (`full_start`, each of the column block), its tails (`tail_start` and
+    `tail_length`, the rest of each run in pieces of at most the tail block), and, unless it is the dense group,
+    `dense_columns`.
     """
 
     rows: Tensor  # [T, 3]
@@ -223,14 +224,14 @@ class BlockLayout:
         ordinary = np.ones(side.num_tokens, dtype=bool)
         ordinary[side.dense] = False
         frames[ordinary] = np.repeat(np.arange(len(side.lengths)), side.ordinary[1])
-        return torch.as_tensor(frames, device=self.device)
+        return _on_device(frames, self.device)
 
     @cached_property
     def runs(self) -> Runs:
         """The runs of every frame: adjacent visible frames whose tokens touch merge into one."""
         device, graph = self.device, self.graph
-        row_start, row_length = (torch.as_tensor(a, device=device) for a in self.queries.ordinary)
-        frame_start, frame_length = (torch.as_tensor(a, device=device) for a in self.keys.ordinary)
+        row_start, row_length = (_on_device(a, device) for a in self.queries.ordinary)
+        frame_start, frame_length = (_on_device(a, device) for a in self.keys.ordinary)
         num_dense = len(self.queries.dense)
 
         start, length = frame_start[graph.indices], frame_length[graph.indices]
@@ -251,12 +252,12 @@ class BlockLayout:
             offsets=torch.cat([offsets, offsets[-1:] + 1]).int(),
             start=run_start.int(),
             length=run_length.int(),
-            dense_rows=torch.as_tensor(self.queries.dense, device=device).int(),
-            dense_columns=torch.as_tensor(self.keys.dense, device=device).int(),
+            dense_rows=_on_device(self.queries.dense, device).int(),
+            dense_columns=_on_device(self.keys.dense, device).int(),
         )
 
-    def tiles(self, row_block: int, column_block: int) -> Tiles:
-        """Return the runs cut into tiles of `row_block` x `column_block` tokens.
+    def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:
+        """Return the runs cut into tiles of `row_block` x `column_block` tokens, and their rests into tails.
 
         Row tiles of the dense group and of the longest sixteenth of the frames come first, so that a launch in order
         does not end on one long row; the others follow in frame order, which keeps neighbours in cache.
@@ -266,33 +267,33 @@ class BlockLayout:
         """
         runs, num_frames = self.runs, len(self.queries.lengths)
         num_full, rest = runs.length // column_block, runs.length % column_block
-        num_full, has_tail = num_full.long(), (rest > 0).long()
         # Runs behind the last offset have length 0, so they add nothing.
-        full_before = torch.nn.functional.pad(num_full.cumsum(0), (1, 0))
-        tail_before = torch.nn.functional.pad(has_tail.cumsum(0), (1, 0))
+        num_tails = (rest + tail_block - 1) // tail_block
+        full_before, tail_before = (torch.nn.functional.pad(count.cumsum(0), (1, 0)) for count in (num_full, num_tails))
         full_offsets, tail_offsets = full_before[runs.offsets], tail_before[runs.offsets]
 
-        longest = max(self.keys.ordinary[1], default=0)
-        bound = len(self.graph.indices) * int(longest) // column_block + self.num_key_tokens // column_block
-        if bound >= 2**31:
+        longest = int(max(self.keys.ordinary[1], default=0))
+        num_edges, num_runs = len(self.graph.indices), len(runs.start)
+        most_full = num_edges * longest // column_block + self.num_key_tokens // column_block
+        if most_full >= 2**31:
             raise ValueError(
-                f"a layout may have fewer than 2^31 tiles of {column_block} tokens, this one needs up to {bound}; "
+                f"a layout may have fewer than 2^31 tiles of {column_block} tokens, this one needs up to {most_full}; "
                 "split the query frames over several layouts"
             )
-        run, first = _owners(num_full, bound)
-        full_start = (runs.start - first * column_block)[run]
-        full_start += torch.arange(0, bound * column_block, column_block, device=self.device)
-        tail_start, tail_length = _compact(rest > 0, runs.start + runs.length - rest), _compact(rest > 0, rest)
+        run, place = _owners(num_full, most_full)
+        full_start = runs.start[run] + place * column_block
+        most_tails = num_runs * (-(-(column_block - 1) // tail_block))
+        run, place = _owners(num_tails, most_tails)
+        tail_start = (runs.start + num_full * column_block)[run] + place * tail_block
+        tail_length = (rest[run] - place * tail_block).clamp(max=tail_block)
 
         work = (full_offsets + tail_offsets).diff()[:-1]
         num_first = -(-num_frames // 16)
         longest_first = work.argsort(descending=True, stable=True)
         order = torch.cat([longest_first[:num_first], longest_first[num_first:].sort().values])
         row_length = self.queries.ordinary[1]
-        row_tiles = torch.as_tensor(-(-row_length // row_block), device=self.device)
-        num_row_tiles = int((-(-row_length // row_block)).sum())
-        place, first = _owners(row_tiles[order], num_row_tiles)
-        tile = torch.arange(num_row_tiles, device=self.device) - first[place]
+        row_tiles = _on_device(-(-row_length // row_block), self.device)
+        place, tile = _owners(row_tiles[order], int((-(-row_length // row_block)).sum()))
         dense_tile = torch.arange(-(-len(self.queries.dense) // row_block), device=self.device)
         group = torch.cat([torch.full_like(dense_tile, num_frames), order[place]])
         offset = torch.cat([dense_tile, tile]) * row_block
@@ -302,8 +303,8 @@ class BlockLayout:
             full_offsets=full_offsets.int(),
             full_start=full_start.int(),
             tail_offsets=tail_offsets.int(),
-            tail_start=tail_start,
-            tail_length=tail_length,
+            tail_start=tail_start.int(),
+            tail_length=tail_length.int(),
             dense_rows=runs.dense_rows,
             dense_columns=runs.dense_columns,
         )
@@ -316,14 +317,15 @@ class BlockLayout:
 
 
 def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Return the owner of each place, `[total]`, and the first place of each owner, if owner i has `counts[i]` places.
+    """Return the owner of each place and the place's number there, both `[total]`, if owner i has `counts[i]` places.
 
-    `total` may exceed the sum of the counts; the owners of places beyond mean nothing. No host sync.
+    `total` may exceed the sum of the counts; what is said of the places beyond means nothing. No host sync.
     """
     first = counts.cumsum(0) - counts
     marks = torch.zeros(total + 1, dtype=torch.int32, device=counts.device)
     marks.scatter_add_(0, first, torch.ones_like(first, dtype=torch.int32))
-    return marks[:total].cumsum(0) - 1, first
+    owner = marks[:total].cumsum(0) - 1
+    return owner, torch.arange(total, device=counts.device) - first[owner]
 
 
 def _compact(keep: Tensor, values: Tensor) -> Tensor:
@@ -332,11 +334,16 @@ def _compact(keep: Tensor, values: Tensor) -> Tensor:
     return torch.zeros(len(keep) + 1, dtype=values.dtype, device=values.device).scatter_(0, place, values)
 
 
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy of host values on the device; from pinned memory, so that a GPU is not waited for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _first_of_row(indptr: Tensor, begins: Tensor) -> Tensor:
     """Mark the first edge of every row in `begins`, bool `[E]`; empty rows mark nothing."""
     marks = torch.nn.functional.pad(begins, (0, 1))
-    marks[indptr[:-1]] = True
-    return marks[:-1]
+    return marks.index_fill_(0, indptr[:-1].long(), True)[:-1]
 
 
 def _as_int(name: str, value: int) -> int:

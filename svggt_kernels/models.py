@@ -8,7 +8,7 @@ are the documentation of how the models differ; `svggt_kernels.patch` acts on th
 |---|---|---|---|
 | VGGT | every `global_blocks[i].attn` | first 5 (camera, registers) | 0 |
 | StreamVGGT | the same, causal over frames | first 5 | 0 |
-| VGGT-Omega | `inter_frame_blocks[i].attn` of type "global" | first 17 | 0 |
+| VGGT-Omega | `inter_frame_blocks[i].attn` of type "global"; the others, among special tokens, stay | first 17 | 0 |
 | Pi3 | `decoder[i].attn`, odd i | first 5, alike in all frames | none |
 | Depth Anything 3 | `pretrained.blocks[i].attn`, odd i from `alt_start` | first 1 | 0, after reordering |
 | MapAnything | `self_attention_blocks[i].attn`, even i | last T, and trailing tokens after all frames | 0 |
@@ -137,10 +137,17 @@ def _has(module: nn.Module, names: Iterable[str]) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def _from_images(images: Tensor, special_tokens: int) -> ForwardInputs:
-    """Reads images `[B, S, 3, H, W]`, or `[S, 3, H, W]` for one sample."""
+def _from_images(images: Tensor, special_tokens: int, patch_size: object) -> ForwardInputs:
+    """Reads images `[B, S, 3, H, W]`, or `[S, 3, H, W]` for one sample, cut into square patches."""
     batched = images if images.dim() == 5 else images[None]
-    return ForwardInputs(batched, batched.shape[1], special_tokens=special_tokens)
+    height, width = images.shape[-2:]
+    patches = (height // patch_size) * (width // patch_size) if isinstance(patch_size, int) else None
+    return ForwardInputs(
+        images=batched,
+        frames=batched.shape[1],
+        tokens_per_frame=None if patches is None else special_tokens + patches,
+        special_tokens=special_tokens,
+    )
 
 
 def _is_alternating(module: nn.Module) -> bool:
@@ -156,7 +163,7 @@ def _global_blocks(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _read_vggt(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["images"], module.patch_start_idx)
+    return _from_images(arguments["images"], module.patch_start_idx, getattr(module, "patch_size", None))
 
 
 def _read_streaming(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
@@ -174,7 +181,7 @@ def _is_omega(module: nn.Module) -> bool:
 
 
 def _read_omega(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["images"], module.patch_token_start)
+    return _from_images(arguments["images"], module.patch_token_start, module.patch_size)
 
 
 def _omega_attention(module: Any) -> dict[str, nn.Module]:
@@ -191,7 +198,7 @@ def _pi3_attention(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _read_pi3(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["imgs"], module.patch_start_idx)
+    return _from_images(arguments["imgs"], module.patch_start_idx, module.patch_size)
 
 
 def _is_da3(module: Any) -> bool:
@@ -215,7 +222,8 @@ def _da3_reorders_between(module: Any) -> tuple[str, str] | None:
 
 
 def _read_da3(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["x"], 1 + module.pretrained.num_register_tokens)
+    transformer = module.pretrained
+    return _from_images(arguments["x"], 1 + transformer.num_register_tokens, transformer.patch_size)
 
 
 def _is_mapanything(module: nn.Module) -> bool:
@@ -230,10 +238,12 @@ def _mapanything_attention(module: nn.Module) -> dict[str, nn.Module]:
 def _read_mapanything(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
     given = arguments["model_input"]
     per_view, trailing = given.additional_input_tokens_per_view, given.additional_input_tokens
+    last = 0 if per_view is None else per_view[0].shape[-1]
     return ForwardInputs(
         images=given.features,
         frames=len(given.features),
-        special_tokens=(0, 0 if per_view is None else per_view[0].shape[-1]),
+        tokens_per_frame=given.features[0].shape[-2:].numel() + last,
+        special_tokens=(0, last),
         trailing_tokens=0 if trailing is None else trailing.shape[-1],
     )
 
@@ -243,7 +253,7 @@ def _is_toy(module: nn.Module) -> bool:
 
 
 def _read_toy(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["images"], module.num_special_tokens)
+    return _from_images(arguments["images"], module.num_special_tokens, module.patch_size)
 
 
 def stated_record(

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .attention import block_sparse_attention, choose_backend, prepare
-from .covisibility import CovisibilityGraph
-from .covisibility.graph import GraphSummary
+from .covisibility import CovisibilityGraph, GraphSummary
 from .frame_graphs import TokenSimilarity
 from .interception import Answering, StandIn
 from .layout import BlockLayout
@@ -296,6 +295,7 @@ class Patch:
             )
         return output
 
+    @torch.compiler.disable
     def _answer(
         self,
         name: str,

@@ -1,6 +1,7 @@
 """Photos from a folder to one tensor.
 
-Every photo becomes upright RGB and is brought to one common size, because multi-view models take one tensor for all frames.
+Every photo becomes upright RGB and is brought to one common size, because multi-view models take one tensor for all
+frames.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ EXIF_ORIENTATION = 0x0112
 def find_photos(folder: str | Path) -> list[Path]:
     """Lists the photos that lie directly in a folder, ordered by name, numbers by value (`2.jpg` before `10.jpg`).
 
-    Files are told by their suffix (jpg, jpeg, png, webp, bmp, tif, tiff, in any case). Hidden files and subfolders are left out.
+    Files are told by their suffix (jpg, jpeg, png, webp, bmp, tif, tiff, in any case). Hidden files and subfolders are
+    left out.
 
     Args:
         folder: The folder to look into.
@@ -52,12 +54,14 @@ def find_photos(folder: str | Path) -> list[Path]:
 def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size: int = 14) -> Tensor:
     """Reads photos into one tensor of frames of one common size.
 
-    Each photo is turned upright (EXIF orientation) and converted to 8-bit RGB: grey is repeated, a palette is looked up,
-    16-bit grey is scaled, transparency is laid on white; of an animation or a multi-page file the first image counts.
+    Each photo is turned upright (EXIF orientation) and converted to 8-bit RGB: grey is repeated, a palette is looked
+    up, 16-bit grey is scaled, transparency is laid on white; of an animation or a multi-page file the first image
+    counts.
 
-    The common size has the aspect ratio of the median photo; its long side is `long_side`, and both sides are rounded to the
-    nearest multiple of `patch_size` (at least one patch). Each photo is scaled to cover that size (bicubic, antialiased) and
-    what sticks out is cut off equally on both sides. Where all photos have the same shape, at most about one patch is cut.
+    The common size has the aspect ratio of the median photo; its long side is `long_side`, and both sides are rounded
+    to the nearest multiple of `patch_size` (at least one patch). Each photo is scaled to cover that size (bicubic,
+    antialiased) and what sticks out is cut off equally on both sides. Where all photos have the same shape, at most
+    about one patch is cut.
 
     Args:
         paths: The photos; the order is kept.
@@ -75,11 +79,11 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
         raise ValueError("at least one photo is needed, none was given")
     if patch_size < 1 or long_side < patch_size:
         raise ValueError(f"long_side must be at least one patch of {patch_size} >= 1 pixels, got {long_side}")
-    paths = [Path(path) for path in paths]
-    width, height = _common_size([_upright_size(path) for path in paths], long_side, patch_size)
-    frames = torch.empty(len(paths), 3, height, width)
-    for frame, path in zip(frames, paths, strict=True):
-        pixels = np.array(_cover(_read(path), width, height), dtype=np.uint8)  # [H, W, 3]
+    files = [Path(path) for path in paths]
+    width, height = _common_size([_upright_size(file) for file in files], long_side, patch_size)
+    frames = torch.empty(len(files), 3, height, width)
+    for frame, file in zip(frames, files, strict=True):
+        pixels = np.array(_cover(_read(file), width, height), dtype=np.uint8)  # [H, W, 3]
         frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
     return frames
 

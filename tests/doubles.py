@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from svggt_kernels import CovisibilityGraph
+from svggt_kernels.patch import Patch, patch
 
 DIM, HEADS, PATCH = 32, 2, 4
 HEIGHT, WIDTH = 8, 12
@@ -88,6 +92,7 @@ class Aggregator(nn.Module):
         self.patch_embed = Embedding()
         self.special = special_tokens(num_special)
         self.patch_start_idx = num_special
+        self.patch_size = PATCH
         self.frame_blocks = nn.ModuleList(Block() for _ in range(2))
         self.global_blocks = nn.ModuleList(Block(attention) for _ in range(2))
 
@@ -163,6 +168,7 @@ class OmegaAggregator(nn.Module):
         self.patch_embed = Embedding()
         self.special = special_tokens(4)
         self.patch_token_start = 4
+        self.patch_size = PATCH
         self.frame_blocks = nn.ModuleList(Block() for _ in range(3))
         self.inter_frame_blocks = nn.ModuleList(Block() for _ in range(3))
         self.inter_frame_attention_types = ["global", "register", "global"]
@@ -213,6 +219,7 @@ class Pi3(nn.Module):
         self.encoder = Embedding()
         self.register_token = nn.Parameter(torch.randn(1, 1, 2, DIM))
         self.patch_start_idx = 2
+        self.patch_size = PATCH
         self.decoder = nn.ModuleList(Block(FlashAttention) for _ in range(4))
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -234,6 +241,7 @@ class Dino(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, DIM))
         self.camera_token = special_tokens(1)
         self.num_register_tokens = 0
+        self.patch_size = PATCH
         self.alt_start = 2
         self.blocks = nn.ModuleList(Block() for _ in range(6))
 
@@ -416,3 +424,42 @@ def images(frames: int = 5, batch: int = 1, dtype: torch.dtype = torch.float64, 
     """Returns random images `[B, S, 3, H, W]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, frames, 3, HEIGHT, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class MaskedAttention(TorchFunctionMode):
+    """Dense attention with a mask, in calls over all tokens: what a patched model must equal."""
+
+    def __init__(self, double: Double, *graphs: CovisibilityGraph, dense_special: bool) -> None:
+        super().__init__()
+        self.mask = torch.stack([token_mask(double, graph, dense_special) for graph in graphs])[:, None]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and args[0].shape[2] == self.mask.shape[-1]:
+            kwargs["attn_mask"] = self.mask
+        return func(*args, **kwargs)
+
+
+def token_mask(double: Double, graph: CovisibilityGraph, dense_special: bool) -> Tensor:
+    """Who sees whom, token by token, from the definition: bool `[N, N]`."""
+    frames = graph.num_frames
+    order = double.order(frames)
+    per_frame = double.tokens_per_frame
+    place = torch.arange(per_frame)
+    special = (place < double.first) | (place >= per_frame - double.last)
+    dense = torch.cat([special.repeat(frames) & dense_special, torch.ones(double.trailing, dtype=torch.bool)])
+    mask = torch.ones(len(dense), len(dense), dtype=torch.bool)
+    visible = graph.to_dense()[order][:, order]
+    in_frames = frames * per_frame
+    mask[:in_frames, :in_frames] = visible.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
+    return mask | dense | dense[:, None]
+
+
+def sparse(model: nn.Module, double: Double, **options) -> Patch:
+    return patch(model, **{**double.options, **options})
+
+
+# Graphs over five frames, directed: each frame alone; {0, 1} and {2, 3, 4} apart; connected.
+ALONE = CovisibilityGraph.from_pairs(5, [])
+ISLANDS = CovisibilityGraph.from_pairs(5, [(0, 1), (2, 3), (3, 2), (3, 4), (4, 2)])
+BAND = CovisibilityGraph.from_pairs(5, [(0, 1), (1, 0), (1, 2), (2, 3), (3, 2), (4, 0)])

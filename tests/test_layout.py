@@ -25,9 +25,11 @@ def definition(layout: BlockLayout) -> torch.Tensor:
     return torch.tensor([[i is None or j is None or bool(visible[i, j]) for j in columns] for i in rows])
 
 
-def covered(layout: BlockLayout, row_block: int, column_block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def covered(
+    layout: BlockLayout, row_block: int, column_block: int, tail_block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How often the tiles visit each (query, key) pair and each query."""
-    tiles = layout.tiles(row_block, column_block)
+    tiles = layout.tiles(row_block, column_block, tail_block)
     dense_group = layout.graph.num_frames
     pairs = torch.zeros(layout.num_tokens, layout.num_key_tokens, dtype=torch.int32)
     rows_seen = torch.zeros(layout.num_tokens, dtype=torch.int32)
@@ -39,7 +41,7 @@ def covered(layout: BlockLayout, row_block: int, column_block: int) -> tuple[tor
         for i in range(tiles.full_offsets[group], tiles.full_offsets[group + 1]):
             pairs[rows, tiles.full_start[i] : tiles.full_start[i] + column_block] += 1
         for i in range(tiles.tail_offsets[group], tiles.tail_offsets[group + 1]):
-            assert 0 < tiles.tail_length[i] < column_block
+            assert 0 < tiles.tail_length[i] <= tail_block
             pairs[rows, tiles.tail_start[i] : tiles.tail_start[i] + tiles.tail_length[i]] += 1
         if group != dense_group:
             pairs[rows[:, None], tiles.dense_columns.long()] += 1
@@ -57,8 +59,8 @@ def test_mask_follows_the_definition(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("blocks", [(8, 4), (16, 32)], ids=str)
-def test_tiles_visit_every_visible_pair_once_and_nothing_else(seed: int, blocks: tuple[int, int]):
+@pytest.mark.parametrize("blocks", [(8, 4, 4), (16, 32, 8), (8, 8, 3)], ids=str)
+def test_tiles_visit_every_visible_pair_once_and_nothing_else(seed: int, blocks: tuple[int, int, int]):
     layout = random_layout(seed, max_tokens=50)
     for side in (layout, layout.transposed()):
         pairs, rows = covered(side, *blocks)
@@ -76,7 +78,7 @@ def test_adjacent_frames_merge_into_one_run():
 
 def test_dense_special_tokens_are_one_group_not_a_tile_per_frame():
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(20, 1), 50, special_tokens=5, trailing_tokens=1)
-    tiles = layout.tiles(64, 64)
+    tiles = layout.tiles(64, 64, 64)
     dense_tiles = tiles.rows[tiles.rows[:, 0] == 20]
     assert dense_tiles[:, 2].tolist() == [64, 37]
     assert len(tiles.rows) == 20 + 2
@@ -84,7 +86,7 @@ def test_dense_special_tokens_are_one_group_not_a_tile_per_frame():
 
 def test_long_rows_are_launched_first():
     star = CovisibilityGraph.from_pairs(32, [(7, j) for j in range(32)] + [(j, 7) for j in range(32) if j != 7])
-    assert BlockLayout.from_graph(star, 64).tiles(64, 64).rows[0].tolist() == [7, 7 * 64, 64]
+    assert BlockLayout.from_graph(star, 64).tiles(64, 64, 64).rows[0].tolist() == [7, 7 * 64, 64]
 
 
 def test_transposing_twice_gives_the_same_object():
@@ -103,7 +105,7 @@ def test_ten_thousand_frames_take_less_than_a_second():
     for _ in range(3):
         start = time.process_time()
         layout = BlockLayout.from_graph(graph, 1374, special_tokens=5)
-        tiles = [*layout.tiles(128, 64), *layout.transposed().tiles(128, 64)]
+        tiles = [*layout.tiles(128, 64, 64), *layout.transposed().tiles(128, 64, 64)]
         seconds.append(time.process_time() - start)
     assert min(seconds) < 1
     # 22 tiles of 64 keys an edge, 4 bytes each, both ways, and what does not grow with edges.
@@ -115,9 +117,9 @@ def test_tables_need_no_value_from_the_device():
     graph = CovisibilityGraph.sequential(5, 1).to("meta")
     layout = BlockLayout.from_graph(graph, 50, special_tokens=3, trailing_tokens=1)
     on_cpu = BlockLayout.from_graph(CovisibilityGraph.sequential(5, 1), 50, special_tokens=3, trailing_tokens=1)
-    for ours, theirs in zip(layout.tiles(16, 8), on_cpu.tiles(16, 8), strict=True):
+    for ours, theirs in zip(layout.tiles(16, 8, 8), on_cpu.tiles(16, 8, 8), strict=True):
         assert ours.shape == theirs.shape
-    assert layout.transposed().tiles(16, 8).rows.shape == on_cpu.transposed().tiles(16, 8).rows.shape
+    assert layout.transposed().tiles(16, 8, 8).rows.shape == on_cpu.transposed().tiles(16, 8, 8).rows.shape
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,20 @@
-"""Patching whole models: what comes out, that it acts, and that it leaves."""
+"""What a patched model computes, against dense attention with a mask."""
 
 from __future__ import annotations
 
 import copy
-import io
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import doubles
 import pytest
 import torch
-import torch.nn.functional as F
-from doubles import FAMILY, Double, images
+from doubles import ALONE, BAND, FAMILY, ISLANDS, Double, MaskedAttention, images, sparse
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from svggt_kernels import CovisibilityGraph
 from svggt_kernels.frame_graphs import TokenSimilarity
-from svggt_kernels.models import RECORDS
 from svggt_kernels.patch import Patch, patch
 from svggt_kernels.toy import ToyMultiViewTransformer
-
-ALONE = CovisibilityGraph.from_pairs(5, [])
-# Directed; {0, 1} and {2, 3, 4} never see each other.
-ISLANDS = CovisibilityGraph.from_pairs(5, [(0, 1), (2, 3), (3, 2), (3, 4), (4, 2)])
-# Directed and connected.
-BAND = CovisibilityGraph.from_pairs(5, [(0, 1), (1, 0), (1, 2), (2, 3), (3, 2), (4, 0)])
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
 # Elsewhere some tokens always meet: VGGT-Omega's registers in layers of their own, MapAnything's scale token.
@@ -36,47 +22,10 @@ ISOLATING = {name: double for name, double in FAMILY.items() if name not in ("vg
 isolating = pytest.mark.parametrize("double", ISOLATING.values(), ids=ISOLATING)
 
 
-class MaskedAttention(TorchFunctionMode):
-    """Dense attention with a mask, in calls over all tokens: what a patched model must equal."""
-
-    def __init__(self, double: Double, *graphs: CovisibilityGraph, dense_special: bool) -> None:
-        super().__init__()
-        self.mask = torch.stack([token_mask(double, graph, dense_special) for graph in graphs])[:, None]
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and args[0].shape[2] == self.mask.shape[-1]:
-            kwargs["attn_mask"] = self.mask
-        return func(*args, **kwargs)
-
-
-def token_mask(double: Double, graph: CovisibilityGraph, dense_special: bool) -> Tensor:
-    """Who sees whom, token by token, from the definition: bool `[N, N]`."""
-    frames = graph.num_frames
-    order = double.order(frames)
-    per_frame = double.tokens_per_frame
-    place = torch.arange(per_frame)
-    special = (place < double.first) | (place >= per_frame - double.last)
-    dense = torch.cat([special.repeat(frames) & dense_special, torch.ones(double.trailing, dtype=torch.bool)])
-    mask = torch.ones(len(dense), len(dense), dtype=torch.bool)
-    visible = graph.to_dense()[order][:, order]
-    in_frames = frames * per_frame
-    mask[:in_frames, :in_frames] = visible.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
-    return mask | dense | dense[:, None]
-
-
-def sparse(model: nn.Module, double: Double, **options) -> Patch:
-    return patch(model, **{**double.options, **options})
-
-
 def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     run().square().sum().backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def attributes(model: nn.Module) -> dict[str, list[str]]:
-    return {name: sorted(module.__dict__) for name, module in model.named_modules()}
 
 
 # What comes out
@@ -169,13 +118,6 @@ def test_images_without_a_batch_axis():
     dense = model(images()[0])
     with patch(model, covisibility="all"):
         torch.testing.assert_close(model(images()[0]), dense)
-
-
-def test_scale_of_the_call_is_kept():
-    model, tokens = OneCall(scale=0.7).double(), torch.randn(1, 12, 8, dtype=torch.float64)
-    dense = model(tokens)
-    with patch(model, modules=["attn"], tokens_per_frame=4, covisibility="all"):
-        torch.testing.assert_close(model(tokens), dense)
 
 
 # dtypes, autograd, checkpointing
@@ -496,394 +438,37 @@ def test_masks_pass_only_where_the_graph_shows_no_more():
         model(images())
 
 
-# Attention that a layout cannot express
-
-
-class Call(nn.Module):
-    """One call of attention, with what the caller wants in it."""
-
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = x[:, None]
-        k = q[:, :, : self.options.pop("keys", None)]
-        return F.scaled_dot_product_attention(q, k, k, **self.options)[:, 0]
-
-
-class OneCall(nn.Module):
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.attn = Call(**options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attn(x)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dropout_p": 0.1}, "dropout_p=0.1"),
-        ({"is_causal": True}, "is_causal=True"),
-        ({"enable_gqa": True}, "enable_gqa=True"),
-        ({"keys": 6}, r"queries are \[1, 1, 12, 8\] and its keys \[1, 1, 6, 8\]"),
-        ({"attn_mask": torch.eye(12, dtype=torch.bool)}, "attn_mask that hides"),
-        ({"attn_mask": torch.eye(12)}, "attn_mask that hides or weighs"),
-    ],
-    ids=["dropout", "causal", "gqa", "cross", "mask", "bias"],
-)
-def test_attention_that_cannot_be_answered_raises(options: dict, message: str):
-    model = OneCall(**options)
-    with patch(model, modules=["attn"], tokens_per_frame=4), pytest.raises(ValueError, match=message):
-        model(torch.randn(1, 12, 8))
-
-
-def test_dropout_of_a_module_in_training():
-    model = FAMILY["vggt"].create()
-    model.aggregator.global_blocks[1].attn.attn_drop.p = 0.2
-    with patch(model, covisibility="all"):
-        model(images())
-        model.train()
-        with pytest.raises(ValueError, match=r"global_blocks\.1\.attn uses dropout_p=0\.2"):
-            model(images())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tokens_per_frame": 8}, "35 tokens, which is not 4 frames of 8 tokens and 0 trailing"),
-        ({"tokens_per_frame": 7, "trailing_tokens": 1}, "35 tokens, which is not 4 frames of 7 tokens and 1 trailing"),
-        ({"covisibility": CovisibilityGraph.all_visible(4)}, "35 tokens, which is not 4 frames of 8 tokens"),
-        ({}, "tokens_per_frame="),
-    ],
-    ids=["length", "trailing", "graph", "nothing"],
-)
-def test_tokens_that_are_not_whole_frames(options: dict, message: str):
-    model = FAMILY["stranger"].create()
-    handle = patch(model, modules=FAMILY["stranger"].modules, **options)
-    with handle, pytest.raises(ValueError, match=message):
-        model(images())
-
-
-def test_layers_that_disagree():
-    model = FAMILY["stranger"].create()
-    model.layers[1]["within"].register_forward_hook(lambda module, args, out: out[:, :-1])
-    with pytest.raises(ValueError, match="layers of a patched model must agree"):
-        with patch(model, modules=FAMILY["stranger"].modules, covisibility=BAND):
-            model(images())
-
-
-# Proof that it acts
-
-
-def test_attention_that_is_not_fused_is_noticed_at_once():
-    model = FAMILY["vggt"].create()
-    dense = model(images())
-    handle = patch(model, covisibility="all")
-    model.aggregator.global_blocks[0].attn.fused_attn = False
-    with pytest.raises(RuntimeError, match=r"aggregator\.global_blocks\.0\.attn did not call .*fused_attn = True"):
-        model(images())
-    model.aggregator.global_blocks[0].attn.fused_attn = True
-    torch.testing.assert_close(model(images()), dense)
-    handle.undo()
-
-
-def test_modules_that_were_not_called_are_noticed():
-    model = FAMILY["stranger"].create()
-    model.spare = doubles.Block().double()
-    options = {**FAMILY["stranger"].options, "modules": [*FAMILY["stranger"].modules, "spare.attn"]}
-    with patch(model, **options), pytest.raises(RuntimeError, match=r"1 of 3 patched modules .*: spare\.attn"):
-        model(images())
-
-
-def test_errors_of_the_model_are_not_hidden():
-    model = FAMILY["vggt"].create()
-    with patch(model):
-        with pytest.raises(RuntimeError, match="channels"):
-            model(images()[:, :, :2])
-        model(images())
-
-
-@family
-def test_report(double: Double):
-    model = double.create()
-    handle = sparse(model, double, covisibility=BAND)
-    assert "no forward yet" in str(handle.report())
-    with pytest.raises(RuntimeError, match="before the first forward"):
-        _ = handle.layout
-    model(images())
-    model(images())
-    report = handle.report()
-    assert report.model == (double.record or "Stranger")
-    assert report.modules == double.modules
-    assert (report.calls_last_forward, report.calls_total) == (2, 4)
-    assert report.graphs[0].edges == BAND.num_edges
-    mask = token_mask(double, BAND, dense_special=True)
-    assert report.visible_pairs == int(mask.sum())
-    assert report.token_density == pytest.approx(mask.double().mean().item())
-    assert report.ideal_speedup == pytest.approx(1 / report.token_density)
-    assert report.backend == "sdpa"
-    assert report.planning_seconds > 0
-    text = str(report)
-    for fact in (
-        double.modules[0],
-        "2 calls answered (4 in total)",
-        "5 frames, 11 edges",
-        "backend: sdpa",
-        "not triton",
-    ):
-        assert fact in text
-
-
-def test_named_backend():
-    model = FAMILY["vggt"].create(torch.float32)
-    with patch(model, covisibility=BAND, backend="sdpa") as handle:
-        model(images(dtype=torch.float32))
-    assert handle.report().backend == "sdpa"
-    with pytest.raises(ValueError, match="backend must be one of"):
-        patch(model, backend="cuda")
-
-
-# It leaves
-
-
-@family
-def test_undo_leaves_no_trace(double: Double):
-    model = double.create()
-    dense, keys, before, text = model(images()), list(model.state_dict()), attributes(model), repr(model)
-    handle = sparse(model, double, covisibility=BAND)
-    assert list(model.state_dict()) == keys
-    assert repr(model) == text
-    model(images())
-    handle.undo()
-    assert attributes(model) == before
-    assert torch.equal(model(images()), dense)
-    with pytest.raises(RuntimeError, match="undone already"):
-        handle.undo()
-    assert handle.report().calls_total == 2
-
-
-def test_context_manager_undoes_even_after_an_error():
-    model = FAMILY["vggt"].create()
-    before = attributes(model)
-    with pytest.raises(ZeroDivisionError), patch(model):
-        raise ZeroDivisionError
-    assert attributes(model) == before
-    with patch(model) as handle:
-        handle.undo()
-    assert attributes(model) == before
-
-
-def test_patching_twice_is_refused():
-    model = FAMILY["vggt"].create()
-    with patch(model):
-        for again in (model, model.aggregator):
-            with pytest.raises(ValueError, match="patched already"):
-                patch(again)
-        with pytest.raises(ValueError, match="patched already"):
-            patch(model, modules=["aggregator.global_blocks.0.attn"])
-        model(images())
-    patch(model).undo()
-
-
-def test_forwards_that_others_replaced_are_kept():
-    model = FAMILY["vggt"].create()
-    attention = model.aggregator.global_blocks[0].attn
-    calls = []
-    hooked = attention.forward
-
-    def theirs(*args, **kwargs):
-        calls.append(1)
-        return hooked(*args, **kwargs)
-
-    attention.forward = theirs
-    with patch(model, covisibility="all"):
-        model(images())
-    assert calls == [1]
-    assert attention.forward is theirs
-    handle = patch(model)
-    ours = attention.forward
-    attention.forward = theirs
-    with pytest.raises(RuntimeError, match=r"global_blocks\.0\.attn was replaced after"):
-        handle.undo()
-    attention.forward = ours
-    handle.undo()
-    assert attention.forward is theirs
-
-
-# Copies
-
-
-def test_deep_copy_is_patched_by_itself():
-    model = FAMILY["vggt"].create()
-    with patch(model, covisibility=BAND) as handle:
-        expected = model(images())
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(images()), expected)
-        with torch.no_grad():
-            for weight in twin.parameters():
-                weight.mul_(1.1)
-        changed = twin(images())
-        assert not torch.allclose(changed, expected)
-        assert torch.equal(model(images()), expected)
-        assert Patch.of(twin) is not handle
-    assert torch.equal(twin(images()), changed), "the copy stays patched"
-    Patch.of(twin).undo()
-    assert not torch.allclose(twin(images()), changed)
-    with pytest.raises(ValueError, match="not patched"):
-        Patch.of(twin)
-
-
-@family
-def test_pickled_copy_is_patched(double: Double):
-    model = double.create()
-    with sparse(model, double, covisibility=BAND):
-        expected = model(images())
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=False)
-    assert torch.equal(loaded(images()), expected)
-    assert Patch.of(loaded).modules == double.modules
-
-
-def test_pickled_copy_in_another_process(tmp_path: Path):
-    model = ToyMultiViewTransformer.create(dim=16, depth=2, num_heads=1)
-    pictures = torch.rand(5, 3, 28, 42)
-    with patch(model, covisibility=BAND):
-        torch.save({"model": model, "images": pictures, "depth": model(pictures)["depth"]}, tmp_path / "saved.pt")
-    script = (
-        "import sys, torch\n"
-        "saved = torch.load(sys.argv[1], weights_only=False)\n"
-        "assert torch.equal(saved['model'](saved['images'])['depth'], saved['depth'])\n"
-        "from svggt_kernels.patch import Patch\n"
-        "print(Patch.of(saved['model']).report().calls_last_forward)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "saved.pt")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "2"
-
-
-# Finding the model
-
-
-@family
-def test_records_find_their_modules(double: Double):
-    model = double.create()
-    handle = sparse(model, double)
-    assert handle.record.name == (double.record or "Stranger")
-    assert handle.modules == double.modules
-    handle.undo()
-
-
-def test_patching_a_part_of_the_model():
-    model = FAMILY["vggt"].create()
-    whole = model(images())
-    with patch(model.aggregator, covisibility="all") as handle:
-        torch.testing.assert_close(model(images()), whole)
-    assert handle.modules == ("global_blocks.0.attn", "global_blocks.1.attn")
-    with patch(model, covisibility="all") as handle:
-        model.aggregator(images())
-        assert handle.report().calls_last_forward == 2
-
-
-def test_attention_outside_a_forward_is_refused():
-    model = FAMILY["vggt"].create()
-    with patch(model):
-        model(images())
-        with pytest.raises(RuntimeError, match="was called outside a forward of aggregator"):
-            model.aggregator.global_blocks[0](torch.randn(1, 45, doubles.DIM, dtype=torch.float64))
-
-
-def test_unknown_model():
-    with pytest.raises(ValueError, match="no record knows the model Sequential") as error:
-        patch(nn.Sequential(nn.Linear(2, 2)))
-    for record in RECORDS:
-        assert record.name in str(error.value)
-    assert "patch(model, modules=" in str(error.value)
-
-
-def test_model_that_holds_two():
-    pair = nn.ModuleDict({"teacher": FAMILY["vggt"].create(), "student": FAMILY["pi3"].create()})
-    with pytest.raises(ValueError, match=re.escape("teacher.aggregator (VGGT), student (Pi3)")):
-        patch(pair)
-    with patch(pair["teacher"]), patch(pair["student"]):
-        pair["teacher"](images()), pair["student"](images())
-
-
-def test_wrapper_that_passes_attributes_on():
-    class Wrapper(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.inner = model
-
-        def __getattr__(self, name: str):
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_on_a_gpu():
+    """The best backend answers under autocast, and a fixed graph costs no wait for the device after the first call."""
+    model = ToyMultiViewTransformer.create(dim=128, depth=2, num_heads=2)
+    pictures = torch.rand(5, 3, 56, 70)
+    with torch.inference_mode(), patch(model, covisibility=BAND):
+        exact = copy.deepcopy(model).double()(pictures.double())["depth"]
+        plain = copy.deepcopy(model).bfloat16()(pictures.bfloat16())["depth"]
+        model, pictures = model.cuda(), pictures.cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(pictures)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
             try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("inner"), name)
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.inner(images)
-
-    model = Wrapper(FAMILY["pi3"].create())
-    with patch(model) as handle:
-        model(images())
-    assert handle.modules == ("inner.decoder.1.attn", "inner.decoder.3.attn")
+                out = model(pictures)["depth"]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        handle = Patch.of(model)
+        assert handle.report().backend == "triton"
+        assert handle.layout.device.type == "cuda"
+        assert (out.cpu() - exact).norm() <= 2 * (plain - exact).norm()
 
 
-@pytest.mark.parametrize(
-    ("modules", "error", "message"),
-    [
-        (["layers.9.across.attn"], ValueError, "a module called 'layers.9.across.attn'"),
-        ([nn.Linear(2, 2)], ValueError, "this Linear"),
-        (["layers.0.across.attn"] * 2, ValueError, "given twice"),
-        ([], ValueError, "empty"),
-        ("layers.0.across.attn", TypeError, "must be a list"),
-    ],
-    ids=["name", "foreign", "twice", "empty", "string"],
-)
-def test_modules_that_mean_nothing(modules, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
-        patch(FAMILY["stranger"].create(), modules=modules, tokens_per_frame=7)
-
-
-def test_modules_by_reference_and_frames_by_graph():
-    double = FAMILY["stranger"]
-    model = double.create()
-    modules = [layer["across"].attn for layer in model.layers]
-    with MaskedAttention(double, BAND, dense_special=True):
-        expected = model(images())
-    with patch(model, modules=modules, covisibility=BAND, num_special_tokens=1):
-        torch.testing.assert_close(model(images()), expected)
-
-
-@pytest.mark.parametrize(
-    "options", [{"tokens_per_frame": 9}, {"num_special_tokens": 3}, {"trailing_tokens": 1}], ids=lambda o: next(iter(o))
-)
-def test_token_counts_of_a_known_model_are_not_the_callers(options: dict):
-    with pytest.raises(ValueError, match="give them together with modules="):
-        patch(FAMILY["vggt"].create(), **options)
-
-
-def test_special_tokens_must_be_one_of_two():
-    with pytest.raises(ValueError, match="got 'sparse'"):
-        patch(FAMILY["vggt"].create(), special_tokens="sparse")
-
-
-def test_compiled_model():
-    """Attention runs outside the compiled graphs, whether the model was compiled before or after."""
-    model = ToyMultiViewTransformer.create(dim=16, depth=1, num_heads=1)
-    pictures = torch.rand(5, 3, 14, 28)
-    with torch.no_grad():
-        with patch(model, covisibility=BAND):
-            expected = model(pictures)["depth"]
-            torch.testing.assert_close(torch.compile(model, backend="eager")(pictures)["depth"], expected)
-        compiled = torch.compile(model, backend="eager")
-        dense = compiled(pictures)["depth"]
-        with patch(compiled, covisibility=BAND):
-            torch.testing.assert_close(compiled(pictures)["depth"], expected)
-        torch.testing.assert_close(compiled(pictures)["depth"], dense)
+@pytest.mark.gpu
+def test_token_similarity_on_a_gpu():
+    model = FAMILY["da3"].create(torch.float32).cuda()
+    with torch.inference_mode(), patch(model, covisibility=TokenSimilarity(neighbours=1)) as handle:
+        model(two_scenes().float().cuda(), reference=[3])
+    on_gpu = handle.graph.to_dense().cpu()
+    model.cpu()
+    with torch.inference_mode(), patch(model, covisibility=TokenSimilarity(neighbours=1)) as handle:
+        model(two_scenes().float(), reference=[3])
+    assert torch.equal(on_gpu, handle.graph.to_dense())

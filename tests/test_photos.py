@@ -191,7 +191,9 @@ class TestBroken:
         with pytest.raises(ValueError, match=r"cut\.jpg cannot be read as a photo"):
             load_photos([good, path])
 
-    @pytest.mark.parametrize("content", [b"", b"not a photo", b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "png"])
+    @pytest.mark.parametrize(
+        "content", [b"", b"not a photo", b"\x89PNG\r\n\x1a\n" + bytes(40)], ids=["empty", "text", "png"]
+    )
     def test_file_without_photo_is_named(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "bad.png").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.png cannot be read as a photo"):
@@ -206,7 +208,9 @@ class TestBroken:
         with pytest.raises(ValueError, match=r"depth\.tiff .* no known white level"):
             load_photos([path], long_side=14)
 
-    def test_without_pillow_the_error_says_what_to_install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_pillow_the_error_says_what_to_install(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = save(tmp_path / "a.png", flat(14, 14, 0, 0, 0))
         original = builtins.__import__
 

@@ -26,7 +26,10 @@ class Backend(Protocol):
         """Return why this backend cannot run such q, k, v, as the end of "... cannot run this: "; None if it can."""
 
     def tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-        """Return the tables of the layout that `forward` and `backward` walk."""
+        """Return the tables of the layout that `forward` walks."""
+
+    def backward_tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+        """Return the tables of the layout that `backward` walks."""
 
     def forward(
         self,
@@ -49,7 +52,6 @@ class Backend(Protocol):
         out: Tensor,
         lse: Tensor,
         tables: list[Tensor],
-        transposed_tables: list[Tensor],
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v, laid out as q, k and v."""

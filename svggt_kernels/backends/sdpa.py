@@ -40,6 +40,9 @@ def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tens
     return [*(table.cpu() for table in ranges), dense_rows, dense_columns]
 
 
+backward_tables = tables
+
+
 def forward(
     q: Tensor,  # [B, H, N, D]
     k: Tensor,  # [B, H, N', D]
@@ -72,7 +75,6 @@ def backward(
     out: Tensor,
     lse: Tensor,
     tables: list[Tensor],
-    transposed_tables: list[Tensor],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v by the formula above, in float32 (float64 for float64 inputs)."""

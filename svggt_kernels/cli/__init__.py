@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -20,13 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; by default those it was started with.
 
     Returns:
-        The exit code: 0 if all is well, 1 if a check failed, 2 if the request cannot be carried out (one line on stderr says
-        why), 130 if interrupted.
+        The exit code: 0 if all is well, 1 if a check failed, 2 if the request cannot be carried out (one line on stderr
+        says why), 130 if interrupted.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
+    arguments.command_line = shlex.join(["svggt-kernels", *words])
     try:
         return arguments.run(arguments)
     except CommandError as error:
@@ -41,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="svggt-kernels",
-        description="Attention for multi-view transformers in which only frames that can see each other attend to each other.",
+        description="Attention for multi-view transformers in which only frames that can see each other attend to each "
+        "other.",
         epilog="'svggt-kernels COMMAND --help' shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)

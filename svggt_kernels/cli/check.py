@@ -39,9 +39,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "check",
         help="check the numbers of every backend on this machine, in under a minute",
-        description="Runs every backend that can run here, forward and backward, on a few small layouts, and compares with plain "
-        f"attention in float64. The error may be at most {BUDGET:g} times that of plain attention in the same dtype. Exit "
-        "code 0 if all is well, 1 if not.",
+        description="Runs every backend that can run here, forward and backward, on a few small layouts, and compares "
+        f"with plain attention in float64. The error may be at most {BUDGET:g} times that of plain attention in the "
+        f"same dtype. Exit code 0 if all is well, 1 if not.",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     parser.set_defaults(run=run)
@@ -51,8 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks every backend and prints a table; returns the exit code."""
     device = pick_device(arguments.device)
     print(f"{device} ({device_name(device)}), head size {HEAD_SIZE}, layouts: {', '.join(layouts())}")
-    print(f"Errors against float64, in multiples of plain attention's error in the same dtype; at most {BUDGET:g} passes.")
-    rows = [("backend", "dtype", *QUANTITIES, "")]
+    print(
+        f"Errors against float64, in multiples of plain attention's error in the same dtype; at most {BUDGET:g} passes."
+    )
+    rows: list[tuple[str, ...]] = [("backend", "dtype", *QUANTITIES, "")]
     passed = True
     for backend, answers in backend_answers(device, HEAD_SIZE).items():
         for reason, dtypes in by_reason({dtype: reason for dtype, reason in answers.items() if reason}).items():
@@ -61,7 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
             verdict = judge(backend, device, dtype)
             passed &= verdict.passed
             ratios = [f"{verdict.ratios[name]:.2f}" if name in verdict.ratios else "-" for name in QUANTITIES]
-            rows.append((backend, dtype_name(dtype), *ratios, "ok" if verdict.passed else f"WRONG {verdict.failure or ''}"))
+            rows.append(
+                (backend, dtype_name(dtype), *ratios, "ok" if verdict.passed else f"WRONG {verdict.failure or ''}")
+            )
     print(table(rows))
     print("Every backend that can run here is within the budget." if passed else "At least one backend is WRONG here.")
     return 0 if passed else 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import CovisibilityGraph, backends
 from ..photos import find_photos, load_photos
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
@@ -17,7 +17,7 @@ from .errors import refusals
 from .models import KINDS, load_model
 from .options import add_graph, add_output, add_photos, covisibility, describe, make_folder, positive
 from .pictures import draw_comparison, draw_graph, require_matplotlib
-from .report import as_json, as_text, headline, write_json
+from .report import against_truth, as_json, as_text, content, headline
 from .text import percent, stage
 
 ROWS = 4
@@ -28,17 +28,29 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "compare",
         help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
-        description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every output. Writes a "
-        "report and pictures. Nothing is downloaded: without --weights the weights are random.",
+        description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every "
+        "output. Writes a report and pictures. Nothing is downloaded: without --weights the weights are random.",
     )
     add_photos(parser)
     parser.add_argument("--model", choices=KINDS, required=True, help="the model to run")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random"
+    )
     add_graph(parser, default="tokens")
-    parser.add_argument("--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)")
+    parser.add_argument(
+        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--backend", choices=backends.BACKENDS, help="the backend that must run (default: the best that can)")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs of each kind, fewer if they take long (default: 3)")
+    parser.add_argument(
+        "--backend", choices=backends.BACKENDS, help="the backend that must run (default: the best that can)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="timed runs of each kind, fewer if they take long (default: 3)",
+    )
     add_output(parser, "compare-output")
     parser.set_defaults(run=run)
 
@@ -64,14 +76,35 @@ def run(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats,
     )
     print(as_text(comparison))
-    print(write_results(output, comparison, outputs, frames, [photo.name for photo in photos]))
+    names = [photo.name for photo in photos]
+    command, cell = arguments.command_line, model.kind.cell
+    print(write_results(output, comparison, outputs, frames, names, command=command, cell=cell))
     return 0
 
 
 def write_results(
-    folder: Path, comparison: Comparison, outputs: Outputs, frames: Tensor, names: Sequence[str]
+    folder: Path,
+    comparison: Comparison,
+    outputs: Outputs,
+    frames: Tensor,  # [S, 3, H, W]
+    names: Sequence[str],
+    *,
+    command: str,
+    cell: int,
+    pairs: Tensor | None = None,  # [E, 2]
 ) -> str:
-    """Writes report.json, comparison.png and graph.png, and says where they are."""
+    """Writes report.json, comparison.png and graph.png, and says where they are.
+
+    Args:
+        folder: Where to.
+        comparison: The facts.
+        outputs: The depth of both runs, and the graph.
+        frames: What the model saw, RGB in [0, 1].
+        names: What to call each frame.
+        command: The command that makes it again.
+        cell: As `draw_comparison` takes it.
+        pairs: Pairs of frames that are known to share a view, if they are.
+    """
     shown = torch.linspace(0, len(frames) - 1, min(ROWS, len(frames))).round().int().tolist()
     draw_comparison(
         folder / "comparison.png",
@@ -81,12 +114,16 @@ def write_results(
         frames=[names[i] for i in shown],
         title=headline(comparison),
         warning=comparison.warning,
-        cell=comparison.patch_size if comparison.warning else 1,
+        cell=cell,
     )
     draw_graph(
         folder / "graph.png",
         outputs.graph,
         f"{comparison.frames} frames, {comparison.covisibility}: density {percent(comparison.density)}",
+        None if pairs is None else CovisibilityGraph.from_pairs(comparison.frames, pairs),
     )
-    write_json(folder / "report.json", as_json(comparison))
+    report = content(comparison)
+    if pairs is not None:
+        report["truth"] = against_truth(outputs.graph, pairs)
+    (folder / "report.json").write_text(as_json(command, report))
     return f"Pictures: {folder / 'comparison.png'}, {folder / 'graph.png'}\nReport: {folder / 'report.json'}"

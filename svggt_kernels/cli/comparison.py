@@ -57,8 +57,8 @@ class Comparison:
         frames: Frames S.
         height: Pixels of a frame.
         width: Pixels of a frame.
-        patch_size: Pixels of a token.
         tokens_per_frame: Tokens P of a frame, special ones included.
+        special_tokens: Special tokens at the start of a frame.
         covisibility: How the graph was made, in words.
         graph: Summary of the graph.
         density: Edges / S^2.
@@ -84,8 +84,8 @@ class Comparison:
     frames: int
     height: int
     width: int
-    patch_size: int
     tokens_per_frame: int
+    special_tokens: int
     covisibility: str
     graph: dict[str, Any]
     density: float
@@ -184,8 +184,8 @@ def compare(
         frames=len(frames),
         height=frames.shape[-2],
         width=frames.shape[-1],
-        patch_size=model.kind.patch_size,
         tokens_per_frame=layout.queries.lengths[0],
+        special_tokens=layout.queries.leading,
         covisibility=described,
         graph=asdict(summary),
         density=summary.density,

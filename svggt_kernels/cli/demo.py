@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 
 from .. import BlockLayout, CovisibilityGraph
-from ..covisibility.evaluation import edge_recall
 from ..scenes import walk
 from .compare import write_results
 from .comparison import compare
 from .environment import pick_device
 from .models import load_model
 from .options import add_output, make_folder, positive
-from .pictures import draw_graph, require_matplotlib
-from .report import as_text
+from .pictures import require_matplotlib
+from .report import against_truth, as_text
 from .text import percent, stage, times
 
 HEIGHT, WIDTH = 196, 252
@@ -25,8 +24,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
         help="render a walk through a flat and compare dense and sparse on it; needs nothing else",
-        description="Renders a walk through a flat, so that it is known exactly which frames share a view, and runs a small untrained "
-        "model on it, dense and sparse. Needs no photos, no weights and no network.",
+        description="Renders a walk through a flat, so that it is known exactly which frames share a view, and runs a "
+        "small untrained model on it, dense and sparse. Needs no photos, no weights and no network.",
     )
     parser.add_argument("--frames", type=positive, default=48, metavar="S", help="frames of the walk (default: 48)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
@@ -46,25 +45,30 @@ def run(arguments: argparse.Namespace) -> int:
         model, scene.images.to(device), "tokens", described="10 neighbours by similar tokens of the model"
     )
     pairs = scene.covisible_pairs(SHARED)
-    truth = CovisibilityGraph.from_pairs(arguments.frames, pairs)
-
+    exact = CovisibilityGraph.from_pairs(arguments.frames, pairs)
     print(
-        f"Rendered: a walk of {arguments.frames} frames through {len(scene.rooms)} rooms. Exact depth and poses say who really sees "
-        f"whom:\n{percent(truth.density)} of all pairs share at least {percent(SHARED)} of their pixels. Frames in different rooms hardly do.\n"
+        f"Rendered: a walk of {arguments.frames} frames through {len(scene.rooms)} rooms. Exact depth and poses say who "
+        f"really sees whom:\n{percent(exact.density)} of all pairs share at least {percent(SHARED)} of their pixels.\n"
     )
-    print(as_text(comparison))
-    print()
+    print(as_text(comparison), end="\n\n")
     if len(pairs):
-        tokens = BlockLayout.from_graph(
-            truth, comparison.tokens_per_frame, special_tokens=model.module.num_special_tokens
-        )
+        found, special = against_truth(outputs.graph, pairs), comparison.special_tokens
+        allowed = BlockLayout.from_graph(exact, comparison.tokens_per_frame, special_tokens=special)
         print(
-            f"The graph has {percent(edge_recall(outputs.graph, pairs))} of the pairs that really share a view; chance would give about "
-            f"{percent(comparison.density)}.\nUntrained tokens rank frames poorly. The exact graph would allow "
-            f"{times(1 / tokens.density)} in global attention."
+            f"The graph has {percent(found['recall'])} of the pairs that really share a view; chance would give "
+            f"{percent(found['chance'])}. The\ntokens that rank the frames are untrained here. The exact graph would allow "
+            f"{times(1 / allowed.density)} in global attention."
         )
-    print(write_results(output, comparison, outputs, scene.images, [f"frame {i}" for i in range(arguments.frames)]))
-    draw_graph(
-        output / "graph.png", outputs.graph, f"{arguments.frames} rendered frames, density {percent(comparison.density)}", truth
+    print(
+        write_results(
+            output,
+            comparison,
+            outputs,
+            scene.images,
+            [f"frame {i}" for i in range(arguments.frames)],
+            command=arguments.command_line,
+            cell=model.kind.cell,
+            pairs=pairs if len(pairs) else None,
+        )
     )
     return 0

@@ -10,7 +10,12 @@ import torch
 from .environment import backend_answers, by_reason, devices, installed, versions
 from .text import table
 
-OPTIONAL_PACKAGES = {"matplotlib": "pictures", "pillow": "photos", "rich": "progress", "depth-anything-3": "--model da3-small"}
+OPTIONAL_PACKAGES = {
+    "matplotlib": "pictures",
+    "pillow": "photos",
+    "rich": "progress",
+    "depth-anything-3": "--model da3-small",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

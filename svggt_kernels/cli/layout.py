@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from .. import BlockLayout, CovisibilityGraph
-from ..covisibility.evaluation import edge_recall
 from ..patch import patch
 from ..photos import find_photos, load_photos
 from .environment import pick_device
@@ -19,7 +17,7 @@ from .errors import CommandError, refusals
 from .models import KINDS, load_model
 from .options import add_graph, add_output, add_photos, covisibility, describe, from_images, make_folder, positive
 from .pictures import draw_graph, require_matplotlib
-from .report import write_json
+from .report import against_truth, as_json
 from .text import percent, stage, times
 from .truth import read_pairs
 
@@ -29,23 +27,42 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "layout",
         help="show who sees whom in a folder of photos, and the speed-up to hope for",
-        description="Makes the covisibility graph of a folder of photos, says how dense it is and what speed-up of global attention "
-        "it allows at best, and draws it.",
+        description="Makes the covisibility graph of a folder of photos, says how dense it is and what speed-up of "
+        "global attention it allows at best, and draws it.",
     )
     add_photos(parser)
     add_graph(parser, default="thumbnails")
-    parser.add_argument("--model", choices=KINDS, default="toy", help="whose tokens --covisibility tokens takes (default: toy)")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of that model; without them they are random")
-    parser.add_argument("--device", default="auto", help="where that model runs: cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's; 518)")
-    parser.add_argument("--patch-size", type=positive, default=14, metavar="PIXELS", help="pixels of a token (default: 14)")
     parser.add_argument(
-        "--special-tokens", type=positive, default=5, metavar="R", help="camera and register tokens per frame (default: 5)"
+        "--model", choices=KINDS, default="toy", help="whose tokens --covisibility tokens takes (default: toy)"
     )
     parser.add_argument(
-        "--truth", type=Path, metavar="CSV", help="pairs known to share a view, a line each: photo, photo, score; shows the recall"
+        "--weights", type=Path, metavar="FILE", help="weights of that model; without them they are random"
     )
-    parser.add_argument("--truth-above", type=float, default=0.0, metavar="X", help="score a pair must exceed (default: 0)")
+    parser.add_argument(
+        "--device", default="auto", help="where that model runs: cpu, cuda, cuda:1, mps (default: auto)"
+    )
+    parser.add_argument(
+        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's; 518)"
+    )
+    parser.add_argument(
+        "--patch-size", type=positive, default=14, metavar="PIXELS", help="pixels of a token (default: 14)"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        type=positive,
+        default=5,
+        metavar="R",
+        help="camera and register tokens per frame (default: 5)",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="CSV",
+        help="pairs known to share a view, a line each: photo, photo, score; shows the recall",
+    )
+    parser.add_argument(
+        "--truth-above", type=float, default=0.0, metavar="X", help="score a pair must exceed (default: 0)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     add_output(parser, "layout-output")
     parser.set_defaults(run=run)
@@ -85,9 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
     picture = output / "graph.png"
     title = f"{len(photos)} photos, {describe(arguments)}: density {percent(graph.density)}"
     draw_graph(picture, graph, title, None if truth is None else _truth_graph(truth, len(photos)))
-    write_json(output / "report.json", report)
+    text = as_json(arguments.command_line, report)
+    (output / "report.json").write_text(text)
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        print(text, end="")
         return 0
 
     print(f"{len(photos)} photos as {width} x {height} px, {layout.queries.lengths[0]} tokens per frame")
@@ -95,13 +113,16 @@ def run(arguments: argparse.Namespace) -> int:
     if note:
         print(note)
     print(summary)
-    print(f"Over tokens: density {percent(layout.density)}. Global attention can be {times(1 / layout.density)} faster at best;")
+    print(
+        f"Over tokens: density {percent(layout.density)}. Global attention can be {times(1 / layout.density)} faster "
+        f"at best;"
+    )
     print("the rest of the model stays as it is.")
     if truth is not None:
         against = report["truth"]
         print(
-            f"Recall: {percent(against['recall'])} of the {against['pairs']} pairs of {arguments.truth} are in the graph; chance would "
-            f"give {percent(against['chance'])}."
+            f"Recall: {percent(against['recall'])} of the {against['pairs']} pairs of {arguments.truth} are in the "
+            f"graph; chance would give {percent(against['chance'])}."
         )
     print(f"Picture: {picture}\nReport: {output / 'report.json'}")
     return 0
@@ -117,10 +138,14 @@ def _from_photos(arguments: argparse.Namespace, frames: Tensor) -> BlockLayout:
 def _from_model(arguments: argparse.Namespace, frames: Tensor) -> tuple[BlockLayout, str | None]:
     """Runs the patched model once, because its tokens decide; the graph is over the photos in their order."""
     model = load_model(arguments.model, arguments.weights, pick_device(arguments.device))
-    with refusals(), patch(model.module, covisibility=covisibility(arguments)) as handle, stage(f"running {model.name}"):
-        model(frames.to(pick_device(arguments.device)))
-    inside = handle.layout
-    return BlockLayout(handle.graph, inside.queries, inside.keys).to("cpu"), model.warning
+    with patch(model.module, covisibility=covisibility(arguments)) as handle:
+        with stage(f"running {model.name}"):
+            model(frames.to(pick_device(arguments.device)))
+        inside, graph = handle.layout, handle.graph
+    note = None
+    if model.warning:
+        note = f"The weights of {model.name} are random, so its tokens are a poor guide to who sees whom."
+    return BlockLayout(graph, inside.queries, inside.keys).to("cpu"), note
 
 
 def _truth_graph(truth: Tensor, num_frames: int) -> CovisibilityGraph:
@@ -131,10 +156,4 @@ def _against_truth(graph: CovisibilityGraph, truth: Tensor, num_frames: int) -> 
     pairs = truth[(truth < num_frames).all(dim=1)]
     if not len(pairs):
         raise CommandError(f"--truth names no pair among the first {num_frames} photos; raise --max-frames")
-    return {"pairs": len(pairs), "recall": edge_recall(graph, pairs), "chance": _chance(graph)}
-
-
-def _chance(graph: CovisibilityGraph) -> float:
-    """Returns the recall to expect of a graph with as many edges between different frames, drawn at random."""
-    others = graph.num_frames * (graph.num_frames - 1)
-    return (graph.num_edges - graph.num_frames) / others if others else 1.0
+    return against_truth(graph, pairs)

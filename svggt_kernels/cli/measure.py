@@ -113,7 +113,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 class _PeakMemory:
-    """The highest memory from its making on, beyond what was held then: torch's on CUDA, the process's on Linux CPUs."""
+    """The most memory held since its making, beyond that held then: torch's on CUDA, the process's on Linux CPUs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

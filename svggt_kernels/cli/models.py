@@ -43,6 +43,8 @@ class ModelKind:
         outputs: Reads its result into named tensors `[S, ...]`; "depth" is `[S, H, W]`.
         key_prefix: A prefix that weight files put before every name.
         patch_size: Pixels of a patch.
+        cell: Side in pixels of the squares whose mean depth pictures show; above 1 where the head fills each token with
+            noise.
     """
 
     build: Callable[[], nn.Module]
@@ -53,6 +55,7 @@ class ModelKind:
     outputs: Callable[[Any], dict[str, Tensor]]
     key_prefix: str = ""
     patch_size: int = 14
+    cell: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedM
     On CUDA it runs under bfloat16 autocast, as these models are used; elsewhere in float32.
 
     Raises:
-        CommandError: The name is unknown, a package is missing (the message says how to install it), or the weights do not fit.
+        CommandError: The name is unknown, a package is missing (the message says how to install it), or the weights do
+            not fit.
     """
     if name not in KINDS:
         raise CommandError(f"--model must be one of {', '.join(KINDS)}, got {name}")
@@ -100,7 +104,9 @@ def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedM
         try:
             module = kind.build()
         except ImportError as error:
-            raise CommandError(f"--model {name} cannot be imported ({error}). Install it: {kind.requirement}") from error
+            raise CommandError(
+                f"--model {name} cannot be imported ({error}). Install it: {kind.requirement}"
+            ) from error
     if weights is not None:
         with refusals():
             _load_weights(module, weights, kind.key_prefix)
@@ -121,13 +127,17 @@ def _load_weights(module: nn.Module, path: Path, key_prefix: str) -> None:
         try:
             from safetensors.torch import load_file
         except ImportError as error:
-            raise ImportError("reading .safetensors needs safetensors, which is not installed: pip install safetensors") from error
+            raise ImportError(
+                "reading .safetensors needs safetensors, which is not installed: pip install safetensors"
+            ) from error
         state = load_file(path)
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle raises whatever the bytes lead it to
-            raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}): give a .safetensors or .pt file") from error
+            raise ValueError(
+                f"{path} cannot be read as weights ({type(error).__name__}): give a .safetensors or .pt file"
+            ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(state).__name__}")
     state = {key.removeprefix(key_prefix): value for key, value in state.items()}
@@ -136,8 +146,8 @@ def _load_weights(module: nn.Module, path: Path, key_prefix: str) -> None:
     wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     if missing or wrong:
         raise ValueError(
-            f"{path} does not fit the model: of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} have another "
-            f"shape, for example {(missing + wrong)[0]}; give the weights of this very model"
+            f"{path} does not fit the model: of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} "
+            f"have another shape, for example {(missing + wrong)[0]}; give the weights of this very model"
         )
     module.load_state_dict(state, strict=False)
 
@@ -196,7 +206,7 @@ def _pi3_outputs(result: Any) -> dict[str, Tensor]:
 
 
 KINDS = {
-    "toy": ModelKind(ToyMultiViewTransformer, "", 336, False, _feed_batch, _toy_outputs),
+    "toy": ModelKind(ToyMultiViewTransformer, "", 336, False, _feed_batch, _toy_outputs, cell=14),
     "da3-small": ModelKind(
         _build_da3_small,
         "pip install --no-deps depth-anything-3 && pip install einops omegaconf addict huggingface_hub safetensors",
@@ -208,7 +218,8 @@ KINDS = {
     ),
     "vggt": ModelKind(
         _build_vggt,
-        "pip install --no-deps git+https://github.com/facebookresearch/vggt && pip install einops huggingface_hub safetensors",
+        "pip install --no-deps git+https://github.com/facebookresearch/vggt && pip install einops huggingface_hub "
+        "safetensors",
         518,
         True,
         _feed_batch,
@@ -216,7 +227,7 @@ KINDS = {
     ),
     "pi3": ModelKind(
         _build_pi3,
-        "pip install --no-deps git+https://github.com/yyfz/Pi3 && pip install einops huggingface_hub safetensors plyfile",
+        "pip install --no-deps git+https://github.com/yyfz/Pi3 && pip install huggingface_hub safetensors",
         518,
         True,
         _feed_batch,

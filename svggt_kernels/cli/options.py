@@ -32,7 +32,9 @@ def natural(text: str) -> int:
 
 def add_photos(parser: argparse.ArgumentParser) -> None:
     """Adds the folder of photos and how to read it."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of photos, taken in the order of their names")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a folder of photos, taken in the order of their names"
+    )
     parser.add_argument("--max-frames", type=positive, metavar="N", help="use the first N photos only")
 
 
@@ -43,24 +45,33 @@ def add_graph(parser: argparse.ArgumentParser, *, default: str) -> None:
         choices=COVISIBILITY,
         default=default,
         help="how to tell which frames see each other. tokens: similar tokens of the model; thumbnails: similar at "
-        f"{THUMBNAIL_SIDE} x {THUMBNAIL_SIDE} pixels, crude but without any weights; sequential: neighbours in the order of the "
-        f"names, for video; all: every frame sees every other (default: {default})",
+        f"{THUMBNAIL_SIDE} x {THUMBNAIL_SIDE} pixels, crude but without any weights; sequential: neighbours in the "
+        f"order of the names, for video; all: every frame sees every other (default: {default})",
     )
     parser.add_argument(
-        "--neighbours", type=natural, default=10, metavar="K", help="most similar frames that each frame sees (default: 10)"
+        "--neighbours",
+        type=natural,
+        default=10,
+        metavar="K",
+        help="most similar frames that each frame sees (default: 10)",
     )
     parser.add_argument(
         "--window",
         type=natural,
         metavar="W",
-        help=f"frames before and after that each frame sees, for ordered photos (default: 0; {SEQUENTIAL_WINDOW} with sequential)",
+        help=f"frames before and after that each frame sees, for ordered photos (default: 0; {SEQUENTIAL_WINDOW} with "
+        "sequential)",
     )
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds the folder that results go to."""
     parser.add_argument(
-        "--output", type=Path, default=Path(default), metavar="DIR", help=f"folder for report and pictures (default: {default})"
+        "--output",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help=f"folder for report and pictures (default: {default})",
     )
 
 
@@ -96,7 +107,7 @@ def covisibility(arguments: argparse.Namespace) -> Any:
 
 
 def from_images(arguments: argparse.Namespace) -> Callable[[Tensor], list[CovisibilityGraph]]:
-    """Returns a function from images `[B, S, 3, H, W]` to one graph per sample, for the kinds of graph that need no model."""
+    """Returns a function from images `[B, S, 3, H, W]` to one graph per sample, for graphs that need no model."""
     name, window = arguments.covisibility, _window(arguments)
 
     def graph(frames: Tensor) -> CovisibilityGraph:
@@ -135,4 +146,3 @@ def _at_least(text: str, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
-

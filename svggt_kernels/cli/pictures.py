@@ -27,7 +27,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise CommandError("drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'") from error
+        raise CommandError(
+            "drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'"
+        ) from error
 
 
 def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: CovisibilityGraph | None = None) -> None:
@@ -53,8 +55,12 @@ def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: Covisibi
     degrees = visible.sum(1) - visible.diagonal()
     lowest, highest = int(degrees.min()), int(degrees.max())
     step = max(1, -(-(highest - lowest + 1) // 40))
-    histogram.hist(degrees, bins=np.arange(lowest, highest + step + 1, step) - 0.5, color=PAIR_COLOURS[SEEN], rwidth=0.85)
-    histogram.axvline(np.median(degrees), color="black", linestyle="--", linewidth=1, label=f"median {np.median(degrees):g}")
+    histogram.hist(
+        degrees, bins=np.arange(lowest, highest + step + 1, step) - 0.5, color=PAIR_COLOURS[SEEN], rwidth=0.85
+    )
+    histogram.axvline(
+        np.median(degrees), color="black", linestyle="--", linewidth=1, label=f"median {np.median(degrees):g}"
+    )
     histogram.set(title="Degree", xlabel="other frames that a frame sees", ylabel="number of frames")
     histogram.legend(frameon=False)
     for axis in (histogram.xaxis, histogram.yaxis):
@@ -83,8 +89,8 @@ def draw_comparison(
         frames: A label for each row.
         title: Lines above the picture.
         warning: A line in red beneath the picture.
-        cell: Show depth as means over squares of this many pixels. Heads without training fill each token with noise; its
-            mean is what the tokens decide.
+        cell: Show depth as means over squares of this many pixels. Heads without training fill each token with noise;
+            its mean is what the tokens decide.
     """
     depths = F.avg_pool2d(torch.stack([dense, sparse]).float().cpu().flatten(0, 1), cell)
     depths = depths.unflatten(0, (2, -1)).numpy()  # [2, F, H / cell, W / cell]
@@ -111,7 +117,10 @@ def draw_comparison(
         change_image = axes[3].imshow(change[row], cmap="RdBu_r", vmin=-limit, vmax=limit)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(xticks=[], yticks=[], title=panel if row == 0 else "")
-    for image, columns, label in ((depth_image, slice(1, 3), "depth, in the model's unit"), (change_image, 3, "% of dense")):
+    for image, columns, label in (
+        (depth_image, slice(1, 3), "depth, in the model's unit"),
+        (change_image, 3, "% of dense"),
+    ):
         bar = figure.add_subplot(grid[rows, columns])
         figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label=label)
     figure.savefig(path, dpi=110)

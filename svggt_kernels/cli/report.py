@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..covisibility import CovisibilityGraph
+from ..covisibility.evaluation import chance_recall, edge_recall
 from .comparison import Comparison
 from .environment import versions
 from .text import mebibytes, milliseconds, percent, table, times
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a report; numbers that JSON does not have become null."""
-    path.write_text(json.dumps(_plain(report), indent=2) + "\n")
+def as_json(command: str, content: dict[str, Any]) -> str:
+    """Returns a report with what a reader needs to make it again; numbers that JSON does not have become null."""
+    return json.dumps(_plain({"command": command, "versions": versions(), **content}), indent=2) + "\n"
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Returns everything a reader needs to judge the numbers and to make them again."""
-    return {"command": " ".join(["svggt-kernels", *sys.argv[1:]]), "versions": versions(), **asdict(comparison)}
+def content(comparison: Comparison) -> dict[str, Any]:
+    """Returns the comparison as a report's content, with the ratios that follow from its numbers."""
+    ratios = {
+        "speedup": comparison.speedup,
+        "attention_speedup": comparison.attention.speedup,
+        "ideal_reached": comparison.reached,
+        "attention_share": comparison.attention_share,
+    }
+    return {**asdict(comparison), "ratios": ratios}
+
+
+def against_truth(graph: CovisibilityGraph, pairs: Tensor) -> dict[str, float]:
+    """Returns how many of the pairs `[E, 2]` that share a view the graph has, and how many chance would give it."""
+    return {"pairs": len(pairs), "recall": edge_recall(graph, pairs), "chance": chance_recall(graph)}
 
 
 def as_text(comparison: Comparison) -> str:
@@ -35,7 +48,12 @@ def as_text(comparison: Comparison) -> str:
             milliseconds(c.sparse.median_ms),
             times(c.speedup),
         ),
-        ("  shortest - longest run", _spread(c.dense.min_ms, c.dense.max_ms), _spread(c.sparse.min_ms, c.sparse.max_ms), ""),
+        (
+            "  shortest - longest run",
+            _spread(c.dense.min_ms, c.dense.max_ms),
+            _spread(c.sparse.min_ms, c.sparse.max_ms),
+            "",
+        ),
         (
             "one global attention",
             milliseconds(c.attention.dense.median_ms),
@@ -46,18 +64,24 @@ def as_text(comparison: Comparison) -> str:
     ]
     lines = [
         f"{c.model}, weights: {c.weights}" + (f", autocast {c.autocast}" if c.autocast else ", float32"),
-        f"{c.frames} frames of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} ({c.device_name})",
-        f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over tokens",
+        f"{c.frames} frames of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} "
+        f"({c.device_name})",
+        f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over "
+        f"tokens",
         f"Backend: {c.backend}" + "".join(f"; not {name}: {reason}" for name, reason in c.passed_over.items()),
         *(f"Note: {warning}" for warning in c.graph["warnings"]),
         "",
         table(rows),
-        f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense time, the rest stays.",
+        f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense "
+        f"time, the rest stays.",
         "",
         "Sparse against dense output:",
         table(
             [("output", "relative L2", "largest difference")]
-            + [(name, f"{d.relative_l2:.2e}", f"{d.max_abs:.2e}" + _bad(d.not_finite)) for name, d in c.deviations.items()]
+            + [
+                (name, f"{d.relative_l2:.2e}", f"{d.max_abs:.2e}" + _bad(d.not_finite))
+                for name, d in c.deviations.items()
+            ]
         ),
     ]
     if c.rotation_degrees:
@@ -72,10 +96,10 @@ def headline(comparison: Comparison) -> str:
     """Returns the facts for the top of the picture."""
     c = comparison
     return (
-        f"{c.model}, {c.frames} frames of {c.width} x {c.height} px on {c.device_name}; density {percent(c.token_density)} over tokens\n"
-        f"whole model: dense {milliseconds(c.dense.median_ms)}, sparse {milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); "
-        f"global attention: {times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal; "
-        f"depth differs by {percent(c.deviations['depth'].relative_l2)} (relative L2)"
+        f"{c.model}, {c.frames} frames of {c.width} x {c.height} px on {c.device_name}; density "
+        f"{percent(c.token_density)} over tokens\nwhole model: dense {milliseconds(c.dense.median_ms)}, sparse "
+        f"{milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); global attention: {times(c.attention.speedup)} of "
+        f"{times(c.ideal_speedup)} ideal; depth differs by {percent(c.deviations['depth'].relative_l2)} (relative L2)"
     )
 
 

@@ -37,7 +37,7 @@ def times(factor: float) -> str:
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Says on stderr what is being done, with a spinner where rich is installed and stderr is a terminal, and how long it took."""
+    """Says on stderr what is being done, with a spinner on a terminal where rich is installed, and how long it took."""
     started = time.perf_counter()
     with _spinner(what):
         yield

@@ -14,12 +14,13 @@ def edge_recall(
 ) -> float:
     """Returns the share of the given pairs that the graph keeps.
 
-    Read it together with `graph.density`: a pair that the graph lacks costs accuracy, one that it has in vain costs time, and
-    the full graph has a recall of 1.
+    Read it together with `graph.density`: a pair that the graph lacks costs accuracy, one that it has in vain costs
+    time, and the full graph has a recall of 1.
 
     Args:
         graph: Who sees whom.
-        pairs: Pairs (query frame, key frame) that do share a view, `[E, 2]` integers; list both directions if both count.
+        pairs: Pairs (query frame, key frame) that do share a view, `[E, 2]` integers; list both directions if both
+            count.
 
     Raises:
         ValueError: If there is no pair, or a pair is out of range.
@@ -34,3 +35,13 @@ def edge_recall(
     edges = graph.rows.long() * graph.num_key_frames + graph.indices
     wanted = pairs.to(edges.device, torch.int64)
     return float(torch.isin(wanted[:, 0] * graph.num_key_frames + wanted[:, 1], edges).double().mean())
+
+
+def chance_recall(graph: CovisibilityGraph) -> float:
+    """Returns the recall of pairs of different frames to expect of a graph with as many edges, drawn at random.
+
+    Args:
+        graph: A square graph with its diagonal.
+    """
+    others = graph.num_frames * (graph.num_frames - 1)
+    return (graph.num_edges - graph.num_frames) / others if others else 1.0

@@ -26,31 +26,32 @@ INTERPRETED = False
 class Config(NamedTuple):
     """Launch configuration of one kernel."""
 
+    rows: int
+    columns: int
     num_warps: int
     num_stages: int
 
 
 class Configs(NamedTuple):
-    """Tile sizes that all kernels share, and how each is launched."""
+    """How each kernel is launched, and the length of the pieces into which the rest of a run is cut."""
 
-    rows: int
-    columns: int
     forward: Config
     backward_queries: Config
     backward_keys: Config
+    tail: int
 
 
 def configs(device: torch.device, dtype: torch.dtype, head_size: int) -> Configs:
     """Return the launch configurations for a device, chosen by its capability and never by timing."""
     if dtype == torch.float32:
         # IEEE float32 products run on the plain units: small tiles keep the operands in registers.
-        return Configs(32, 32, Config(4, 1), Config(4, 1), Config(4, 1))
+        return Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), tail=32)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         # Ampere, Ada and the consumer Blackwells have no wgmma, and as little as 99 KiB of shared memory.
-        return Configs(64, 64, Config(4, 2), Config(4, 2), Config(8, 2))
+        return Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), tail=64)
     if head_size == 128:
-        return Configs(128, 64, Config(8, 3), Config(8, 2), Config(8, 2))
-    return Configs(128, 64, Config(4, 3), Config(8, 2), Config(8, 2))
+        return Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2), tail=64)
+    return Configs(Config(128, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 4, 2), tail=64)
 
 
 def uses_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
@@ -80,9 +81,20 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-    """Return the tiles of the layout for the block sizes of this dtype and head size."""
+    """Return the tiles of the layout for the forward kernel."""
     config = configs(layout.device, dtype, head_size)
-    return list(layout.tiles(config.rows, config.columns))
+    return _tiles(layout, config.forward, config.tail)
+
+
+def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+    """Return the tiles of the layout for the gradient of q and those of its transpose for the gradients of k and v."""
+    config = configs(layout.device, dtype, head_size)
+    queries = _tiles(layout, config.backward_queries, config.tail)
+    return queries + _tiles(layout.transposed(), config.backward_keys, config.tail)
+
+
+def _tiles(layout: BlockLayout, config: Config, tail: int) -> list[Tensor]:
+    return list(layout.tiles(config.rows, config.columns, tail))
 
 
 def forward(
@@ -101,12 +113,12 @@ def forward(
     q, k, v = (_readable(x) for x in (q, k, v))
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
-    walk = _Walk(tables, q, config)
+    walk = _Walk(tables, q, config.forward, config.tail)
     with _on(q.device):
         kernels.forward[walk.grid](
             q, k, v, *walk.tiles_of(k, v), out, lse,
             *_strides(q, k, v, out), N,
-            *tables, *walk.counts, scale, **walk.constants, **config.forward._asdict(),
+            *tables, *walk.counts, scale, **walk.options,
         )  # fmt: skip
     return out, lse if need_lse else lse.new_empty(0)
 
@@ -120,7 +132,6 @@ def backward(
     out: Tensor,
     lse: Tensor,
     tables: list[Tensor],
-    transposed_tables: list[Tensor],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v; bitwise the same from run to run."""
@@ -132,7 +143,9 @@ def backward(
     q, k, v, grad, out = (_readable(x) for x in (q, k, v, grad_out, out))
     lse = lse.contiguous()
     inner = torch.empty_like(lse)
-    queries, keys = _Walk(tables, q, config), _Walk(transposed_tables, q, config)
+    query_tables, key_tables = tables[: len(Tiles._fields)], tables[len(Tiles._fields) :]
+    queries = _Walk(query_tables, q, config.backward_queries, config.tail)
+    keys = _Walk(key_tables, q, config.backward_keys, config.tail)
     with _on(q.device):
         kernels.inner_products[(-(-N // 64) * B * H,)](
             grad, out, lse if grad_lse is None else grad_lse.contiguous(), inner,
@@ -141,12 +154,12 @@ def backward(
         kernels.backward_queries[queries.grid](
             q, k, v, grad, *queries.tiles_of(k, v), lse, inner, dq,
             *_strides(q, k, v, grad, dq), N,
-            *tables, *queries.counts, scale, **queries.constants, **config.backward_queries._asdict(),
+            *query_tables, *queries.counts, scale, **queries.options,
         )  # fmt: skip
         kernels.backward_keys[keys.grid](
             q, k, v, grad, *keys.tiles_of(q, grad), lse, inner, dk, dv,
             *_strides(q, k, v, grad, dk, dv), N,
-            *transposed_tables, *keys.counts, scale, **keys.constants, **config.backward_keys._asdict(),
+            *key_tables, *keys.counts, scale, **keys.options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -154,7 +167,7 @@ def backward(
 class _Walk:
     """What every kernel that walks tiles is launched with."""
 
-    def __init__(self, tables: list[Tensor], q: Tensor, config: Configs) -> None:
+    def __init__(self, tables: list[Tensor], q: Tensor, config: Config, tail: int) -> None:
         B, H, _, D = q.shape
         tiles = Tiles(*tables)
         num_tiles, num_dense_tiles = len(tiles.rows), -(-len(tiles.dense_rows) // config.rows)
@@ -165,7 +178,15 @@ class _Walk:
         self.counts = (num_tiles, num_first, dense_group, len(tiles.dense_columns), H, B * H)
         self.descriptors = uses_descriptors(q.device, q.dtype)
         self.block = [1, 1, config.columns, D]
-        self.constants = {"ROWS": config.rows, "COLUMNS": config.columns, "D": D, "DESCRIPTORS": self.descriptors}
+        self.options = {
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "TAIL": tail,
+            "D": D,
+            "DESCRIPTORS": self.descriptors,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
 
     def tiles_of(self, *tensors: Tensor) -> list[object | None]:
         """Return descriptors that read tiles of tensors `[B, H, N, D]`; None where they are not used."""

@@ -56,24 +56,24 @@ def _full_tile(tiles, ptr, b, h, start, token, COLUMNS: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS: tl.constexpr):
+def _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL: tl.constexpr):
     """First tail of a group, its number of tails, and the number of gathered tiles: tails, then dense columns."""
     first = tl.load(tail_offsets_ptr + group)
     num_tails = tl.load(tail_offsets_ptr + group + 1) - first
-    num_dense = tl.where(group == dense_group, 0, tl.cdiv(num_dense_columns, COLUMNS))
+    num_dense = tl.where(group == dense_group, 0, tl.cdiv(num_dense_columns, TAIL))
     return first, num_tails, num_tails + num_dense
 
 
 @triton.jit
 def _gathered_columns(
-    i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS: tl.constexpr
+    i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL: tl.constexpr
 ):
-    """Tokens [COLUMNS] (int64) of gathered tile i and which of them exist."""
+    """Tokens [TAIL] (int64) of gathered tile i and which of them exist."""
     is_tail = i < num_tails
     start = tl.load(tail_start_ptr + first + i, mask=is_tail, other=0)
     tail_length = tl.load(tail_length_ptr + first + i, mask=is_tail, other=0)
-    place = tl.arange(0, COLUMNS)
-    dense_place = (i - num_tails) * COLUMNS + place
+    place = tl.arange(0, TAIL)
+    dense_place = (i - num_tails) * TAIL + place
     is_dense = (i >= num_tails) & (dense_place < num_dense_columns)
     dense = tl.load(dense_columns_ptr + dense_place, mask=is_dense, other=0)
     exists = is_dense | (is_tail & (place < tail_length))
@@ -103,7 +103,7 @@ def forward(
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
     dense_rows_ptr, dense_columns_ptr,
     num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write out and LSE of one tile of queries."""
     tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
@@ -126,10 +126,10 @@ def forward(
         v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
         score_max, score_sum, out = _attend(q, k, v, None, score_max, score_sum, out, scale_log2, MASKED=False)
 
-    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS)
+    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL)
     for i in tl.range(num_gathered):
         columns, visible = _gathered_columns(
-            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS
+            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL
         )
         k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
         v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
@@ -189,7 +189,7 @@ def backward_queries(
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
     dense_rows_ptr, dense_columns_ptr,
     num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of one tile of queries."""
     tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
@@ -215,10 +215,10 @@ def backward_queries(
         v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
         dq = _query_step(q, grad, lse, inner, k, v, None, dq, scale_log2, MASKED=False)
 
-    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS)
+    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL)
     for i in tl.range(num_gathered):
         columns, visible = _gathered_columns(
-            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS
+            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL
         )
         k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
         v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
@@ -249,7 +249,7 @@ def backward_keys(
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
     dense_rows_ptr, dense_columns_ptr,
     num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one tile of keys; the tables are those of the transposed layout."""
     tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
@@ -278,10 +278,10 @@ def backward_keys(
         inner = tl.load(inner_ptr + start + place)
         dk, dv = _key_step(k, v, q, grad, lse, inner, None, dk, dv, scale_log2, MASKED=False)
 
-    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, COLUMNS)
+    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL)
     for i in tl.range(num_gathered):
         columns, sees = _gathered_columns(
-            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, COLUMNS
+            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL
         )
         q = tl.load(q_ptr + columns[:, None] * q_token + d[None, :], mask=sees[:, None], other=0.0)
         grad = tl.load(grad_ptr + columns[:, None] * grad_token + d[None, :], mask=sees[:, None], other=0.0)
