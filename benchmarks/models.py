@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.patch import patch
+from svggt_kernels import patch
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 from .record import Line

@@ -9,7 +9,17 @@ from __future__ import annotations
 from .attention import block_sparse_attention, prepare
 from .covisibility import CovisibilityGraph
 from .layout import BlockLayout
+from .patching import Patch, PatchReport, TokenSimilarity, patch
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockLayout", "CovisibilityGraph", "block_sparse_attention", "prepare"]
+__all__ = [
+    "BlockLayout",
+    "CovisibilityGraph",
+    "Patch",
+    "PatchReport",
+    "TokenSimilarity",
+    "block_sparse_attention",
+    "patch",
+    "prepare",
+]

@@ -2,7 +2,7 @@
 
 A record says how to recognise the model, which of its attention modules look across frames, and how their tokens lie.
 Models are recognised by structure and by class name, so no model package is imported here. The records side by side
-are the documentation of how the models differ; `svggt_kernels.patch` acts on them and knows no model by name.
+are the documentation of how the models differ; `patching` acts on them and knows no model by name.
 
 | record | global attention | special tokens per frame | reference frame |
 |---|---|---|---|

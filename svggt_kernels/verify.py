@@ -59,7 +59,7 @@ def error_ratios(
     head_size: int = 64,
     backend: str | None = None,
     batch: int = 1,
-    heads: int = 2,
+    heads: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """Return the error of a backend against float64 as a multiple of the error of plain attention in the same dtype.
@@ -74,13 +74,15 @@ def error_ratios(
         head_size: D.
         backend: As in `block_sparse_attention`.
         batch: B.
-        heads: H.
+        heads: H; by default enough of them for 1000 rows or more, so that one row does not decide.
         seed: Seed of the inputs.
 
     Returns:
         For "out", "lse", "grad q", "grad k" and "grad v" the ratio; at most `BUDGET` is right. NaN where a result is
         not finite but should be, or the other way round.
     """
+    if heads is None:
+        heads = max(2, 1000 // min(layout.num_tokens, layout.num_key_tokens))
     q, k, v, grad_out, grad_lse = _inputs(layout, dtype, head_size, batch, heads, seed)
     mask = layout.to_dense()
     # A row that sees nothing has LSE -inf, which has no gradient.

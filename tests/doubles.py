@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.patch import Patch, patch
+from svggt_kernels import Patch, patch
 
 DIM, HEADS, PATCH = 32, 2, 4
 HEIGHT, WIDTH = 8, 12

@@ -20,7 +20,7 @@ FLOORS = [
     {"layout"},
     {"backends"},
     {"attention"},
-    {"verify", "patch"},
+    {"verify", "patching"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -12,8 +12,7 @@ from doubles import ALONE, BAND, FAMILY, ISLANDS, Double, MaskedAttention, image
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.frame_graphs import TokenSimilarity
-from svggt_kernels.patch import Patch, patch
+from svggt_kernels import Patch, TokenSimilarity, patch
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)

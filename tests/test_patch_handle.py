@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph
 from svggt_kernels.models import RECORDS
-from svggt_kernels.patch import Patch, patch
+from svggt_kernels import Patch, patch
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
@@ -315,7 +315,7 @@ def test_pickled_copy_in_another_process(tmp_path: Path):
         "import sys, torch\n"
         "saved = torch.load(sys.argv[1], weights_only=False)\n"
         "assert torch.equal(saved['model'](saved['images'])['depth'], saved['depth'])\n"
-        "from svggt_kernels.patch import Patch\n"
+        "from svggt_kernels import Patch\n"
         "print(Patch.of(saved['model']).report().calls_last_forward)\n"
     )
     done = subprocess.run(
@@ -370,6 +370,14 @@ def test_model_that_holds_two():
         patch(pair)
     with patch(pair["teacher"]), patch(pair["student"]):
         pair["teacher"](images()), pair["student"](images())
+
+
+def test_branch_of_da3_without_global_attention_is_left_alone():
+    both = nn.ModuleDict({"da3": FAMILY["da3"].create(), "da3_metric": FAMILY["da3"].create()})
+    both["da3_metric"].backbone.pretrained.alt_start = -1
+    with patch(both) as handle:
+        assert handle.modules == tuple(f"da3.{name}" for name in FAMILY["da3"].modules)
+        both["da3"](images())
 
 
 def test_wrapper_that_passes_attributes_on():

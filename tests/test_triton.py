@@ -49,7 +49,7 @@ def test_fuzz_against_float64(
 def test_every_tail_length(tail: int, device: str):
     graph = CovisibilityGraph.from_pairs(3, [(0, 2), (2, 0)]).to(device)
     layout = BlockLayout.from_graph(graph, 64 + tail)
-    assert within_budget(error_ratios(layout, torch.float16, backend="triton", heads=1, seed=tail))
+    assert within_budget(error_ratios(layout, torch.float16, backend="triton", seed=tail))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # the special queries do see the NaNs
@@ -85,10 +85,9 @@ def test_inputs_that_descriptors_cannot_read(case: str, device: str):
         "last stride": wide[..., :64].mT.contiguous().mT,
         "broadcast": wide[:, :1, :, :64].expand(1, 2, 140, 64),
     }[case]
-    expected = block_sparse_attention(x, x, x, layout, backend="sdpa")
-    torch.testing.assert_close(
-        block_sparse_attention(x, x, x, layout, backend="triton"), expected, atol=2e-3, rtol=2e-3
-    )
+    plain = x.contiguous()
+    expected = block_sparse_attention(plain, plain, plain, layout, backend="triton")
+    assert torch.equal(block_sparse_attention(x, x, x, layout, backend="triton"), expected)
 
 
 def test_refuses_what_it_cannot_run(device: str):
@@ -160,8 +159,9 @@ def test_full_size_is_bitwise_repeatable_and_right():
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     head = [x[:, :1].detach().double() for x in (q, k, v)]
     exact = block_sparse_attention(*head, layout, backend="sdpa")
-    error = (first[0][:, :1].double() - exact).square().mean().sqrt()
-    assert float(error) < 2 * float((exact.bfloat16().double() - exact).square().mean().sqrt()) * 4
+    plain = block_sparse_attention(*(x.bfloat16() for x in head), layout, backend="sdpa")
+    errors = [float((x[:, :1].detach().double() - exact).square().mean().sqrt()) for x in (first[0], plain)]
+    assert errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.gpu

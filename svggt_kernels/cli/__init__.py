@@ -7,8 +7,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
 from . import check, compare, demo, info, layout
+from .environment import installed
 from .errors import CommandError
 
 COMMANDS = (info, check, layout, compare, demo)
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "other.",
         epilog="'svggt-kernels COMMAND --help' shows the options of a command.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)

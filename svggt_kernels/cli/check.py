@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import BlockLayout, CovisibilityGraph
+from ..covisibility import CovisibilityGraph
+from ..layout import BlockLayout
 from ..verify import BUDGET, QUANTITIES, error_ratios, within_budget
 from .environment import DTYPES, backend_answers, by_reason, device_name, dtype_name, pick_device
 from .text import table

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import CovisibilityGraph, backends
+from .. import backends
+from ..covisibility import CovisibilityGraph
 from ..photos import find_photos, load_photos
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
@@ -61,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
     with refusals():
         photos = find_photos(arguments.folder)[: arguments.max_frames]
-    output = make_folder(arguments.output)
     model = load_model(arguments.model, arguments.weights, device)
+    output = make_folder(arguments.output)
     with refusals(), stage(f"reading {len(photos)} photos"):
         frames = load_photos(
             photos, long_side=arguments.long_side or model.kind.long_side, patch_size=model.kind.patch_size
@@ -122,7 +123,7 @@ def write_results(
         f"{comparison.frames} frames, {comparison.covisibility}: density {percent(comparison.density)}",
         None if pairs is None else CovisibilityGraph.from_pairs(comparison.frames, pairs),
     )
-    report = content(comparison)
+    report = {**content(comparison), "frame_names": list(names)}
     if pairs is not None:
         report["truth"] = against_truth(outputs.graph, pairs)
     (folder / "report.json").write_text(as_json(command, report))

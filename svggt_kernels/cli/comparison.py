@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .. import BlockLayout, CovisibilityGraph, block_sparse_attention
-from ..patch import patch
+from ..attention import block_sparse_attention
+from ..covisibility import CovisibilityGraph
+from ..layout import BlockLayout
+from ..patching import patch
 from .environment import device_name, dtype_name
-from .errors import CommandError
+from .errors import enough_memory
 from .measure import Cost, Deviation, cost, deviation, rotation_degrees
 from .models import LoadedModel
 from .text import stage
@@ -155,7 +156,7 @@ def compare(
         CommandError: The device has not enough memory.
     """
     device = frames.device
-    with _enough_memory():
+    with enough_memory():
         calls = _AttentionShapes()
         with stage("dense, warming up"), calls:
             model(frames)
@@ -260,14 +261,3 @@ def _camera_rotation(dense: dict[str, Tensor], sparse: dict[str, Tensor]) -> dic
             angles = rotation_degrees(rotation(dense[name]), rotation(sparse[name]))
             return {"median": float(angles.median()), "max": float(angles.max())}
     return None
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Turns a device that runs out of memory into a refusal that says what to do."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise CommandError(
-            "the device ran out of memory; use fewer photos (--max-frames) or smaller ones (--long-side)"
-        ) from error

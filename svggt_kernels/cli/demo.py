@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .. import BlockLayout, CovisibilityGraph
+from ..covisibility import CovisibilityGraph
+from ..layout import BlockLayout
 from ..scenes import walk
 from .compare import write_results
 from .comparison import compare
@@ -47,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = scene.covisible_pairs(SHARED)
     exact = CovisibilityGraph.from_pairs(arguments.frames, pairs)
     print(
-        f"Rendered: a walk of {arguments.frames} frames through {len(scene.rooms)} rooms. Exact depth and poses say who "
-        f"really sees whom:\n{percent(exact.density)} of all pairs share at least {percent(SHARED)} of their pixels.\n"
+        f"Rendered: a walk of {arguments.frames} frames through {len(scene.rooms)} rooms. Exact depth and poses say "
+        f"who really\nsees whom: {percent(exact.density)} of all pairs share at least {percent(SHARED)} of their "
+        "pixels.\n"
     )
     print(as_text(comparison), end="\n\n")
     if len(pairs):
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         allowed = BlockLayout.from_graph(exact, comparison.tokens_per_frame, special_tokens=special)
         print(
             f"The graph has {percent(found['recall'])} of the pairs that really share a view; chance would give "
-            f"{percent(found['chance'])}. The\ntokens that rank the frames are untrained here. The exact graph would allow "
+            f"{percent(found['chance'])}.\nThe tokens that rank the frames are untrained. The exact graph would allow "
             f"{times(1 / allowed.density)} in global attention."
         )
     print(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, backends
+from .. import backends
 from .errors import CommandError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def versions() -> dict[str, str]:
     """Returns the versions that decide a result, and the operating system."""
     return {
-        "svggt_kernels": __version__,
+        "svggt_kernels": installed("svggt-kernels"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton"),

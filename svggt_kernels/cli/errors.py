@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class CommandError(Exception):
     """The command cannot do what was asked; the message says what must hold, what was given and what to do."""
@@ -17,3 +19,14 @@ def refusals() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turns a device that runs out of memory into a `CommandError` that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CommandError(
+            "the device ran out of memory; use fewer photos (--max-frames) or smaller ones (--long-side)"
+        ) from error

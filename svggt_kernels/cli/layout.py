@@ -9,17 +9,31 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import BlockLayout, CovisibilityGraph
-from ..patch import patch
+from ..covisibility import CovisibilityGraph
+from ..covisibility.graph import GraphSummary
+from ..layout import BlockLayout
+from ..patching import patch
 from ..photos import find_photos, load_photos
 from .environment import pick_device
-from .errors import CommandError, refusals
+from .errors import CommandError, enough_memory, refusals
 from .models import KINDS, load_model
-from .options import add_graph, add_output, add_photos, covisibility, describe, from_images, make_folder, positive
+from .options import (
+    add_graph,
+    add_output,
+    add_photos,
+    covisibility,
+    describe,
+    from_images,
+    make_folder,
+    natural,
+    positive,
+)
 from .pictures import draw_graph, require_matplotlib
 from .report import against_truth, as_json
 from .text import percent, stage, times
 from .truth import read_pairs
+
+LONG_SIDE = 518
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -42,14 +56,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--device", default="auto", help="where that model runs: cpu, cuda, cuda:1, mps (default: auto)"
     )
     parser.add_argument(
-        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's; 518)"
+        "--long-side",
+        type=positive,
+        metavar="PIXELS",
+        help=f"longer side of a frame (default: {LONG_SIDE}; with tokens the model's)",
     )
     parser.add_argument(
         "--patch-size", type=positive, default=14, metavar="PIXELS", help="pixels of a token (default: 14)"
     )
     parser.add_argument(
         "--special-tokens",
-        type=positive,
+        type=natural,
         default=5,
         metavar="R",
         help="camera and register tokens per frame (default: 5)",
@@ -73,59 +90,65 @@ def run(arguments: argparse.Namespace) -> int:
     require_matplotlib()
     with refusals():
         photos = find_photos(arguments.folder)
-        truth = read_pairs(arguments.truth, photos, above=arguments.truth_above) if arguments.truth else None
+        pairs = read_pairs(arguments.truth, photos, above=arguments.truth_above) if arguments.truth else None
     photos = photos[: arguments.max_frames]
-    with_model = arguments.covisibility == "tokens"
-    kind = KINDS[arguments.model]
-    patch_size = kind.patch_size if with_model else arguments.patch_size
-    long_side = arguments.long_side or (kind.long_side if with_model else 518)
+    if pairs is not None:
+        pairs = pairs[(pairs < len(photos)).all(dim=1)]
+        if not len(pairs):
+            raise CommandError(f"--truth names no pair among the first {len(photos)} photos; raise --max-frames")
+    output = make_folder(arguments.output)
+    kind = KINDS[arguments.model] if arguments.covisibility == "tokens" else None
+    patch_size = kind.patch_size if kind else arguments.patch_size
+    long_side = arguments.long_side or (kind.long_side if kind else LONG_SIDE)
     with refusals(), stage(f"reading {len(photos)} photos"):
         frames = load_photos(photos, long_side=long_side, patch_size=patch_size)
-    output = make_folder(arguments.output)
-    layout, note = _from_model(arguments, frames) if with_model else (_from_photos(arguments, frames), None)
+    layout, note = _from_model(arguments, frames) if kind else (_from_photos(arguments, frames), None)
 
-    graph, (height, width) = layout.graph, frames.shape[-2:]
-    summary = graph.summary()
+    summary = layout.graph.summary()
     report: dict[str, Any] = {
         "folder": str(arguments.folder),
         "photos": [photo.name for photo in photos],
-        "frame_size": [width, height],
+        "height": frames.shape[-2],
+        "width": frames.shape[-1],
         "tokens_per_frame": layout.queries.lengths[0],
         "covisibility": describe(arguments),
         "note": note,
         "graph": asdict(summary),
         "token_density": layout.density,
         "ideal_speedup": 1 / layout.density,
+        "truth": None if pairs is None else against_truth(layout.graph, pairs),
     }
-    if truth is not None:
-        report["truth"] = _against_truth(graph, truth, len(photos))
-    picture = output / "graph.png"
-    title = f"{len(photos)} photos, {describe(arguments)}: density {percent(graph.density)}"
-    draw_graph(picture, graph, title, None if truth is None else _truth_graph(truth, len(photos)))
     text = as_json(arguments.command_line, report)
     (output / "report.json").write_text(text)
+    draw_graph(
+        output / "graph.png",
+        layout.graph,
+        f"{len(photos)} photos, {describe(arguments)}: density {percent(summary.density)}",
+        None if pairs is None else CovisibilityGraph.from_pairs(len(photos), pairs),
+    )
     if arguments.json:
         print(text, end="")
-        return 0
-
-    print(f"{len(photos)} photos as {width} x {height} px, {layout.queries.lengths[0]} tokens per frame")
-    print(f"Who sees whom: {describe(arguments)}")
-    if note:
-        print(note)
-    print(summary)
-    print(
-        f"Over tokens: density {percent(layout.density)}. Global attention can be {times(1 / layout.density)} faster "
-        f"at best;"
-    )
-    print("the rest of the model stays as it is.")
-    if truth is not None:
-        against = report["truth"]
+    else:
         print(
-            f"Recall: {percent(against['recall'])} of the {against['pairs']} pairs of {arguments.truth} are in the "
-            f"graph; chance would give {percent(against['chance'])}."
+            _as_text(report, summary), f"Picture: {output / 'graph.png'}", f"Report: {output / 'report.json'}", sep="\n"
         )
-    print(f"Picture: {picture}\nReport: {output / 'report.json'}")
     return 0
+
+
+def _as_text(report: dict[str, Any], summary: GraphSummary) -> str:
+    lines = [
+        f"{len(report['photos'])} photos as {report['width']} x {report['height']} px, {report['tokens_per_frame']} "
+        "tokens per frame",
+        f"Who sees whom: {report['covisibility']}",
+        *([report["note"]] if report["note"] else []),
+        str(summary),
+        f"Over tokens: density {percent(report['token_density'])}. Global attention can be "
+        f"{times(report['ideal_speedup'])} faster at best; the rest of the model stays.",
+    ]
+    if report["truth"]:
+        pairs, recall, chance = report["truth"].values()
+        lines.append(f"Of {pairs} pairs known to share a view, {percent(recall)} are in; by chance {percent(chance)}.")
+    return "\n".join(lines)
 
 
 def _from_photos(arguments: argparse.Namespace, frames: Tensor) -> BlockLayout:
@@ -139,21 +162,10 @@ def _from_model(arguments: argparse.Namespace, frames: Tensor) -> tuple[BlockLay
     """Runs the patched model once, because its tokens decide; the graph is over the photos in their order."""
     model = load_model(arguments.model, arguments.weights, pick_device(arguments.device))
     with patch(model.module, covisibility=covisibility(arguments)) as handle:
-        with stage(f"running {model.name}"):
+        with enough_memory(), stage(f"running {model.name}"):
             model(frames.to(pick_device(arguments.device)))
         inside, graph = handle.layout, handle.graph
     note = None
     if model.warning:
         note = f"The weights of {model.name} are random, so its tokens are a poor guide to who sees whom."
     return BlockLayout(graph, inside.queries, inside.keys).to("cpu"), note
-
-
-def _truth_graph(truth: Tensor, num_frames: int) -> CovisibilityGraph:
-    return CovisibilityGraph.from_pairs(num_frames, truth[(truth < num_frames).all(dim=1)])
-
-
-def _against_truth(graph: CovisibilityGraph, truth: Tensor, num_frames: int) -> dict[str, float]:
-    pairs = truth[(truth < num_frames).all(dim=1)]
-    if not len(pairs):
-        raise CommandError(f"--truth names no pair among the first {num_frames} photos; raise --max-frames")
-    return against_truth(graph, pairs)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -63,8 +63,10 @@ def cost(run: Callable[[], T], device: torch.device, *, repeats: int = 3) -> tup
         repeats: Runs at most; runs that take longer than `ENOUGH_SECONDS` together are enough.
     """
     peak = _PeakMemory(device)
-    elapsed = []
+    result: T | None = None
+    elapsed: list[float] = []
     for _ in range(repeats):
+        result = None  # or the last one would count as memory of this run
         _synchronize(device)
         started = time.perf_counter()
         result = run()
@@ -72,7 +74,7 @@ def cost(run: Callable[[], T], device: torch.device, *, repeats: int = 3) -> tup
         elapsed.append(1000 * (time.perf_counter() - started))
         if sum(elapsed) > 1000 * ENOUGH_SECONDS:
             break
-    return result, Cost(statistics.median(elapsed), min(elapsed), max(elapsed), len(elapsed), peak.mib())
+    return cast(T, result), Cost(statistics.median(elapsed), min(elapsed), max(elapsed), len(elapsed), peak.mib())
 
 
 def deviation(dense: Tensor, sparse: Tensor) -> Deviation:

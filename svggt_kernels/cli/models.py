@@ -155,11 +155,11 @@ def _load_weights(module: nn.Module, path: Path, key_prefix: str) -> None:
 def _build_da3_small() -> nn.Module:
     os.environ.setdefault("DA3_LOG_LEVEL", "WARN")  # its notes would mix with the report
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one of its own dependencies warns it
+        warnings.simplefilter("ignore")  # what its dependencies warn it of is not for our users
         import depth_anything_3
         from depth_anything_3.cfg import create_object, load_config
 
-    return create_object(load_config(str(Path(depth_anything_3.__path__[0]) / "configs" / "da3-small.yaml")))
+        return create_object(load_config(str(Path(depth_anything_3.__path__[0]) / "configs" / "da3-small.yaml")))
 
 
 def _build_vggt() -> nn.Module:

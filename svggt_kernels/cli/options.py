@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..covisibility import CovisibilityGraph
-from ..patch import TokenSimilarity
+from ..patching import TokenSimilarity
 from .errors import refusals
 
 COVISIBILITY = ("tokens", "thumbnails", "sequential", "all")

@@ -111,7 +111,7 @@ def draw_comparison(
     for row, frame in enumerate(frames):
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
         axes[0].imshow(photos[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy())
-        axes[0].set_ylabel(frame, fontsize=9)
+        axes[0].set_ylabel(frame if len(frame) <= 24 else f"...{frame[-21:]}", fontsize=9)
         for axis, depth in zip(axes[1:3], depths[:, row], strict=True):
             depth_image = axis.imshow(depth, cmap="viridis", vmin=low, vmax=high)
         change_image = axes[3].imshow(change[row], cmap="RdBu_r", vmin=-limit, vmax=limit)

@@ -13,6 +13,7 @@ from ..covisibility import CovisibilityGraph
 from ..covisibility.evaluation import chance_recall, edge_recall
 from .comparison import Comparison
 from .environment import versions
+from .measure import Cost
 from .text import mebibytes, milliseconds, percent, table, times
 
 
@@ -40,56 +41,49 @@ def against_truth(graph: CovisibilityGraph, pairs: Tensor) -> dict[str, float]:
 def as_text(comparison: Comparison) -> str:
     """Returns the comparison as a page of text."""
     c = comparison
-    rows = [
-        ("", "dense", "sparse", "speed-up"),
-        (
-            "whole model, median",
-            milliseconds(c.dense.median_ms),
-            milliseconds(c.sparse.median_ms),
-            times(c.speedup),
-        ),
-        (
-            "  shortest - longest run",
-            _spread(c.dense.min_ms, c.dense.max_ms),
-            _spread(c.sparse.min_ms, c.sparse.max_ms),
-            "",
-        ),
-        (
-            "one global attention",
-            milliseconds(c.attention.dense.median_ms),
-            milliseconds(c.attention.sparse.median_ms),
-            f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal: {percent(c.reached)} reached",
-        ),
-        ("peak memory of a run", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib), ""),
-    ]
     lines = [
         f"{c.model}, weights: {c.weights}" + (f", autocast {c.autocast}" if c.autocast else ", float32"),
         f"{c.frames} frames of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} "
         f"({c.device_name})",
         f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over "
-        f"tokens",
+        "tokens",
         f"Backend: {c.backend}" + "".join(f"; not {name}: {reason}" for name, reason in c.passed_over.items()),
         *(f"Note: {warning}" for warning in c.graph["warnings"]),
         "",
-        table(rows),
+        _costs(c),
         f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense "
-        f"time, the rest stays.",
+        "time, the rest stays.",
         "",
         "Sparse against dense output:",
-        table(
-            [("output", "relative L2", "largest difference")]
-            + [
-                (name, f"{d.relative_l2:.2e}", f"{d.max_abs:.2e}" + _bad(d.not_finite))
-                for name, d in c.deviations.items()
-            ]
-        ),
+        _deviations(c),
     ]
-    if c.rotation_degrees:
-        median, largest = c.rotation_degrees["median"], c.rotation_degrees["max"]
-        lines.append(f"  rotation of the cameras: {median:.3g} degrees median, {largest:.3g} at most")
     if c.warning:
         lines += ["", c.warning]
     return "\n".join(lines)
+
+
+def _costs(c: Comparison) -> str:
+    attention = f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal: {percent(c.reached)} reached"
+    return table(
+        [
+            ("", "dense", "sparse", "speed-up"),
+            ("whole model, median", *_medians(c.dense, c.sparse), times(c.speedup)),
+            ("  shortest to longest run", _range(c.dense), _range(c.sparse), ""),
+            ("one global attention", *_medians(c.attention.dense, c.attention.sparse), attention),
+            ("peak memory beyond weights", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib), ""),
+        ]
+    )
+
+
+def _deviations(c: Comparison) -> str:
+    rows = [("output", "relative L2", "largest difference")]
+    for name, d in c.deviations.items():
+        broken = f" ({d.not_finite} values not finite)" if d.not_finite else ""
+        rows.append((name, f"{d.relative_l2:.2e}", f"{d.max_abs:.2e}{broken}"))
+    if c.rotation_degrees is None:
+        return table(rows)
+    median, largest = c.rotation_degrees["median"], c.rotation_degrees["max"]
+    return f"{table(rows)}\n  The cameras turn by {median:.3g} degrees (median), {largest:.3g} at most."
 
 
 def headline(comparison: Comparison) -> str:
@@ -103,12 +97,12 @@ def headline(comparison: Comparison) -> str:
     )
 
 
-def _spread(low: float, high: float) -> str:
-    return f"{milliseconds(low)} - {milliseconds(high)}"
+def _medians(*costs: Cost) -> tuple[str, ...]:
+    return tuple(milliseconds(cost.median_ms) for cost in costs)
 
 
-def _bad(count: int) -> str:
-    return f" ({count} values not finite)" if count else ""
+def _range(cost: Cost) -> str:
+    return f"{milliseconds(cost.min_ms)} to {milliseconds(cost.max_ms)}"
 
 
 def _plain(value: Any) -> Any:

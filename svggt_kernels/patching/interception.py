@@ -5,14 +5,17 @@ Both act on one instance: its class, its parameters, its hooks and PyTorch's fun
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Answering", "StandIn"]
+__all__ = ["Answering", "StandIn", "uncompiled"]
 
 
 class StandIn:
@@ -84,3 +87,22 @@ class Answering(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.answered += 1
         return self.answer(*args, **(kwargs or {}))
+
+
+def uncompiled(*, recursive: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates as torch.compiler.disable does, but imports the machinery of torch.compile only where it is in use."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        disabled: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            if not disabled:
+                disabled.append(torch.compiler.disable(function, recursive=recursive))
+            return disabled[0](*args, **kwargs)
+
+        return run
+
+    return decorate

@@ -1,10 +1,4 @@
-"""`patch(model)`: put block-sparse attention into a multi-view transformer, prove that it acts, and take it out again.
-
-Every model of the family calls `scaled_dot_product_attention` once in each global attention module. A patch stands in
-for the forward of those modules, on this one model, and answers that call with `block_sparse_attention`. Weights,
-state_dict keys, classes and PyTorch's functions stay as they are. The layout is made once per forward, at the first
-global attention, and shared by all.
-"""
+"""`patch(model)` and the handle it returns."""
 
 from __future__ import annotations
 
@@ -19,16 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import backends
-from .attention import block_sparse_attention, choose_backend, prepare
-from .covisibility import CovisibilityGraph, GraphSummary
-from .frame_graphs import TokenSimilarity
-from .interception import Answering, StandIn
-from .layout import BlockLayout
-from .models import ForwardInputs, find_model, stated_record
+from .. import backends
+from ..attention import block_sparse_attention, choose_backend, prepare
+from ..covisibility import CovisibilityGraph, GraphSummary
+from ..layout import BlockLayout
+from ..models import ForwardInputs, find_model, stated_record
+from .interception import Answering, StandIn, uncompiled
 from .planning import Covisibility, Forward, Planner, require_redundant
 
-__all__ = ["Patch", "PatchReport", "TokenSimilarity", "patch"]
+__all__ = ["Patch", "PatchReport", "patch"]
 
 # Forwards kept for activation checkpointing to run again in their backward.
 FORWARDS_KEPT = 16
@@ -245,7 +238,7 @@ class Patch:
             raise RuntimeError("there is no graph or layout before the first forward of the patched model")
         return self._last
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled(recursive=False)
     def _run_model(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Runs one forward of the model and checks that every patched attention was answered in it."""
         if self._active is not None:
@@ -282,7 +275,7 @@ class Patch:
             self._history.append(forward)
         return output
 
-    @torch.compiler.disable
+    @uncompiled(recursive=True)
     def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Runs a global attention module, its attention call answered here."""
         with Answering(partial(self._answer, stand_in.name, (*args, *kwargs.values()))) as answering:
@@ -295,7 +288,7 @@ class Patch:
             )
         return output
 
-    @torch.compiler.disable
+    @uncompiled(recursive=True)
     def _answer(
         self,
         name: str,

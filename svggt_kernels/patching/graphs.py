@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .covisibility import CovisibilityGraph
+from ..covisibility import CovisibilityGraph
 
 __all__ = ["TokenSimilarity", "earlier_frames_only", "frame_order", "in_order"]
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .covisibility import CovisibilityGraph
-from .frame_graphs import TokenSimilarity, earlier_frames_only, frame_order, in_order, inverse
-from .layout import BlockLayout
-from .models import ForwardInputs, ModelRecord
+from ..covisibility import CovisibilityGraph
+from ..layout import BlockLayout
+from ..models import ForwardInputs, ModelRecord
+from .graphs import TokenSimilarity, earlier_frames_only, frame_order, in_order, inverse
 
 __all__ = ["Covisibility", "Forward", "Planner", "require_redundant"]
 

@@ -1,0 +1,512 @@
+"""The command line does what it says, and says in one line what it cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from svggt_kernels import BlockLayout, CovisibilityGraph, backends
+from svggt_kernels.backends import sdpa
+from svggt_kernels.cli import check, comparison, demo, main, measure, models, options, report, text, truth
+from svggt_kernels.covisibility.evaluation import chance_recall, edge_recall
+from svggt_kernels.toy import ToyMultiViewTransformer
+
+COMMANDS = ("info", "check", "layout", "compare", "demo")
+SEED = 0
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six small photos; 1 to 3 are views of one texture, 4 to 6 of another."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    textures = np.random.default_rng(SEED).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)
+    for i in range(6):
+        texture = Image.fromarray(textures[i // 3]).resize((64, 48), Image.Resampling.BICUBIC)
+        texture.crop((i % 3, 0, 56 + i % 3, 42)).save(photos / f"{i + 1}.png")
+    return photos
+
+
+@pytest.fixture
+def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> models.ModelKind:
+    """Makes the toy model small, and lets it take weights."""
+    kind = dataclasses.replace(
+        models.KINDS["toy"],
+        build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2),
+        trainable=True,
+        long_side=56,
+        key_prefix="model.",
+    )
+    monkeypatch.setitem(models.KINDS, "toy", kind)
+    return kind
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Runs a command that must refuse; returns what it says."""
+    assert main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+class TestMain:
+    @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+    def test_help(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        assert main(words) == 0
+        assert "usage: svggt-kernels" in capsys.readouterr().out
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.count(".") == 2
+
+    @pytest.mark.parametrize("words", [[], ["fly"], ["compare"]], ids=["nothing", "unknown", "incomplete"])
+    def test_usage(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        assert main(words) == 2
+        assert "usage: svggt-kernels" in capsys.readouterr().err
+
+    def test_interrupted(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(check, "judge", interrupt)
+        assert main(["check", "--device", "cpu"]) == 130
+        assert "interrupted" in capsys.readouterr().err
+
+    def test_info_and_check_need_no_optional_package(self) -> None:
+        script = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"matplotlib", "PIL", "rich", "depth_anything_3", "omegaconf"}:
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Refuse())
+from svggt_kernels.cli import main
+sys.exit(main(["info"]) or main(["check", "--device", "cpu"]) or main(["demo", "--output", "nowhere"]))
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert "Every backend that can run here is within the budget" in done.stdout
+        assert done.stderr == (
+            "svggt-kernels demo: drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'\n"
+        )
+
+
+class TestInfo:
+    def test_text_names_versions_and_reasons(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info"]) == 0
+        out = capsys.readouterr().out
+        assert torch.__version__ in out
+        assert all(name in out for name in backends.BACKENDS)
+        assert "cannot run: it needs a CUDA device" in out
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["versions"]["torch"] == torch.__version__
+        assert found["backends"]["cpu"]["sdpa"] == {"float16": None, "bfloat16": None, "float32": None}
+        assert isinstance(found["backends"]["cpu"]["triton"]["float32"], str)
+
+
+class TestCheck:
+    def test_all_is_well(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--device", "cpu"]) == 0
+        out = capsys.readouterr().out
+        assert out.count(" ok") == 3
+        assert "WRONG" not in out
+
+    @pytest.mark.parametrize("factor", [1.01, math.nan], ids=["one percent off", "nan"])
+    def test_wrong_numbers_fail(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, factor: float
+    ) -> None:
+        right = sdpa.forward
+        monkeypatch.setattr(sdpa, "forward", lambda *x: (right(*x)[0] * factor, right(*x)[1]))
+        assert main(["check", "--device", "cpu"]) == 1
+        assert "sdpa is WRONG" not in capsys.readouterr().out
+
+    def test_wrong_gradient_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = sdpa.backward
+
+        def wrong(*inputs: object) -> tuple[torch.Tensor, ...]:
+            dq, dk, dv = right(*inputs)  # type: ignore[arg-type]
+            return dq, dk * 1.02, dv
+
+        monkeypatch.setattr(sdpa, "backward", wrong)
+        verdict = check.judge("sdpa", torch.device("cpu"), torch.float32)
+        assert not verdict.passed
+        assert [name for name, ratio in verdict.ratios.items() if ratio > 2] == ["grad k"]
+
+    def test_what_a_kernel_raises_is_the_finding(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*inputs: object) -> None:
+            raise RuntimeError("the kernel fell over")
+
+        monkeypatch.setattr(sdpa, "forward", broken)
+        assert main(["check", "--device", "cpu"]) == 1
+        assert "WRONG RuntimeError: the kernel fell over" in capsys.readouterr().out
+
+    def test_unknown_device(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--device must be auto or one of" in refusal(capsys, "check", "--device", "abacus")
+
+
+class TestLayout:
+    def test_writes_report_and_picture(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        output = tmp_path / "deep" / "output"
+        words = ["layout", str(folder), "--neighbours", "2", "--long-side", "56", "--output", str(output)]
+        assert main(words) == 0
+        assert "10 neighbours" not in capsys.readouterr().out
+        written = json.loads((output / "report.json").read_text())
+        assert written["command"].startswith("svggt-kernels layout")
+        assert written["tokens_per_frame"] == 4 * 3 + 5
+        assert written["ideal_speedup"] == pytest.approx(1 / written["token_density"])
+        assert is_png(output / "graph.png")
+
+    def test_thumbnails_find_the_frames_of_one_place(self, folder: Path) -> None:
+        from svggt_kernels.photos import find_photos, load_photos
+
+        descriptors = options.thumbnails(load_photos(find_photos(folder), long_side=56))
+        graph = CovisibilityGraph.from_descriptors(
+            descriptors, neighbours=2, reference_frame=None, anchors=0, bridge=False
+        )
+        place = torch.arange(6) // 3
+        assert torch.equal(graph.to_dense(), place[:, None] == place)
+
+    def test_thumbnails_of_one_colour_have_a_direction(self) -> None:
+        frames = torch.stack([torch.full((3, 28, 28), level) for level in (0.0, 0.5, 1.0)])
+        assert CovisibilityGraph.from_descriptors(options.thumbnails(frames)).num_frames == 3
+
+    @pytest.mark.parametrize("kind", options.COVISIBILITY)
+    def test_every_kind_of_graph(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, tiny_toy: models.ModelKind
+    ) -> None:
+        words = ["layout", folder, "--covisibility", kind, "--window", 1, "--neighbours", 1, "--json"]
+        assert main([str(word) for word in [*words, "--long-side", 28, "--output", tmp_path]]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed == json.loads((tmp_path / "report.json").read_text())
+        assert printed["graph"]["frames"] == 6
+        assert (printed["graph"]["density"] == 1) == (kind == "all")
+        assert ("random" in str(printed["note"])) == (kind == "tokens")
+
+    def test_one_photo(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["layout", folder, "--max-frames", 1, "--long-side", 56, "--output", tmp_path, "--json"]
+        assert main([str(word) for word in words]) == 0
+        assert json.loads(capsys.readouterr().out)["graph"]["density"] == 1
+
+    def test_truth_gives_the_recall(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        table = tmp_path / "pairs.csv"
+        table.write_text("a,b,matches\n3.png,4.png,50\n3,5,40\n6.png,1.png,3\n")
+        words = ["layout", folder, "--covisibility", "sequential", "--window", 1, "--long-side", 28]
+        words += ["--truth", table, "--truth-above", 10, "--output", tmp_path, "--json"]
+        assert main([str(word) for word in words]) == 0
+        found = json.loads(capsys.readouterr().out)["truth"]
+        # Neighbours and frame 0 are seen, both ways: 3-4 is in, 3-5 is not; 10 + 8 of 30 ordered pairs are in.
+        assert found == {"pairs": 4, "recall": 0.5, "chance": pytest.approx(18 / 30)}
+
+
+class TestTruth:
+    photos = (Path("a.jpg"), Path("b.jpg"), Path("c.jpg"))
+
+    @pytest.mark.parametrize(
+        ("rows", "pairs"),
+        [
+            ("x,y,score\na.jpg,b.jpg,1\n", [[0, 1], [1, 0]]),
+            ("a,b\n\nb,a\n", [[0, 1], [1, 0]]),
+            ("\ufeffa.jpg,c.jpg,0.5\na,b,0\n", [[0, 2], [2, 0]]),
+            ("a,a,9\nb,c,1\n", [[1, 2], [2, 1]]),
+        ],
+        ids=["heading", "no score", "byte order mark", "diagonal"],
+    )
+    def test_reads(self, tmp_path: Path, rows: str, pairs: list[list[int]]) -> None:
+        (tmp_path / "pairs.csv").write_text(rows, encoding="utf-8")
+        assert truth.read_pairs(tmp_path / "pairs.csv", self.photos).tolist() == pairs
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("a,z,1\n", "line 1 .* names 'z'"),
+            ("a,b,1\na\n", "line 2 .* must hold photo, photo, score"),
+            ("a,b,1\na,c,many\n", "line 2 .* a number in its third field, got 'many'"),
+            ("a,b,0\n", "names no pair"),
+            ("", "names no pair"),
+        ],
+        ids=["unknown photo", "short row", "no number", "nothing above", "empty"],
+    )
+    def test_refuses(self, tmp_path: Path, rows: str, message: str) -> None:
+        (tmp_path / "pairs.csv").write_text(rows)
+        with pytest.raises(ValueError, match=message):
+            truth.read_pairs(tmp_path / "pairs.csv", self.photos)
+
+    def test_recall_counts_directed_pairs(self) -> None:
+        graph = CovisibilityGraph.from_pairs(4, [(0, 1), (1, 0), (2, 3)])
+        assert edge_recall(graph, torch.tensor([[0, 1], [2, 3], [3, 2], [0, 3]])) == 0.5
+        assert chance_recall(graph) == 3 / 12
+
+    @pytest.mark.parametrize("pairs", [torch.empty(0, 2).long(), torch.tensor([[0, 4]]), torch.tensor([0, 1])], ids=str)
+    def test_recall_refuses(self, pairs: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="pairs must be"):
+            edge_recall(CovisibilityGraph.all_visible(4), pairs)
+
+
+class TestCompare:
+    def test_writes_report_and_pictures(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: models.ModelKind
+    ) -> None:
+        words = ["compare", folder, "--model", "toy", "--neighbours", 1, "--repeats", 2, "--output", tmp_path]
+        assert main([str(word) for word in words]) == 0
+        out = capsys.readouterr().out
+        assert "weights: random, seed 0" in out
+        assert models.RANDOM_WEIGHTS in out
+        assert is_png(tmp_path / "comparison.png")
+        assert is_png(tmp_path / "graph.png")
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["warning"] == models.RANDOM_WEIGHTS
+        assert written["backend"] == "sdpa"
+        assert "CUDA" in written["passed_over"]["triton"]
+        assert written["frame_names"] == [f"{i}.png" for i in range(1, 7)]
+        assert written["attention"]["shape"] == [1, 2, 6 * (5 + 4 * 3), 8]
+        assert written["dense"]["runs"] == written["sparse"]["runs"] == 2
+        assert written["layers"] == 2
+        assert set(written["deviations"]) == {"depth", "depth_conf", "pose_enc"}
+        assert 0 < written["deviations"]["depth"]["relative_l2"] < 1
+        assert written["ratios"]["ideal_reached"] == pytest.approx(
+            written["ratios"]["attention_speedup"] * written["token_density"]
+        )
+
+    def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
+        words = ["compare", folder, "--model", "toy", "--covisibility", "all", "--repeats", 1, "--output", tmp_path]
+        assert main([str(word) for word in words]) == 0
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["ideal_speedup"] == 1
+        assert written["deviations"]["depth"]["relative_l2"] < 1e-5
+        assert written["rotation_degrees"]["max"] < 0.01
+
+    def test_one_photo(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
+        words = ["compare", folder, "--model", "toy", "--max-frames", 1, "--repeats", 1, "--output", tmp_path]
+        assert main([str(word) for word in words]) == 0
+        assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
+
+    def test_the_model_is_as_before(self, tiny_toy: models.ModelKind) -> None:
+        model = models.load_model("toy", None, torch.device("cpu"))
+        frames = torch.rand(3, 3, 28, 28)
+        before = model(frames)
+        comparison.compare(model, frames, "tokens", described="", repeats=1)
+        assert torch.equal(model(frames)["depth"], before["depth"])
+
+    def test_depth_anything_3(self, folder: Path, tmp_path: Path) -> None:
+        pytest.importorskip("depth_anything_3", reason="depth-anything-3 is not installed")
+        pytest.importorskip("omegaconf", reason="omegaconf, which depth-anything-3 needs, is not installed")
+        words = ["compare", folder, "--model", "da3-small", "--long-side", 56, "--max-frames", 4, "--neighbours", 1]
+        assert main([str(word) for word in [*words, "--repeats", 1, "--output", tmp_path]]) == 0
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["layers"] == 4
+        assert set(written["deviations"]) == {"depth", "depth_conf", "extrinsics", "intrinsics"}
+        assert 0 < written["deviations"]["depth"]["relative_l2"] < 1
+
+    def test_out_of_memory(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def exhausted(*arguments: object) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(ToyMultiViewTransformer, "forward", exhausted)
+        said = refusal(capsys, "compare", folder, "--model", "toy", "--output", tmp_path)
+        assert said.endswith("use fewer photos (--max-frames) or smaller ones (--long-side)\n")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda path: None, "does not exist"),
+            (lambda path: path.mkdir(), "holds no photo .*: it holds no file at all"),
+            (lambda path: path.write_text(""), "is a file: give the folder"),
+            (lambda path: path.mkdir() or (path / "1.jpg").write_text("oops"), r"1\.jpg cannot be read as a photo"),
+        ],
+        ids=["missing", "empty", "file", "broken photo"],
+    )
+    def test_folder(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], make: object, message: str
+    ) -> None:
+        make(tmp_path / "in")  # type: ignore[operator]
+        said = refusal(capsys, *command, tmp_path / "in", "--output", tmp_path / "out")
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(said)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--model", "gpt"], "invalid choice: 'gpt'"),
+            (["--model", "toy", "--neighbours", "-1"], "--neighbours: must be at least 0, got -1"),
+            (["--model", "toy", "--neighbours", "many"], "--neighbours: must be a whole number, got 'many'"),
+            (["--model", "toy", "--max-frames", "0"], "--max-frames: must be at least 1, got 0"),
+            (["--model", "toy", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+            (["--model", "toy", "--long-side", "13"], "long_side must be at least one patch"),
+            (["--model", "toy", "--device", "tpu"], "--device must be auto or one of"),
+            (["--model", "toy", "--backend", "cuda"], "invalid choice: 'cuda'"),
+            (["--model", "toy", "--weights", "w.pt"], "no trained weights exist"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_options(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    ) -> None:
+        assert message in refusal(capsys, "compare", folder, *words, "--output", tmp_path / "out")
+
+    def test_output_is_a_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "out").touch()
+        assert "out" in refusal(capsys, "layout", folder, "--output", tmp_path / "out")
+
+    def test_truth_without_a_pair_of_the_photos_in_use(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "pairs.csv").write_text("1,6,5\n")
+        said = refusal(capsys, "layout", folder, "--truth", tmp_path / "pairs.csv", "--max-frames", 3)
+        assert "raise --max-frames" in said
+
+    @pytest.mark.parametrize("name", [name for name, kind in models.KINDS.items() if kind.requirement])
+    def test_missing_package(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        for package in ("depth_anything_3", "vggt", "vggt.models.vggt", "pi3", "pi3.models.pi3"):
+            monkeypatch.setitem(sys.modules, package, None)
+        said = refusal(capsys, "compare", folder, "--model", name)
+        assert "pip install --no-deps" in said
+
+
+class TestWeights:
+    def test_of_a_file_are_used(self, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
+        trained = tiny_toy.build().state_dict()
+        torch.save({f"model.{name}": value for name, value in trained.items()}, tmp_path / "w.pt")
+        model = models.load_model("toy", tmp_path / "w.pt", torch.device("cpu"))
+        assert model.warning is None
+        assert model.weights == str(tmp_path / "w.pt")
+        assert all(torch.equal(value, trained[name]) for name, value in model.module.state_dict().items())
+
+    def test_random_ones_are_always_the_same(self, tiny_toy: models.ModelKind) -> None:
+        state = torch.get_rng_state()
+        first, second = (models.load_model("toy", None, torch.device("cpu")).module.state_dict() for _ in range(2))
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda state: {}, "are missing"),
+            (lambda state: state | {"camera_token": torch.zeros(1)}, "1 have another shape, for example camera_token"),
+            (lambda state: [1, 2], "must hold a mapping"),
+        ],
+        ids=["missing", "shape", "no mapping"],
+    )
+    def test_that_do_not_fit_are_refused(
+        self, tmp_path: Path, tiny_toy: models.ModelKind, spoil: object, message: str
+    ) -> None:
+        torch.save(spoil(tiny_toy.build().state_dict()), tmp_path / "w.pt")  # type: ignore[operator]
+        with pytest.raises(models.CommandError, match=message):
+            models.load_model("toy", tmp_path / "w.pt", torch.device("cpu"))
+
+    @pytest.mark.parametrize("name", ["w.pt", "nothing.pt"], ids=["garbage", "missing"])
+    def test_that_cannot_be_read_are_refused(self, tmp_path: Path, tiny_toy: models.ModelKind, name: str) -> None:
+        (tmp_path / "w.pt").write_text("not weights")
+        with pytest.raises(models.CommandError, match=r"\.pt (cannot be read as weights|is none)|but .* is none"):
+            models.load_model("toy", tmp_path / name, torch.device("cpu"))
+
+
+class TestMeasure:
+    def test_deviation(self) -> None:
+        dense, sparse = torch.tensor([3.0, 4.0, math.inf]), torch.tensor([3.0, 4.5, 1.0])
+        found = measure.deviation(dense, sparse)
+        assert found.relative_l2 == pytest.approx(0.1)
+        assert found.max_abs == 0.5
+        assert found.not_finite == 1
+
+    def test_deviation_from_zero(self) -> None:
+        assert measure.deviation(torch.zeros(2), torch.zeros(2)).relative_l2 == 0
+        assert measure.deviation(torch.zeros(2), torch.ones(2)).relative_l2 == math.inf
+
+    @pytest.mark.parametrize("degrees", [0.0, 1e-5, 1.0, 90.0, 179.0])
+    def test_rotation(self, degrees: float) -> None:
+        half = math.radians(degrees) / 2
+        turned = torch.tensor([math.sin(half), 0.0, 0.0, math.cos(half)], dtype=torch.float64)
+        identity = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+        for sign, length in ((1, 1), (-1, 1), (1, 3)):
+            angle = measure.rotation_degrees(identity, sign * length * turned)
+            assert float(angle) == pytest.approx(degrees, abs=1e-12)
+        cos, sin = math.cos(2 * half), math.sin(2 * half)
+        matrix = torch.tensor([[1.0, 0, 0], [0, cos, -sin], [0, sin, cos]], dtype=torch.float64)
+        assert float(measure.rotation_degrees(torch.eye(3), matrix)) == pytest.approx(degrees, abs=1e-9)
+
+    def test_cost_counts_runs_and_stops_when_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
+        result, cost = measure.cost(lambda: calls.append(1) or len(calls), torch.device("cpu"), repeats=3)
+        assert (result, cost.runs) == (3, 3)
+        assert cost.min_ms <= cost.median_ms <= cost.max_ms
+        monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
+        assert measure.cost(lambda: 1, torch.device("cpu"), repeats=3)[1].runs == 1
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
+    def test_peak_memory_of_a_run(self) -> None:
+        def run() -> float:
+            return float(torch.ones(64 * 2**20 // 4).sum())  # 64 MiB
+
+        run()
+        peak = measure.cost(run, torch.device("cpu"), repeats=1)[1].peak_mib
+        assert peak is not None
+        assert 60 < peak < 90
+
+
+class TestText:
+    def test_numbers(self) -> None:
+        assert text.milliseconds(12.34) == "12.3 ms"
+        assert text.milliseconds(12340) == "12.3 s"
+        assert text.mebibytes(None) == "not measured"
+        assert text.percent(0.123) == "12.3 %"
+
+    def test_report_has_no_number_that_json_does_not_have(self) -> None:
+        printed = report.as_json("command", {"a": math.nan, "b": [math.inf, 1.0]})
+        assert json.loads(printed)["a"] is None
+        assert json.loads(printed)["b"] == [None, 1.0]
+
+
+class TestDemo:
+    def test_tells_the_story(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_toy: models.ModelKind,
+    ) -> None:
+        monkeypatch.setattr(demo, "HEIGHT", 42)
+        monkeypatch.setattr(demo, "WIDTH", 56)
+        assert main(["demo", "--frames", "14", "--device", "cpu", "--output", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert "a walk of 14 frames through 8 rooms" in out
+        assert "pairs that really share a view" in out
+        assert models.RANDOM_WEIGHTS in out
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert 0 < written["truth"]["recall"] <= 1
+        assert is_png(tmp_path / "comparison.png")
+        assert is_png(tmp_path / "graph.png")
+
+    def test_check_layouts_differ(self) -> None:
+        layouts = list(check.layouts().values())
+        assert all(isinstance(layout, BlockLayout) for layout in layouts)
+        assert any(layout.num_tokens != layout.num_key_tokens for layout in layouts)
