@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svggt_kernels import CovisibilityGraph
-from svggt_kernels import patch
+from svggt_kernels import CovisibilityGraph, patch
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 from .record import Line
@@ -324,7 +323,8 @@ def _build(name: str, device: torch.device) -> nn.Module:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
-        return VGGT().eval()
+        # Its image statistics are made by a constructor that does not know the context.
+        return VGGT().eval().to(device)
 
 
 def _tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

@@ -92,14 +92,15 @@ def _compiled(
         aligned = [["tt.divisibility", 16]]
         if argument in constants:
             signature[argument], values[position,] = "constexpr", constants[argument]
-        elif argument in ("k_tiles", "v_tiles", "q_tiles", "grad_tiles"):
+        elif argument.endswith("_tiles") and not argument.startswith("num"):
             if descriptors:
-                signature[argument] = f"tensordesc<{TYPES[dtype]}[1, 1, {launch.columns}, {head_size}]>"
+                tokens = config.tail if "dense" in argument else launch.columns
+                signature[argument] = f"tensordesc<{TYPES[dtype]}[1, 1, {tokens}, {head_size}]>"
             else:
                 signature[argument], values[position,] = "constexpr", None
         elif argument.endswith("_ptr"):
             statistics = argument in ("lse_ptr", "inner_ptr")
-            table = argument.startswith(("rows", "full", "tail", "dense"))
+            table = argument.startswith(("rows", "full", "tail", "dense_"))
             signature[argument] = "*fp32" if statistics else "*i32" if table else f"*{TYPES[dtype]}"
             attributes[position,] = aligned
         elif argument == "scale":

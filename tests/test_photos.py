@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,14 +83,13 @@ class TestSize:
         assert frames.min() == 1
 
     def test_mixed_shapes_take_the_median_and_lose_both_ends_equally(self, tmp_path: Path) -> None:
-        paths = [save(tmp_path / f"{i}.png", left_red_right_blue(28, 28)) for i in range(2)]
+        squares = [save(tmp_path / f"{i}.png", left_red_right_blue(28, 28)) for i in range(2)]
         wide = flat(28, 84, 0, 255, 0)
         wide[:, 28:42] = (255, 0, 0)
         wide[:, 42:56] = (0, 0, 255)
-        paths.append(save(tmp_path / "wide.png", wide))
-        frames = load_photos(paths, long_side=28, patch_size=14)
+        frames = load_photos([save(tmp_path / "wide.png", wide), *squares], long_side=28, patch_size=14)
         assert frames.shape == (3, 3, 28, 28)
-        torch.testing.assert_close(frames[2], frames[0])
+        torch.testing.assert_close(frames[0], frames[1])
 
     def test_order_of_paths_is_kept(self, tmp_path: Path) -> None:
         paths = [save(tmp_path / f"{i}.png", flat(14, 14, 50 * i, 0, 0)) for i in range(4)]
@@ -153,6 +152,16 @@ class TestConversion:
         torch.testing.assert_close(frames[0, :, 0, 0], torch.full((3,), 128 / 255))
         torch.testing.assert_close(frames[0, :, 0, 13], torch.ones(3))
 
+    def test_16_bit_grey_in_32_bits_is_scaled(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.tiff", np.full((14, 14), 65535, dtype=np.int32))
+        assert load_photos([path], long_side=14).min() == 1
+
+    @pytest.mark.parametrize("level", [-1, 65536])
+    def test_levels_beyond_16_bits_are_refused(self, tmp_path: Path, level: int) -> None:
+        path = save(tmp_path / "a.tiff", np.full((14, 14), level, dtype=np.int32))
+        with pytest.raises(ValueError, match="no known white level"):
+            load_photos([path], long_side=14)
+
     def test_palette_is_looked_up(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", left_red_right_blue(14, 28), "P")
         frames = load_photos([path], long_side=28)
@@ -212,13 +221,6 @@ class TestBroken:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = save(tmp_path / "a.png", flat(14, 14, 0, 0, 0))
-        original = builtins.__import__
-
-        def without_pillow(name: str, *rest: object) -> object:
-            if name == "PIL":
-                raise ImportError("no PIL")
-            return original(name, *rest)
-
-        monkeypatch.setattr(builtins, "__import__", without_pillow)
+        monkeypatch.setitem(sys.modules, "PIL", None)
         with pytest.raises(ImportError, match=r"pip install 'svggt-kernels\[viz\]'"):
             load_photos([path])

@@ -126,7 +126,7 @@ class FrameSimilarity:
             scores[searching], partners[searching] = self._best_outside(searching, labels)
             pairs = torch.stack([frames, partners], dim=1).sort(dim=1).values[small]
             order = torch.arange(len(pairs), device=labels.device)
-            for key in (pairs @ frames.new_tensor([self.num_frames, 1]), -scores[small], labels[small]):
+            for key in (pairs[:, 0] * self.num_frames + pairs[:, 1], -scores[small], labels[small]):
                 order = order[key[order].argsort(stable=True)]
             owners = labels[small][order]
             is_best = torch.ones_like(owners, dtype=torch.bool)

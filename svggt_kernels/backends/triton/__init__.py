@@ -50,7 +50,7 @@ def configs(device: torch.device, dtype: torch.dtype, head_size: int) -> Configs
         # Ampere, Ada and the consumer Blackwells have no wgmma, and as little as 99 KiB of shared memory.
         return Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), tail=64)
     if head_size == 128:
-        return Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2), tail=64)
+        return Configs(Config(128, 128, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), tail=64)
     return Configs(Config(128, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 4, 2), tail=64)
 
 
@@ -116,7 +116,7 @@ def forward(
     walk = _Walk(tables, q, config.forward, config.tail)
     with _on(q.device):
         kernels.forward[walk.grid](
-            q, k, v, *walk.tiles_of(k, v), out, lse,
+            q, k, v, *walk.columns(k, v), out, lse,
             *_strides(q, k, v, out), N,
             *tables, *walk.counts, scale, **walk.options,
         )  # fmt: skip
@@ -152,12 +152,12 @@ def backward(
             *_strides(grad, out), N, H, HAS_GRAD_LSE=grad_lse is not None, ROWS=64, D=D,
         )  # fmt: skip
         kernels.backward_queries[queries.grid](
-            q, k, v, grad, *queries.tiles_of(k, v), lse, inner, dq,
+            q, k, v, grad, *queries.columns(k, v), lse, inner, dq,
             *_strides(q, k, v, grad, dq), N,
             *query_tables, *queries.counts, scale, **queries.options,
         )  # fmt: skip
         kernels.backward_keys[keys.grid](
-            q, k, v, grad, *keys.tiles_of(q, grad), lse, inner, dk, dv,
+            q, k, v, grad, *keys.columns(q, grad), lse, inner, dk, dv,
             *_strides(q, k, v, grad, dk, dv), N,
             *key_tables, *keys.counts, scale, **keys.options,
         )  # fmt: skip
@@ -176,34 +176,38 @@ class _Walk:
         dense_group = len(tiles.full_offsets) - 2
         self.grid = (num_tiles * B * H,)
         self.counts = (num_tiles, num_first, dense_group, len(tiles.dense_columns), H, B * H)
-        self.descriptors = uses_descriptors(q.device, q.dtype)
-        self.block = [1, 1, config.columns, D]
+        self.dense_columns = tiles.dense_columns
+        self.blocks = (config.columns, tail)
         self.options = {
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "TAIL": tail,
             "D": D,
-            "DESCRIPTORS": self.descriptors,
+            "DESCRIPTORS": uses_descriptors(q.device, q.dtype),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
 
-    def tiles_of(self, *tensors: Tensor) -> list[object | None]:
-        """Return descriptors that read tiles of tensors `[B, H, N, D]`; None where they are not used."""
-        if not self.descriptors:
-            return [None] * len(tensors)
-        from triton.tools.tensor_descriptor import TensorDescriptor
+    def columns(self, *tensors: Tensor) -> list[object | None]:
+        """Return what a kernel reads columns from: compact copies of the dense ones, then descriptors of both."""
+        if len(self.dense_columns):
+            compact = [x.index_select(2, self.dense_columns) for x in tensors]
+        else:
+            compact = list(tensors)
+        if not self.options["DESCRIPTORS"]:
+            return [*compact, *[None] * (2 * len(tensors))]
+        blocks = zip((tensors, compact), self.blocks, strict=True)
+        return [*compact, *(_descriptor(x, block) for group, block in blocks for x in group)]
 
-        # The stride of an axis of length 1 is never used, but must be valid.
-        return [
-            TensorDescriptor(
-                x,
-                list(x.shape),
-                [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)] + [1],
-                self.block,
-            )
-            for x in tensors
-        ]
+
+def _descriptor(x: Tensor, tokens: int) -> object:
+    """Return a descriptor that reads tiles `[1, 1, tokens, D]` of x `[B, H, N, D]`."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    D = x.shape[-1]
+    # The stride of an axis of length 1 is never used, but must be valid.
+    strides = [s if n > 1 else D for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tokens, D])
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The Triton kernels. Every program owns one tile of rows, so results do not depend on the order of programs.
 
-A program walks the columns its rows see: first the full tiles, read through tensor descriptors where the device has
-TMA (DESCRIPTORS; without it `k_tiles` and its like are None), then the gathered ones: tails of runs and dense columns,
-read by pointer under a mask, so that what is not visible never enters a product.
+A program walks the columns its rows see: the full tiles of its runs, then the dense columns from a compact copy, then
+the tails of its runs. Full and dense tiles are read through tensor descriptors where the device has TMA (DESCRIPTORS;
+without it `k_tiles` and its like are None). Tails are read by pointer under a mask: a descriptor would also read what
+lies behind the run, and NaN there would survive a product with zero.
 
 Forward: online softmax (Milakov and Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
 2307.08691, algorithm 1). Backward: two passes (rows own dQ; columns own dK and dV), which costs 7 products in place of
@@ -16,7 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Counts differ from layout to layout: specialising on them would only compile the same kernel again.
-COUNTS = ["num_row_tiles", "num_first", "dense_group", "num_dense_columns", "heads", "batch_heads"]
+COUNTS = ["num_row_tiles", "num_first", "dense_group", "num_dense", "heads", "batch_heads"]
 
 
 @triton.jit
@@ -56,29 +57,31 @@ def _full_tile(tiles, ptr, b, h, start, token, COLUMNS: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL: tl.constexpr):
-    """First tail of a group, its number of tails, and the number of gathered tiles: tails, then dense columns."""
-    first = tl.load(tail_offsets_ptr + group)
-    num_tails = tl.load(tail_offsets_ptr + group + 1) - first
-    num_dense = tl.where(group == dense_group, 0, tl.cdiv(num_dense_columns, TAIL))
-    return first, num_tails, num_tails + num_dense
+def _dense_tile(
+    tiles, ptr, b, h, batch_head, i, num_dense, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """Tile i of the compact copy of the dense columns, [TAIL, D]; zeros behind the last."""
+    if DESCRIPTORS:
+        x = tiles.load([b, h, i * TAIL, 0]).reshape(TAIL, D)
+    else:
+        place = i * TAIL + tl.arange(0, TAIL)
+        row = batch_head.to(tl.int64) * num_dense + place
+        x = tl.load(ptr + row[:, None] * D + tl.arange(0, D)[None, :], mask=(place < num_dense)[:, None], other=0.0)
+    return x
 
 
 @triton.jit
-def _gathered_columns(
-    i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL: tl.constexpr
-):
-    """Tokens [TAIL] (int64) of gathered tile i and which of them exist."""
-    is_tail = i < num_tails
-    start = tl.load(tail_start_ptr + first + i, mask=is_tail, other=0)
-    tail_length = tl.load(tail_length_ptr + first + i, mask=is_tail, other=0)
+def _num_dense_tiles(group, dense_group, num_dense, TAIL: tl.constexpr):
+    """Tiles of dense columns that a group sees; the run of the dense group holds them already."""
+    return tl.where(group == dense_group, 0, tl.cdiv(num_dense, TAIL))
+
+
+@triton.jit
+def _tail(i, tail_start_ptr, tail_length_ptr, TAIL: tl.constexpr):
+    """Tokens [TAIL] (int64) of tail i and which of them belong to it."""
     place = tl.arange(0, TAIL)
-    dense_place = (i - num_tails) * TAIL + place
-    is_dense = (i >= num_tails) & (dense_place < num_dense_columns)
-    dense = tl.load(dense_columns_ptr + dense_place, mask=is_dense, other=0)
-    exists = is_dense | (is_tail & (place < tail_length))
-    tokens = tl.where(is_tail, start + place, dense)
-    return tl.where(exists, tokens, 0).to(tl.int64), exists
+    exists = place < tl.load(tail_length_ptr + i)
+    return tl.load(tail_start_ptr + i).to(tl.int64) + place, exists
 
 
 @triton.jit
@@ -97,12 +100,12 @@ def _attend(q, k, v, exists, score_max, score_sum, out, scale, MASKED: tl.conste
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_dense_ptr, v_dense_ptr, k_tiles, v_tiles, k_dense_tiles, v_dense_tiles, out_ptr, lse_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     lse_head,
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
     dense_rows_ptr, dense_columns_ptr,
-    num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
+    num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write out and LSE of one tile of queries."""
@@ -126,11 +129,14 @@ def forward(
         v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
         score_max, score_sum, out = _attend(q, k, v, None, score_max, score_sum, out, scale_log2, MASKED=False)
 
-    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL)
-    for i in tl.range(num_gathered):
-        columns, visible = _gathered_columns(
-            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL
-        )
+    for i in tl.range(_num_dense_tiles(group, dense_group, num_dense, TAIL)):
+        k = _dense_tile(k_dense_tiles, k_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
+        v = _dense_tile(v_dense_tiles, v_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
+        visible = i * TAIL + tl.arange(0, TAIL) < num_dense
+        score_max, score_sum, out = _attend(q, k, v, visible, score_max, score_sum, out, scale_log2, MASKED=True)
+
+    for i in tl.range(tl.load(tail_offsets_ptr + group), tl.load(tail_offsets_ptr + group + 1)):
+        columns, visible = _tail(i, tail_start_ptr, tail_length_ptr, TAIL)
         k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
         v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
         score_max, score_sum, out = _attend(q, k, v, visible, score_max, score_sum, out, scale_log2, MASKED=True)
@@ -183,12 +189,13 @@ def _query_step(q, grad, lse, inner, k, v, exists, dq, scale, MASKED: tl.constex
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, grad_ptr, k_tiles, v_tiles, lse_ptr, inner_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, k_dense_ptr, v_dense_ptr, k_tiles, v_tiles, k_dense_tiles, v_dense_tiles,
+    lse_ptr, inner_ptr, dq_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     dq_batch, dq_head, dq_token, lse_head,
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
     dense_rows_ptr, dense_columns_ptr,
-    num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
+    num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of one tile of queries."""
@@ -215,11 +222,14 @@ def backward_queries(
         v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
         dq = _query_step(q, grad, lse, inner, k, v, None, dq, scale_log2, MASKED=False)
 
-    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL)
-    for i in tl.range(num_gathered):
-        columns, visible = _gathered_columns(
-            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL
-        )
+    for i in tl.range(_num_dense_tiles(group, dense_group, num_dense, TAIL)):
+        k = _dense_tile(k_dense_tiles, k_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
+        v = _dense_tile(v_dense_tiles, v_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
+        visible = i * TAIL + tl.arange(0, TAIL) < num_dense
+        dq = _query_step(q, grad, lse, inner, k, v, visible, dq, scale_log2, MASKED=True)
+
+    for i in tl.range(tl.load(tail_offsets_ptr + group), tl.load(tail_offsets_ptr + group + 1)):
+        columns, visible = _tail(i, tail_start_ptr, tail_length_ptr, TAIL)
         k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
         v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
         dq = _query_step(q, grad, lse, inner, k, v, visible, dq, scale_log2, MASKED=True)
@@ -243,12 +253,13 @@ def _key_step(k, v, q, grad, lse, inner, exists, dk, dv, scale, MASKED: tl.const
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_ptr, q_tiles, grad_tiles, lse_ptr, inner_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, q_dense_ptr, grad_dense_ptr, q_tiles, grad_tiles, q_dense_tiles, grad_dense_tiles,
+    lse_ptr, inner_ptr, dk_ptr, dv_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, lse_head,
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
     dense_rows_ptr, dense_columns_ptr,
-    num_row_tiles, num_first, dense_group, num_dense_columns, heads, batch_heads, scale,
+    num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one tile of keys; the tables are those of the transposed layout."""
@@ -268,21 +279,28 @@ def backward_keys(
     scale_log2 = scale * LOG2_E
     lse_ptr += batch_head.to(tl.int64) * lse_head
     inner_ptr += batch_head.to(tl.int64) * lse_head
-    place = tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS)
 
     for i in tl.range(tl.load(full_offsets_ptr + group), tl.load(full_offsets_ptr + group + 1)):
         start = tl.load(full_start_ptr + i)
         q = _full_tile(q_tiles, q_ptr, b, h, start, q_token, COLUMNS, D, DESCRIPTORS)
         grad = _full_tile(grad_tiles, grad_ptr, b, h, start, grad_token, COLUMNS, D, DESCRIPTORS)
-        lse = tl.load(lse_ptr + start + place) * LOG2_E
-        inner = tl.load(inner_ptr + start + place)
+        lse = tl.load(lse_ptr + start + column) * LOG2_E
+        inner = tl.load(inner_ptr + start + column)
         dk, dv = _key_step(k, v, q, grad, lse, inner, None, dk, dv, scale_log2, MASKED=False)
 
-    first, num_tails, num_gathered = _gathered_span(group, tail_offsets_ptr, dense_group, num_dense_columns, TAIL)
-    for i in tl.range(num_gathered):
-        columns, sees = _gathered_columns(
-            i, first, num_tails, tail_start_ptr, tail_length_ptr, dense_columns_ptr, num_dense_columns, TAIL
-        )
+    for i in tl.range(_num_dense_tiles(group, dense_group, num_dense, TAIL)):
+        q = _dense_tile(q_dense_tiles, q_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
+        grad = _dense_tile(grad_dense_tiles, grad_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
+        place = i * TAIL + tl.arange(0, TAIL)
+        sees = place < num_dense
+        columns = tl.load(dense_columns_ptr + place, mask=sees, other=0)
+        lse = tl.load(lse_ptr + columns, mask=sees, other=0.0) * LOG2_E
+        inner = tl.load(inner_ptr + columns, mask=sees, other=0.0)
+        dk, dv = _key_step(k, v, q, grad, lse, inner, sees, dk, dv, scale_log2, MASKED=True)
+
+    for i in tl.range(tl.load(tail_offsets_ptr + group), tl.load(tail_offsets_ptr + group + 1)):
+        columns, sees = _tail(i, tail_start_ptr, tail_length_ptr, TAIL)
         q = tl.load(q_ptr + columns[:, None] * q_token + d[None, :], mask=sees[:, None], other=0.0)
         grad = tl.load(grad_ptr + columns[:, None] * grad_token + d[None, :], mask=sees[:, None], other=0.0)
         lse = tl.load(lse_ptr + columns, mask=sees, other=0.0) * LOG2_E
