@@ -549,13 +549,16 @@ class TestMeasure:
         matrix = torch.tensor([[1.0, 0, 0], [0, cos, -sin], [0, sin, cos]], dtype=torch.float64)
         assert float(measure.rotation_degrees(torch.eye(3), matrix)) == pytest.approx(degrees, abs=1e-9)
 
-    def test_cost_counts_runs_and_stops_when_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls: list[int] = []
-        result, cost = measure.cost(lambda: calls.append(1) or len(calls), torch.device("cpu"), repeats=3)
-        assert (result, cost.runs) == (3, 3)
+    def test_two_things_run_in_turn_until_it_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        runs: list[str] = []
+        first, cost, second, _ = measure.alternate(
+            lambda: runs.append("a") or len(runs), lambda: runs.append("b") or len(runs), torch.device("cpu"), 3
+        )
+        assert runs == ["a", "b", "a", "b", "a", "b"]
+        assert (first, second, cost.runs) == (5, 6, 3)
         assert cost.min_ms <= cost.median_ms <= cost.max_ms
         monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
-        assert measure.cost(lambda: 1, torch.device("cpu"), repeats=3)[1].runs == 1
+        assert measure.alternate(lambda: 1, lambda: 2, torch.device("cpu"), 3)[3].runs == 1
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
     def test_peak_memory_of_a_run(self) -> None:
@@ -563,7 +566,9 @@ class TestMeasure:
             return float(torch.ones(64 * 2**20 // 4).sum())  # 64 MiB
 
         run()
-        peak = measure.cost(run, torch.device("cpu"), repeats=1)[1].peak_mib
+        meter = measure.Meter(torch.device("cpu"))
+        meter(run)
+        peak = meter.cost().peak_mib
         assert peak is not None
         assert 60 < peak < 90
 

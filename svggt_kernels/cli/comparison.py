@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from ..attention import block_sparse_attention
 from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
-from ..patching import patch
+from ..patching import Patch, patch
 from .environment import device_name, dtype_name
 from .errors import enough_memory
-from .measure import Cost, Deviation, cost, deviation, rotation_degrees
+from .measure import Cost, Deviation, alternate, deviation, rotation_degrees
 from .models import LoadedModel
 from .text import stage
 
@@ -108,6 +109,11 @@ class Comparison:
         return self.dense.median_ms / self.sparse.median_ms
 
     @property
+    def unrest(self) -> float:
+        """Longest / shortest run of the same thing; much above 1 if something disturbed it."""
+        return max(cost.max_ms / cost.min_ms for cost in (self.dense, self.sparse))
+
+    @property
     def reached(self) -> float:
         """Share of the ideal speed-up that one global attention reaches."""
         return self.attention.speedup / self.ideal_speedup
@@ -142,7 +148,7 @@ def compare(
     backend: str | None = None,
     repeats: int = 3,
 ) -> tuple[Comparison, Outputs]:
-    """Runs the model dense, then sparse, then one global attention of each kind by itself.
+    """Runs the model dense and sparse in turn, then one global attention of each kind by itself.
 
     Args:
         model: The model, on its device.
@@ -150,26 +156,30 @@ def compare(
         covisibility: As `patch` takes it.
         described: What that is, in words.
         backend: As `patch` takes it.
-        repeats: Timed runs of each at most, after one that warms up; see `measure.cost`.
+        repeats: Timed runs of each at most, after one that warms up; see `alternate`.
 
     Raises:
         CommandError: The device has not enough memory.
     """
-    device = frames.device
-    with enough_memory():
-        calls = _AttentionShapes()
-        with stage("dense, warming up"), calls:
-            model(frames)
-        with stage("dense, against the clock"):
-            dense, dense_cost = cost(lambda: model(frames), device, repeats=repeats)
-        dense = {name: output.cpu() for name, output in dense.items()}
+    device, handles, calls = frames.device, deque[Patch](maxlen=1), _AttentionShapes()
+
+    def run_dense() -> dict[str, Tensor]:
+        return model(frames)
+
+    def run_sparse() -> dict[str, Tensor]:
         with patch(model.module, covisibility=covisibility, backend=backend) as handle:
-            with stage("sparse, warming up"):
-                model(frames)
-            with stage("sparse, against the clock"):
-                sparse, sparse_cost = cost(lambda: model(frames), device, repeats=repeats)
-            report, layout, graph = handle.report(), handle.layout, handle.graph
-        sparse = {name: output.cpu() for name, output in sparse.items()}
+            handles.append(handle)
+            return model(frames)
+
+    with enough_memory():
+        with stage("dense, warming up"), calls:
+            run_dense()
+        with stage("sparse, warming up"):
+            run_sparse()
+        with stage(f"dense and sparse in turn, up to {repeats} runs each"):
+            dense, dense_cost, sparse, sparse_cost = alternate(run_dense, run_sparse, device, repeats)
+        dense, sparse = ({name: output.cpu() for name, output in outputs.items()} for outputs in (dense, sparse))
+        report, layout, graph = handles[0].report(), handles[0].layout, handles[0].graph
         with stage("one global attention by itself"):
             attention = _attention_cost(calls.largest, layout, model.autocast, report.backend, repeats, device)
 
@@ -247,8 +257,8 @@ def _attention_cost(
     with torch.inference_mode():
         for run in (dense, sparse):
             run()
-        costs = [cost(run, device, repeats=repeats)[1] for run in (dense, sparse)]
-    return AttentionCost((batch, heads, layout.num_tokens, head_size), dtype_name(dtype), *costs)
+        _, dense_cost, _, sparse_cost = alternate(dense, sparse, device, repeats)
+    return AttentionCost((batch, heads, layout.num_tokens, head_size), dtype_name(dtype), dense_cost, sparse_cost)
 
 
 def _camera_rotation(dense: dict[str, Tensor], sparse: dict[str, Tensor]) -> dict[str, float] | None:

@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-ENOUGH_SECONDS = 60.0
+ENOUGH_SECONDS = 100.0
 
 
 @dataclass(frozen=True)
@@ -54,27 +55,55 @@ class Deviation:
     not_finite: int
 
 
-def cost(run: Callable[[], T], device: torch.device, *, repeats: int = 3) -> tuple[T, Cost]:
-    """Runs against the clock; returns the last result and what a run costs. Warm up before.
+class Meter:
+    """Measures runs of one thing, one after another; warm up before.
 
     Args:
-        run: What to run.
-        device: Where it runs.
-        repeats: Runs at most; runs that take longer than `ENOUGH_SECONDS` together are enough.
+        device: Where the runs take place.
     """
-    peak = _PeakMemory(device)
-    result: T | None = None
-    elapsed: list[float] = []
-    for _ in range(repeats):
-        result = None  # or the last one would count as memory of this run
-        _synchronize(device)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.elapsed_ms: list[float] = []
+        self.peaks_mib: list[float] = []
+
+    def __call__(self, run: Callable[[], T]) -> T:
+        """Measures one run and returns its result."""
+        memory = _PeakMemory(self.device)
+        _synchronize(self.device)
         started = time.perf_counter()
         result = run()
-        _synchronize(device)
-        elapsed.append(1000 * (time.perf_counter() - started))
-        if sum(elapsed) > 1000 * ENOUGH_SECONDS:
+        _synchronize(self.device)
+        self.elapsed_ms.append(1000 * (time.perf_counter() - started))
+        self.peaks_mib.append(memory.mib())
+        return result
+
+    def cost(self) -> Cost:
+        """Returns what a run costs."""
+        times, peak = self.elapsed_ms, max(self.peaks_mib)
+        return Cost(statistics.median(times), min(times), max(times), len(times), None if math.isnan(peak) else peak)
+
+
+def alternate(
+    first: Callable[[], S], second: Callable[[], T], device: torch.device, repeats: int
+) -> tuple[S, Cost, T, Cost]:
+    """Runs two things in turn, so that other work on the machine meets both alike; warm up before.
+
+    Args:
+        first: One thing to run.
+        second: The other.
+        device: Where they run.
+        repeats: Runs of each, fewer if they take more than `ENOUGH_SECONDS` together.
+
+    Returns:
+        The last result and the cost of the first, then of the second.
+    """
+    meters = Meter(device), Meter(device)
+    for _ in range(repeats):
+        results = meters[0](first), meters[1](second)
+        if sum(sum(meter.elapsed_ms) for meter in meters) > 1000 * ENOUGH_SECONDS:
             break
-    return cast(T, result), Cost(statistics.median(elapsed), min(elapsed), max(elapsed), len(elapsed), peak.mib())
+    return results[0], meters[0].cost(), results[1], meters[1].cost()
 
 
 def deviation(dense: Tensor, sparse: Tensor) -> Deviation:
@@ -128,9 +157,10 @@ class _PeakMemory:
         else:
             self.held = math.nan
 
-    def mib(self) -> float | None:
+    def mib(self) -> float:
+        """Returns it in MiB, NaN where it cannot be measured."""
         if math.isnan(self.held):
-            return None
+            return math.nan
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.held
         return _resident_mib("VmHWM") - self.held

@@ -53,6 +53,7 @@ def as_text(comparison: Comparison) -> str:
         _costs(c),
         f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense "
         "time, the rest stays.",
+        *([f"  Runs of the same thing differ by {times(c.unrest)}, so the times are rough."] if c.unrest > 1.5 else []),
         "",
         "Sparse against dense output:",
         _deviations(c),
