@@ -25,13 +25,16 @@ from ..layout import BlockLayout, Runs
 NAME = "sdpa"
 SAVES_LSE = False
 
-# Scores held at once, so that memory stays bounded and no call passes 2^31 elements.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Scores that one call of PyTorch's attention may form, and that the formulas here hold at once.
+MAX_FUSED_SCORES = 2**31 - 1
 MAX_SCORES = 2**28
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Return None: this backend runs everything that PyTorch's attention runs."""
-    return None if dtype.is_floating_point else f"it needs a floating-point dtype, got {dtype}"
+    """Return why PyTorch's attention cannot run such inputs, or None."""
+    return None if dtype in DTYPES else f"it takes float16, bfloat16, float32 and float64, got {dtype}"
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
@@ -56,8 +59,8 @@ def forward(
     out = q.new_zeros(B, N, H, D).transpose(1, 2)
     accumulate = _accumulator(q.dtype)
     lse = q.new_full((B, H, N) if need_lse else (0,), -math.inf, dtype=accumulate)
-    for rows, columns in _groups(tables, B * H):
-        keys, values = k[:, :, columns], v[:, :, columns]
+    for rows, columns in _groups(tables, B * H, MAX_SCORES if need_lse else MAX_FUSED_SCORES):
+        keys, values = k.index_select(2, columns), v.index_select(2, columns)
         for part in rows:
             out[:, :, part] = F.scaled_dot_product_attention(q[:, :, part], keys, values, scale=scale)
             if need_lse:
@@ -83,8 +86,8 @@ def backward(
     inner = (grad_out.to(accumulate) * out.to(accumulate)).sum(-1)
     if grad_lse is not None:
         inner = inner - grad_lse
-    for rows, columns in _groups(tables, q.shape[0] * q.shape[1]):
-        keys, values = k[:, :, columns].to(accumulate), v[:, :, columns].to(accumulate)
+    for rows, columns in _groups(tables, q.shape[0] * q.shape[1], MAX_SCORES):
+        keys, values = (x.index_select(2, columns).to(accumulate) for x in (k, v))
         for part in rows:
             queries, grad = q[:, :, part].to(accumulate), grad_out[:, :, part].to(accumulate)
             p = (queries @ keys.mT * scale).softmax(-1)
@@ -99,8 +102,11 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _groups(tables: list[Tensor], batch: int) -> Iterator[tuple[list[slice | Tensor], Tensor]]:
-    """Yield, for every group of rows that sees something, its rows in parts and the columns they see, int64 `[n]`."""
+def _groups(tables: list[Tensor], batch: int, most_scores: int) -> Iterator[tuple[list[slice | Tensor], Tensor]]:
+    """Yield, for every group of rows that sees something, its rows in parts and the columns they see, int64 `[n]`.
+
+    No part has more than `most_scores` scores in all of the batch, unless a single row has.
+    """
     runs = Runs(*tables)
     device = runs.dense_rows.device
     offsets, starts, lengths = runs.offsets.tolist(), runs.start.tolist(), runs.length.tolist()
@@ -114,7 +120,7 @@ def _groups(tables: list[Tensor], batch: int) -> Iterator[tuple[list[slice | Ten
         columns = torch.cat([*ranges, *([] if is_dense else [runs.dense_columns.long()])])
         if num_rows == 0 or len(columns) == 0:
             continue
-        step = max(1, MAX_SCORES // (batch * len(columns)))
+        step = max(1, most_scores // (batch * len(columns)))
         bounds = [(a, min(a + step, num_rows)) for a in range(0, num_rows, step)]
         if is_dense:
             yield [runs.dense_rows[a:b].long() for a, b in bounds], columns
