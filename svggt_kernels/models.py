@@ -82,7 +82,7 @@ class ModelRecord:
 
 
 def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
-    """Returns the record of a model, and the name and module inside it that the record recognises.
+    """Return the record of a model, and the name and module inside it that the record recognises.
 
     Args:
         model: A model of the family, or any module that holds one: a wrapper with heads, a pipeline.
@@ -114,7 +114,7 @@ def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
 
 
 def _blocks(module: nn.Module, path: str, chosen: Callable[[int], bool]) -> dict[str, nn.Module]:
-    """Returns the attention of the chosen blocks of a ModuleList, by name."""
+    """Return the attention of the chosen blocks of a ModuleList, by name."""
     blocks = module.get_submodule(path)
     names = [f"{i}.attn" for i, _ in enumerate(blocks.children()) if chosen(i)]
     return {f"{path}.{name}": blocks.get_submodule(name) for name in names}
@@ -138,7 +138,7 @@ def _has(module: nn.Module, names: Iterable[str]) -> bool:
 
 
 def _from_images(images: Tensor, special_tokens: int, patch_size: object) -> ForwardInputs:
-    """Reads images `[B, S, 3, H, W]`, or `[S, 3, H, W]` for one sample, cut into square patches."""
+    """Read images `[B, S, 3, H, W]`, or `[S, 3, H, W]` for one sample, cut into square patches."""
     batched = images if images.dim() == 5 else images[None]
     height, width = images.shape[-2:]
     patches = (height // patch_size) * (width // patch_size) if isinstance(patch_size, int) else None
@@ -263,7 +263,7 @@ def stated_record(
     special_tokens: int | tuple[int, int],
     trailing_tokens: int,
 ) -> ModelRecord:
-    """Returns a record for a model no record knows, whose tokens lie as the caller states."""
+    """Return a record for a model no record knows, whose tokens lie as the caller states."""
     read = _StatedTokens(tokens_per_frame, special_tokens, trailing_tokens)
     return ModelRecord(name, "named by the caller", _is_nothing, _no_modules, read)
 

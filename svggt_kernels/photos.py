@@ -24,7 +24,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 def find_photos(folder: str | Path) -> list[Path]:
-    """Lists the photos that lie directly in a folder, ordered by name, numbers by value (`2.jpg` before `10.jpg`).
+    """List the photos that lie directly in a folder, ordered by name, numbers by value (`2.jpg` before `10.jpg`).
 
     Files are told by their suffix (jpg, jpeg, png, webp, bmp, tif, tiff, in any case). Hidden files and subfolders are
     left out.
@@ -52,7 +52,7 @@ def find_photos(folder: str | Path) -> list[Path]:
 
 
 def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size: int = 14) -> Tensor:
-    """Reads photos into one tensor of frames of one common size.
+    """Read photos into one tensor of frames of one common size.
 
     Each photo is turned upright (EXIF orientation) and converted to 8-bit RGB: grey is repeated, a palette is looked
     up, 16-bit grey is scaled, transparency is laid on white; of an animation or a multi-page file the first image
@@ -89,7 +89,7 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
 
 
 def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
-    """Sorts digits by value and before letters; the plain name settles what is left (`1.jpg`, `01.jpg`)."""
+    """Sort digits by value and before letters; the plain name settles what is left (`1.jpg`, `01.jpg`)."""
     parts = re.findall(r"[0-9]+|[^0-9]+", path.name.lower())
     return [(False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts], path.name
 
@@ -120,7 +120,7 @@ def _broken(path: Path, error: Exception) -> ValueError:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    """Returns width and height as the photo is meant to be seen, from the header alone."""
+    """Return width and height as the photo is meant to be seen, from the header alone."""
     try:
         with _open(path) as image:
             width, height = image.size
@@ -168,7 +168,7 @@ def _to_rgb(image: Image) -> Image:
 
 
 def _cover(image: Image, width: int, height: int) -> Image:
-    """Scales to cover `width` x `height` and cuts off equally on both sides."""
+    """Scale to cover `width` x `height` and cut off equally on both sides."""
     from PIL import Image
 
     scale = max(width / image.width, height / image.height)

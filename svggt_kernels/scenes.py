@@ -57,7 +57,7 @@ class RenderedWalk:
     room_of_frame: Tensor
 
     def covisible_pairs(self, threshold: float = 0.05) -> Tensor:
-        """Returns the ordered pairs (i, j), i != j, of frames that share a view, `[E, 2]` int64.
+        """Return the ordered pairs (i, j), i != j, of frames that share a view, `[E, 2]` int64.
 
         Both (i, j) and (j, i) are listed when either overlap exceeds the threshold.
 
@@ -81,7 +81,7 @@ def walk(
     *,
     field_of_view: float = 75.0,
 ) -> RenderedWalk:
-    """Renders a walk once around the flat; the last frames are back in the first room, close to the first frame.
+    """Render a walk once around the flat; the last frames are back in the first room, close to the first frame.
 
     The frames are equally spaced along the path, about 0.75 m apart for 48 frames. With fewer than about 24, neighbours
     may share no view. Deterministic for given arguments.
@@ -169,7 +169,7 @@ class Door(NamedTuple):
         return self.centre + DOOR_WIDTH / 2
 
     def is_in(self, room: int, side: Side) -> bool:
-        """Says whether the door opens the given side of the given room."""
+        """Say whether the door opens the given side of the given room."""
         return room in self.rooms and self.axis == side.axis and abs(self.line - side.line) < 2 * SHELL
 
 
@@ -201,7 +201,7 @@ def _door_between(cells: np.ndarray, room: int, neighbour: int, random: np.rando
 
 
 def _path_through(rooms: np.ndarray, doors: list[Door]) -> np.ndarray:
-    """Returns a smooth closed path: room centre, straight through the door, next room centre."""
+    """Return a smooth closed path: room centre, straight through the door, next room centre."""
     corners: list[np.ndarray] = []
     for room, door in enumerate(doors):
         centre = (rooms[room, :2] + rooms[room, 2:]) / 2
@@ -219,7 +219,7 @@ def _path_through(rooms: np.ndarray, doors: list[Door]) -> np.ndarray:
 
 
 def _room_materials(room: int, hue: float, random: np.random.Generator) -> list[Material]:
-    """Returns the materials of the walls, the floor and the ceiling."""
+    """Return the materials of the walls, the floor and the ceiling."""
     pattern, scale = (("stripes", 0.25), ("bricks", 0.24), ("plaster", 0.5), ("checker", 0.45))[room % 4]
     wood = 0.07 + random.uniform(-0.02, 0.02)
     floors = (
@@ -249,7 +249,7 @@ class Side(NamedTuple):
     end: float
 
     def box(self, deep: tuple[float, float], along: tuple[float, float], up: tuple[float, float]) -> np.ndarray:
-        """Returns the corners `[2, 3]` of a box given by its reach into the room, along the wall, and upwards."""
+        """Return the corners `[2, 3]` of a box given by its reach into the room, along the wall, and upwards."""
         corners = np.empty((2, 3))
         corners[:, self.axis] = self.line + self.inward * np.array(deep)
         corners[:, 1 - self.axis], corners[:, 2] = along, up
@@ -267,7 +267,7 @@ def _sides(rectangle: np.ndarray) -> list[Side]:
 
 
 def _shell(room: int, cell: np.ndarray, doors: list[Door], materials: list[Material]) -> list[Box]:
-    """Returns the four walls of a room, cut open at its doors, its floor and its ceiling."""
+    """Return the four walls of a room, cut open at its doors, its floor and its ceiling."""
     wall, floor, ceiling = materials
     slab = np.stack([[*cell[:2], -0.1], [*cell[2:], 0.0]])
     boxes = [Box(slab, floor, room), Box(slab + [0, 0, CEILING + 0.1], ceiling, room)]
@@ -297,7 +297,7 @@ def _door_frame(door: Door) -> list[Box]:
 def _furniture(
     room: int, rectangle: np.ndarray, hue: float, path: np.ndarray, random: np.random.Generator
 ) -> list[Box]:
-    """Returns up to four cabinets and tables along the walls, clear of the path and of one another."""
+    """Return up to four cabinets and tables along the walls, clear of the path and of one another."""
     boxes: list[Box] = []
     taken: list[np.ndarray] = []
     for _ in range(12):
@@ -319,7 +319,7 @@ def _furniture(
 
 
 def _table(corners: np.ndarray) -> list[np.ndarray]:
-    """Returns a table top and four legs that fill the given box."""
+    """Return a table top and four legs that fill the given box."""
     (x_min, y_min, _), (x_max, y_max, tall) = corners
     top = np.array([[x_min, y_min, tall - 0.06], [x_max, y_max, tall]])
     legs = [
@@ -331,7 +331,7 @@ def _table(corners: np.ndarray) -> list[np.ndarray]:
 
 
 def _pictures(room: int, rectangle: np.ndarray, doors: list[Door], random: np.random.Generator) -> list[Box]:
-    """Returns one framed picture for each wall, unless it would meet a door."""
+    """Return one framed picture for each wall, unless it would meet a door."""
     boxes: list[Box] = []
     dark = Material("plain", (0.16, 0.12, 0.1), (0.16, 0.12, 0.1), 1.0)
     for side in _sides(rectangle):
@@ -350,7 +350,7 @@ def _pictures(room: int, rectangle: np.ndarray, doors: list[Door], random: np.ra
 
 
 def _poses(path: np.ndarray, num_frames: int) -> np.ndarray:
-    """Returns camera-to-world poses `[S, 4, 4]` at equal steps along the closed path, looking where it leads."""
+    """Return camera-to-world poses `[S, 4, 4]` at equal steps along the closed path, looking where it leads."""
     step = np.linalg.norm(np.roll(path, -1, axis=0) - path, axis=1)
     travelled, length = np.cumsum(step) - step, step.sum()
     laps = np.linspace(-length, 2 * length, 6000)
@@ -394,7 +394,7 @@ class _Renderer:
         height: int,
         width: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the image `[3, H, W]` and the depth along the optical axis `[H, W]`."""
+        """Return the image `[3, H, W]` and the depth along the optical axis `[H, W]`."""
         pixels = _pixels(np.arange(height), np.arange(width))
         rays = (to_world[:3, :3] @ np.linalg.inv(to_pixels) @ pixels).astype(np.float32)  # 1 along the optical axis
         rays = np.where(abs(rays) < 1e-9, np.float32(1e-9), rays)
@@ -412,7 +412,7 @@ class _Renderer:
         height: int,
         width: int,
     ) -> np.ndarray:
-        """Returns the image region each box can appear in: (top, bottom, left, right) `[K, 4]`; empty if none."""
+        """Return the image region each box can appear in: (top, bottom, left, right) `[K, 4]`; empty if none."""
         ends = np.stack([self.low, self.high]).astype(np.float64)  # [2, K, 3]
         corners = np.stack([ends[[i, j, k], :, [0, 1, 2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)])  # [8, 3, K]
         x, y, z = (to_pixels @ to_world[:3, :3].T @ (corners - to_world[:3, 3:])).swapaxes(0, 1)  # [8, K] each
@@ -430,7 +430,7 @@ class _Renderer:
         rays: np.ndarray,  # [3, H, W]
         windows: np.ndarray,  # [K, 4]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns depth and box index of the first hit of each ray, each `[H * W]`, by the slab test."""
+        """Return depth and box index of the first hit of each ray, each `[H * W]`, by the slab test."""
         inverse = 1 / rays
         depth = np.full_like(rays[0], np.inf)
         index = np.zeros(depth.shape, dtype=np.int64)
@@ -454,7 +454,7 @@ class _Renderer:
         footprint: np.ndarray,  # [R] size of a pixel on the surface, metres
         box: np.ndarray,  # [R]
     ) -> np.ndarray:
-        """Returns the colours `[3, R]`: pattern, light by the side a face looks to, darker along room edges."""
+        """Return the colours `[3, R]`: pattern, light by the side a face looks to, darker along room edges."""
         axis = np.minimum(abs(point - self.low[box].T), abs(point - self.high[box].T)).argmin(0)  # normal of the face
         scale = self.scale[box]
         across = np.where(axis == 0, point[1], point[0]) / scale
@@ -476,7 +476,7 @@ class _Renderer:
         return np.clip(colour * light * (0.7 + 0.3 * np.sqrt(np.clip(edge / 0.5, 0, 1))), 0, 1)
 
     def _pattern(self, name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Returns the mix of the two colours, in [0, 1], at surface coordinates measured in pattern scales."""
+        """Return the mix of the two colours, in [0, 1], at surface coordinates measured in pattern scales."""
         if name == "stripes":
             return 0.8 * (np.floor(u) % 2) + 0.2 * self._noise(4 * u, 4 * v)
         if name == "checker":
@@ -497,7 +497,7 @@ class _Renderer:
         return np.full_like(u, 0.5)
 
     def _noise(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Returns smooth noise in [0, 1] that takes random values at integer coordinates."""
+        """Return smooth noise in [0, 1] that takes random values at integer coordinates."""
         column, row = np.floor(u), np.floor(v)
         s, t = ((3 - 2 * w) * w * w for w in (u - column, v - row))
         left, below = column.astype(np.int64) % 64, row.astype(np.int64) % 64
@@ -512,7 +512,7 @@ def _blend(start: np.ndarray | float, end: np.ndarray, share: np.ndarray) -> np.
 
 
 def _pixels(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Returns the homogeneous pixel coordinates (u, v, 1) of a grid, `[3, rows * columns]`, row by row."""
+    """Return the homogeneous pixel coordinates (u, v, 1) of a grid, `[3, rows * columns]`, row by row."""
     v, u = np.meshgrid(rows, columns, indexing="ij")
     return np.stack([u, v, np.ones_like(u)]).reshape(3, -1).astype(np.float64)
 
@@ -523,7 +523,7 @@ def _overlap(
     to_pixels: np.ndarray,  # [3, 3]
     tolerance: float = 0.05,
 ) -> np.ndarray:
-    """Returns `[S, S]`: the share of the pixels of frame i that frame j sees, tested on a grid of about 1000 pixels.
+    """Return `[S, S]`: the share of the pixels of frame i that frame j sees, tested on a grid of about 1000 pixels.
 
     A point of frame i is seen in frame j if it projects into the image of j and its depth there agrees with one of the
     four pixels around it within `tolerance`, and within 15 cm, less than a wall is thick.

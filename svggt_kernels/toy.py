@@ -70,7 +70,7 @@ class ToyMultiViewTransformer(nn.Module):
 
     @classmethod
     def create(cls, seed: int = 0, **sizes: int) -> ToyMultiViewTransformer:
-        """Builds the model on the CPU, in eval mode, with the random weights that `seed` determines.
+        """Build the model on the CPU, in eval mode, with the random weights that `seed` determines.
 
         Args:
             seed: Seed of the weights. The global random state is left as it was.
@@ -81,14 +81,14 @@ class ToyMultiViewTransformer(nn.Module):
             return cls(**sizes).eval()
 
     def tokens_per_frame(self, height: int, width: int) -> int:
-        """Returns `P`, the number of tokens of one frame of `height` x `width` pixels, special tokens included."""
+        """Return `P`, the number of tokens of one frame of `height` x `width` pixels, special tokens included."""
         return self.num_special_tokens + (height // self.patch_size) * (width // self.patch_size)
 
     def forward(
         self,
         images: Tensor,  # [S, 3, H, W] or [B, S, 3, H, W]
     ) -> dict[str, Tensor]:
-        """Predicts cameras and depth maps of all frames at once.
+        """Predict cameras and depth maps of all frames at once.
 
         Args:
             images: RGB in [0, 1]; height and width are multiples of `patch_size`.
@@ -116,7 +116,7 @@ class ToyMultiViewTransformer(nn.Module):
         return {"pose_enc": self.camera_head(tokens[:, :, 0]), "depth": depth, "depth_conf": confidence}
 
     def _checked(self, images: Tensor) -> Tensor:
-        """Returns the images as `[B, S, 3, H, W]` in the dtype of the weights."""
+        """Return the images as `[B, S, 3, H, W]` in the dtype of the weights."""
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255")
         if images.dim() not in (4, 5) or images.shape[-3] != 3 or 0 in images.shape:
@@ -134,7 +134,7 @@ class ToyMultiViewTransformer(nn.Module):
         self,
         images: Tensor,  # [B, S, 3, H, W]
     ) -> tuple[Tensor, Tensor]:
-        """Returns tokens `[B, S, P, C]` and (row, column) positions `[B, S, P, 2]`: special (0, 0), patches from 1."""
+        """Return tokens `[B, S, P, C]` and (row, column) positions `[B, S, P, 2]`: special (0, 0), patches from 1."""
         batch, frames = images.shape[:2]
         patches = self.patch_embed(2 * images.flatten(0, 1) - 1)  # [B * S, C, rows, columns]
         rows, columns = patches.shape[-2:]
@@ -167,7 +167,7 @@ class Block(nn.Module):
         x: Tensor,  # [B, N, C]
         pos: Tensor,  # [B, N, 2]
     ) -> Tensor:
-        """Returns the updated tokens `[B, N, C]`."""
+        """Return the updated tokens `[B, N, C]`."""
         x = x + self.ls1(self.attn(self.norm1(x), pos))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         x: Tensor,  # [B, N, C]
         pos: Tensor,  # [B, N, 2]
     ) -> Tensor:
-        """Returns the attended tokens `[B, N, C]`."""
+        """Return the attended tokens `[B, N, C]`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, N, D]
         q, k = self.rope(self.q_norm(q), pos), self.rope(self.k_norm(k), pos)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -215,7 +215,7 @@ class Rotary2D(nn.Module):
         x: Tensor,  # [B, H, N, D]
         pos: Tensor,  # [B, N, 2]
     ) -> Tensor:
-        """Returns the rotated queries or keys `[B, H, N, D]`, in the dtype of `x`."""
+        """Return the rotated queries or keys `[B, H, N, D]`, in the dtype of `x`."""
         quarter = x.shape[-1] // 4
         frequency = self.base ** -(torch.arange(quarter, device=x.device) / quarter)
         angle = pos[:, None, :, :, None] * frequency  # [B, 1, N, 2, D / 4]
@@ -232,7 +232,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `x * gamma`."""
+        """Return `x * gamma`."""
         return x * self.gamma
 
 
@@ -248,7 +248,7 @@ class CameraHead(nn.Module):
         self,
         camera_tokens: Tensor,  # [B, S, 2 C]
     ) -> Tensor:
-        """Returns `[B, S, 9]`: translation, unit quaternion, field of view in (0, pi)."""
+        """Return `[B, S, 9]`: translation, unit quaternion, field of view in (0, pi)."""
         encoding = _at_least_float32(self.linear(self.norm(camera_tokens)))
         translation, quaternion, view = encoding.split([3, 4, 2], dim=-1)
         return torch.cat([translation, F.normalize(quaternion, dim=-1), math.pi * view.sigmoid()], dim=-1)
@@ -268,7 +268,7 @@ class DepthHead(nn.Module):
         patch_tokens: Tensor,  # [B, S, rows * columns, 2 C]
         size: tuple[int, int],  # (H, W) in pixels
     ) -> tuple[Tensor, Tensor]:
-        """Returns depth and confidence, each `[B, S, H, W]`."""
+        """Return depth and confidence, each `[B, S, H, W]`."""
         rows = size[0] // self.patch_size
         squares = _at_least_float32(self.linear(self.norm(patch_tokens))).unflatten(2, (rows, -1))
         log_depth, log_confidence = F.pixel_shuffle(squares.movedim(-1, -3), self.patch_size).unbind(-3)

@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from svggt_kernels import CovisibilityGraph
-from svggt_kernels import Patch, patch
+from svggt_kernels import CovisibilityGraph, Patch, patch
 
 DIM, HEADS, PATCH = 32, 2, 4
 HEIGHT, WIDTH = 8, 12

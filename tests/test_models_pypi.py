@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svggt_kernels import CovisibilityGraph
-from svggt_kernels import Patch, patch
+from svggt_kernels import CovisibilityGraph, Patch, patch
 
 DA3_NEEDS = ("depth_anything_3", "omegaconf", "addict", "einops")
 UNICEPTION_NEEDS = ("uniception", "jaxtyping")

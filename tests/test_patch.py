@@ -11,8 +11,7 @@ import torch
 from doubles import ALONE, BAND, FAMILY, ISLANDS, Double, MaskedAttention, images, sparse
 from torch import Tensor, nn
 
-from svggt_kernels import CovisibilityGraph
-from svggt_kernels import Patch, TokenSimilarity, patch
+from svggt_kernels import CovisibilityGraph, Patch, TokenSimilarity, patch
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from doubles import BAND, FAMILY, Double, MaskedAttention, images, sparse, token_mask
 from torch import Tensor, nn
 
-from svggt_kernels import CovisibilityGraph
+from svggt_kernels import CovisibilityGraph, Patch, patch
 from svggt_kernels.models import RECORDS
-from svggt_kernels import Patch, patch
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)

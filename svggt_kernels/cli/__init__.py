@@ -15,7 +15,7 @@ COMMANDS = (info, check, layout, compare, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
         argv: The words after the program's name; by default those it was started with.
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of all commands."""
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="svggt-kernels",
         description="Attention for multi-view transformers in which only frames that can see each other attend to each "

@@ -36,7 +36,7 @@ class Verdict:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "check",
         help="check the numbers of every backend on this machine, in under a minute",
@@ -49,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Checks every backend and prints a table; returns the exit code."""
+    """Check every backend and print a table; return the exit code."""
     device = pick_device(arguments.device)
     print(f"{device} ({device_name(device)}), head size {HEAD_SIZE}, layouts: {', '.join(layouts())}")
     print(
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def judge(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
-    """Compares one backend in one dtype with float64 on every layout."""
+    """Compare one backend in one dtype with float64 on every layout."""
     worst = dict.fromkeys(QUANTITIES, 0.0)
     for layout in layouts().values():
         try:
@@ -85,7 +85,7 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
 
 
 def layouts() -> dict[str, BlockLayout]:
-    """Returns small layouts, on the CPU, that differ in everything a layout can differ in."""
+    """Return small layouts, on the CPU, that differ in everything a layout can differ in."""
     generator = torch.Generator().manual_seed(0)
     some = CovisibilityGraph.from_dense(torch.rand(7, 7, generator=generator) < 0.3)
     wide = CovisibilityGraph.from_dense(torch.rand(3, 8, generator=generator) < 0.4)

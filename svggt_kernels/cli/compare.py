@@ -25,7 +25,7 @@ ROWS = 4
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "compare",
         help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
@@ -57,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compares, prints the result and writes report and pictures; returns the exit code."""
+    """Compare, print the result and write report and pictures; return the exit code."""
     require_matplotlib()
     device = pick_device(arguments.device)
     with refusals():
@@ -94,7 +94,7 @@ def write_results(
     cell: int,
     pairs: Tensor | None = None,  # [E, 2]
 ) -> str:
-    """Writes report.json, comparison.png and graph.png, and says where they are.
+    """Write report.json, comparison.png and graph.png, and say where they are.
 
     Args:
         folder: Where to.

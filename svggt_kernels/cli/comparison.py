@@ -148,7 +148,7 @@ def compare(
     backend: str | None = None,
     repeats: int = 3,
 ) -> tuple[Comparison, Outputs]:
-    """Runs the model dense and sparse in turn, then one global attention of each kind by itself.
+    """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 
     Args:
         model: The model, on its device.

@@ -21,7 +21,7 @@ SHARED = 0.05
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "demo",
         help="render a walk through a flat and compare dense and sparse on it; needs nothing else",
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Renders, compares, tells the story and writes report and pictures; returns the exit code."""
+    """Render, compare, tell the story, and write report and pictures; return the exit code."""
     require_matplotlib()
     device = pick_device(arguments.device)
     output = make_folder(arguments.output)

@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that decide a result, and the operating system."""
+    """Return the versions that decide a result, and the operating system."""
     return {
         "svggt_kernels": installed("svggt-kernels"),
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def installed(package: str) -> str:
-    """Returns the version of a package, or `not installed`; imports nothing."""
+    """Return the version of a package, or `not installed`; imports nothing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -35,7 +35,7 @@ def installed(package: str) -> str:
 
 
 def devices() -> dict[str, str]:
-    """Returns every device that torch can use here, with its name."""
+    """Return every device that torch can use here, with its name."""
     found = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
         found["mps"] = f"Apple GPU of {_processor()}"
@@ -43,13 +43,13 @@ def devices() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the device's name as `devices` lists it."""
+    """Return the device's name as `devices` lists it."""
     key = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
     return devices()[key]
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device called `name`, or for `auto` the fastest kind there is.
+    """Return the device called `name`, or for `auto` the fastest kind there is.
 
     Raises:
         CommandError: There is no such device here.
@@ -65,7 +65,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str, str | None]]:
-    """Returns for every backend and dtype why the backend cannot run there; None where it can."""
+    """Return for every backend and dtype why the backend cannot run there; None where it can."""
     answers: dict[str, dict[str, str | None]] = {name: {} for name in backends.BACKENDS}
     for dtype in DTYPES:
         for name, reason in backends.reasons(device, dtype, head_size).items():
@@ -74,7 +74,7 @@ def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str,
 
 
 def by_reason(answers: dict[str, str | None]) -> dict[str | None, str]:
-    """Returns the dtypes that share an answer, `{reason: "float16, bfloat16"}`."""
+    """Return the dtypes that share an answer, `{reason: "float16, bfloat16"}`."""
     grouped: dict[str | None, list[str]] = {}
     for dtype, reason in answers.items():
         grouped.setdefault(reason, []).append(dtype)
@@ -82,7 +82,7 @@ def by_reason(answers: dict[str, str | None]) -> dict[str | None, str]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns `float16` for `torch.float16`."""
+    """Return `float16` for `torch.float16`."""
     return str(dtype).removeprefix("torch.")
 
 

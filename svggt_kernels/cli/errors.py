@@ -14,7 +14,7 @@ class CommandError(Exception):
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turns errors about the user's input into `CommandError`. Wrap only calls whose arguments come from the user."""
+    """Turn errors about the user's input into `CommandError`. Wrap only calls whose arguments come from the user."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -23,7 +23,7 @@ def refusals() -> Iterator[None]:
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """Turns a device that runs out of memory into a `CommandError` that says what to do."""
+    """Turn a device that runs out of memory into a `CommandError` that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -19,7 +19,7 @@ OPTIONAL_PACKAGES = {
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "info",
         help="show versions, devices and which backends can run here",
@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what this machine offers; returns the exit code."""
+    """Print what this machine offers; return the exit code."""
     found = devices()
     answers = {device: backend_answers(torch.device(device), arguments.head_size) for device in found}
     optional = {package: installed(package) for package in OPTIONAL_PACKAGES}

@@ -37,7 +37,7 @@ LONG_SIDE = 518
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "layout",
         help="show who sees whom in a folder of photos, and the speed-up to hope for",
@@ -86,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes the graph, prints what it is like and draws it; returns the exit code."""
+    """Make the graph, prints what it is like and draw it; return the exit code."""
     require_matplotlib()
     with refusals():
         photos = find_photos(arguments.folder)
@@ -159,7 +159,7 @@ def _from_photos(arguments: argparse.Namespace, frames: Tensor) -> BlockLayout:
 
 
 def _from_model(arguments: argparse.Namespace, frames: Tensor) -> tuple[BlockLayout, str | None]:
-    """Runs the patched model once, because its tokens decide; the graph is over the photos in their order."""
+    """Run the patched model once, because its tokens decide; the graph is over the photos in their order."""
     model = load_model(arguments.model, arguments.weights, pick_device(arguments.device))
     with patch(model.module, covisibility=covisibility(arguments)) as handle:
         with enough_memory(), stage(f"running {model.name}"):

@@ -68,7 +68,7 @@ class Meter:
         self.peaks_mib: list[float] = []
 
     def __call__(self, run: Callable[[], T]) -> T:
-        """Measures one run and returns its result."""
+        """Measure one run and return its result."""
         memory = _PeakMemory(self.device)
         _synchronize(self.device)
         started = time.perf_counter()
@@ -79,7 +79,7 @@ class Meter:
         return result
 
     def cost(self) -> Cost:
-        """Returns what a run costs."""
+        """Return what a run costs."""
         times, peak = self.elapsed_ms, max(self.peaks_mib)
         return Cost(statistics.median(times), min(times), max(times), len(times), None if math.isnan(peak) else peak)
 
@@ -87,7 +87,7 @@ class Meter:
 def alternate(
     first: Callable[[], S], second: Callable[[], T], device: torch.device, repeats: int
 ) -> tuple[S, Cost, T, Cost]:
-    """Runs two things in turn, so that other work on the machine meets both alike; warm up before.
+    """Run two things in turn, so that other work on the machine meets both alike; warm up before.
 
     Args:
         first: One thing to run.
@@ -107,7 +107,7 @@ def alternate(
 
 
 def deviation(dense: Tensor, sparse: Tensor) -> Deviation:
-    """Compares an output of the sparse model with the same output of the dense one, in float64."""
+    """Compare an output of the sparse model with the same output of the dense one, in float64."""
     if dense.shape != sparse.shape:
         raise ValueError(f"both outputs must have one shape, got {list(dense.shape)} and {list(sparse.shape)}")
     finite = dense.isfinite() & sparse.isfinite()
@@ -125,7 +125,7 @@ def rotation_degrees(
     dense: Tensor,  # [..., 4] quaternions or [..., 3, 3] matrices
     sparse: Tensor,
 ) -> Tensor:
-    """Returns the angle between two rotations, degrees `[...]` float64; quaternions need not be of unit length."""
+    """Return the angle between two rotations, degrees `[...]` float64; quaternions need not be of unit length."""
     dense, sparse = dense.double(), sparse.double()
     if dense.shape[-2:] == (3, 3):
         # |R - R'| = 2 sqrt(2) sin(angle / 2)
@@ -158,7 +158,7 @@ class _PeakMemory:
             self.held = math.nan
 
     def mib(self) -> float:
-        """Returns it in MiB, NaN where it cannot be measured."""
+        """Return it in MiB, NaN where it cannot be measured."""
         if math.isnan(self.held):
             return math.nan
         if self.device.type == "cuda":
@@ -167,7 +167,7 @@ class _PeakMemory:
 
 
 def _reset_resident_peak() -> bool:
-    """Gives freed memory back to the system and starts the process's peak anew; False where the system cannot."""
+    """Give freed memory back to the system and starts the process's peak anew; False where the system cannot."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -79,14 +79,14 @@ class LoadedModel:
     autocast: torch.dtype | None
 
     def __call__(self, frames: Tensor) -> dict[str, Tensor]:
-        """Runs the model on frames `[S, 3, H, W]` and returns its named outputs."""
+        """Run the model on frames `[S, 3, H, W]` and return its named outputs."""
         enabled = self.autocast is not None
         with torch.inference_mode(), torch.autocast(frames.device.type, dtype=self.autocast, enabled=enabled):
             return self.kind.outputs(self.module(self.kind.feed(frames)))
 
 
 def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedModel:
-    """Builds the model called `name`, with random weights of a fixed seed or those of a file.
+    """Build the model called `name`, with random weights of a fixed seed or those of a file.
 
     On CUDA it runs under bfloat16 autocast, as these models are used; elsewhere in float32.
 

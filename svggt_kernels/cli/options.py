@@ -21,17 +21,17 @@ THUMBNAIL_SIDE = 16
 
 
 def positive(text: str) -> int:
-    """Reads an integer of at least 1."""
+    """Read an integer of at least 1."""
     return _at_least(text, 1)
 
 
 def natural(text: str) -> int:
-    """Reads an integer of at least 0."""
+    """Read an integer of at least 0."""
     return _at_least(text, 0)
 
 
 def add_photos(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder of photos and how to read it."""
+    """Add the folder of photos and how to read it."""
     parser.add_argument(
         "folder", type=Path, metavar="DIR", help="a folder of photos, taken in the order of their names"
     )
@@ -39,7 +39,7 @@ def add_photos(parser: argparse.ArgumentParser) -> None:
 
 
 def add_graph(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """Adds how to find out which frames see which."""
+    """Add how to find out which frames see which."""
     parser.add_argument(
         "--covisibility",
         choices=COVISIBILITY,
@@ -65,7 +65,7 @@ def add_graph(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds the folder that results go to."""
+    """Add the folder that results go to."""
     parser.add_argument(
         "--output",
         type=Path,
@@ -76,14 +76,14 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Returns the folder, made if it is not there; refuses if it cannot be."""
+    """Return the folder, made if it is not there; refuse if it cannot be."""
     with refusals():
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def describe(arguments: argparse.Namespace) -> str:
-    """Says in words how the graph is made."""
+    """Say in words how the graph is made."""
     window = _window(arguments)
     beside = f" and the {window} frames before and after" if window else ""
     return {
@@ -95,7 +95,7 @@ def describe(arguments: argparse.Namespace) -> str:
 
 
 def covisibility(arguments: argparse.Namespace) -> Any:
-    """Returns what `patch` takes as covisibility."""
+    """Return what `patch` takes as covisibility."""
     name, window = arguments.covisibility, _window(arguments)
     if name == "all":
         return "all"
@@ -107,7 +107,7 @@ def covisibility(arguments: argparse.Namespace) -> Any:
 
 
 def from_images(arguments: argparse.Namespace) -> Callable[[Tensor], list[CovisibilityGraph]]:
-    """Returns a function from images `[B, S, 3, H, W]` to one graph per sample, for graphs that need no model."""
+    """Return a function from images `[B, S, 3, H, W]` to one graph per sample, for graphs that need no model."""
     name, window = arguments.covisibility, _window(arguments)
 
     def graph(frames: Tensor) -> CovisibilityGraph:
@@ -124,7 +124,7 @@ def from_images(arguments: argparse.Namespace) -> Callable[[Tensor], list[Covisi
 def thumbnails(
     frames: Tensor,  # [S, 3, H, W]
 ) -> Tensor:
-    """Returns one descriptor per frame, `[S, 3 * 16 * 16]` float32: its thumbnail less the thumbnail's mean colour."""
+    """Return one descriptor per frame, `[S, 3 * 16 * 16]` float32: its thumbnail less the thumbnail's mean colour."""
     small = F.interpolate(frames.float(), size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), mode="area")
     descriptors = (small - small.mean(dim=(2, 3), keepdim=True)).flatten(1)
     # A frame of one colour has no direction; all such frames are alike.

@@ -23,7 +23,7 @@ PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
 
 
 def require_matplotlib() -> None:
-    """Refuses before any work is done if pictures cannot be drawn here."""
+    """Refuse before any work is done if pictures cannot be drawn here."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
 
 
 def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: CovisibilityGraph | None = None) -> None:
-    """Draws who sees whom as a matrix, and how many others a frame sees as a histogram.
+    """Draw who sees whom as a matrix, and how many others a frame sees as a histogram.
 
     Args:
         path: The PNG to write.
@@ -79,7 +79,7 @@ def draw_comparison(
     warning: str | None = None,
     cell: int = 1,
 ) -> None:
-    """Draws one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
+    """Draw one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
 
     Args:
         path: The PNG to write.

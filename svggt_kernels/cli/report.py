@@ -18,12 +18,12 @@ from .text import mebibytes, milliseconds, percent, table, times
 
 
 def as_json(command: str, content: dict[str, Any]) -> str:
-    """Returns a report with what a reader needs to make it again; numbers that JSON does not have become null."""
+    """Return a report with what a reader needs to make it again; numbers that JSON does not have become null."""
     return json.dumps(_plain({"command": command, "versions": versions(), **content}), indent=2) + "\n"
 
 
 def content(comparison: Comparison) -> dict[str, Any]:
-    """Returns the comparison as a report's content, with the ratios that follow from its numbers."""
+    """Return the comparison as a report's content, with the ratios that follow from its numbers."""
     ratios = {
         "speedup": comparison.speedup,
         "attention_speedup": comparison.attention.speedup,
@@ -34,12 +34,12 @@ def content(comparison: Comparison) -> dict[str, Any]:
 
 
 def against_truth(graph: CovisibilityGraph, pairs: Tensor) -> dict[str, float]:
-    """Returns how many of the pairs `[E, 2]` that share a view the graph has, and how many chance would give it."""
+    """Return how many of the pairs `[E, 2]` that share a view the graph has, and how many chance would give it."""
     return {"pairs": len(pairs), "recall": edge_recall(graph, pairs), "chance": chance_recall(graph)}
 
 
 def as_text(comparison: Comparison) -> str:
-    """Returns the comparison as a page of text."""
+    """Return the comparison as a page of text."""
     c = comparison
     lines = [
         f"{c.model}, weights: {c.weights}" + (f", autocast {c.autocast}" if c.autocast else ", float32"),
@@ -88,7 +88,7 @@ def _deviations(c: Comparison) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """Returns the facts for the top of the picture."""
+    """Return the facts for the top of the picture."""
     c = comparison
     return (
         f"{c.model}, {c.frames} frames of {c.width} x {c.height} px on {c.device_name}; density "

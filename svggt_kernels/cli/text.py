@@ -9,35 +9,35 @@ from contextlib import contextmanager
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
-    """Returns rows as lines with left-aligned columns."""
+    """Return rows as lines with left-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(indent + line.rstrip() for line in lines)
 
 
 def milliseconds(value: float) -> str:
-    """Returns a time as `12.3 ms` or `4.56 s`."""
+    """Return a time as `12.3 ms` or `4.56 s`."""
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
 
 
 def mebibytes(value: float | None) -> str:
-    """Returns an amount of memory as `123 MiB`."""
+    """Return an amount of memory as `123 MiB`."""
     return "not measured" if value is None else f"{value:.0f} MiB"
 
 
 def percent(share: float) -> str:
-    """Returns a share as `12.3 %`."""
+    """Return a share as `12.3 %`."""
     return f"{100 * share:.3g} %"
 
 
 def times(factor: float) -> str:
-    """Returns a factor as `3.4x`."""
+    """Return a factor as `3.4x`."""
     return f"{factor:.3g}x"
 
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Says on stderr what is being done, with a spinner on a terminal where rich is installed, and how long it took."""
+    """Say on stderr what is being done, with a spinner on a terminal where rich is installed, and how long it took."""
     started = time.perf_counter()
     with _spinner(what):
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def read_pairs(path: Path, photos: Sequence[Path], *, above: float = 0.0) -> Tensor:
-    """Reads which photos share a view from a CSV file: photo, photo, and a score such as matches or overlap.
+    """Read which photos share a view from a CSV file: photo, photo, and a score such as matches or overlap.
 
     Sharing a view has no direction: a pair counts both ways as soon as one row names it with a score above the
     threshold. A first line whose third field is not a number is a heading. Without a third field every row counts.

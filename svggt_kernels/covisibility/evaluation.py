@@ -12,7 +12,7 @@ def edge_recall(
     graph: CovisibilityGraph,
     pairs: Tensor,  # [E, 2]
 ) -> float:
-    """Returns the share of the given pairs that the graph keeps.
+    """Return the share of the given pairs that the graph keeps.
 
     Read it together with `graph.density`: a pair that the graph lacks costs accuracy, one that it has in vain costs
     time, and the full graph has a recall of 1.
@@ -38,7 +38,7 @@ def edge_recall(
 
 
 def chance_recall(graph: CovisibilityGraph) -> float:
-    """Returns the recall of pairs of different frames to expect of a graph with as many edges, drawn at random.
+    """Return the recall of pairs of different frames to expect of a graph with as many edges, drawn at random.
 
     Args:
         graph: A square graph with its diagonal.

@@ -125,7 +125,7 @@ class CovisibilityGraph:
         *,
         num_key_frames: int | None = None,
     ) -> CovisibilityGraph:
-        """Builds the graph with exactly the given pairs, plus the diagonal when it is square.
+        """Build the graph with exactly the given pairs, plus the diagonal when it is square.
 
         Pairs are directed and are not mirrored: (i, j) lets frame i see frame j and says nothing about frame j.
         Add `.symmetrized()` for the other direction.
@@ -164,7 +164,7 @@ class CovisibilityGraph:
         cls,
         visible: Tensor | np.ndarray,  # [S, Sk] bool
     ) -> CovisibilityGraph:
-        """Builds the graph of a boolean matrix, plus the diagonal when the matrix is square.
+        """Build the graph of a boolean matrix, plus the diagonal when the matrix is square.
 
         Args:
             visible: `[S, Sk]` bool, True where queries of the row's frame see keys of the column's frame. A
@@ -192,7 +192,7 @@ class CovisibilityGraph:
 
     @classmethod
     def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
-        """Builds the full graph, in which attention over the graph is dense attention."""
+        """Build the full graph, in which attention over the graph is dense attention."""
         num_frames = _integer("num_frames", num_frames, 1)
         key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
         _check_edge_count(num_frames * key_frames)
@@ -201,7 +201,7 @@ class CovisibilityGraph:
 
     @classmethod
     def sequential(cls, num_frames: int, window: int, *, loop: bool = False) -> CovisibilityGraph:
-        """Builds the graph of a video: frames i and j see each other when |i - j| <= `window`.
+        """Build the graph of a video: frames i and j see each other when |i - j| <= `window`.
 
         Args:
             num_frames: Frames S, in the order of capture.
@@ -224,7 +224,7 @@ class CovisibilityGraph:
         bridge: bool = True,
         chunk: int = 2048,
     ) -> CovisibilityGraph:
-        """Builds the graph from one global descriptor per frame (place recognition, pooled tokens).
+        """Build the graph from one global descriptor per frame (place recognition, pooled tokens).
 
         Scores (cosine) only rank frames; there is no threshold, because none carries over from one scene to another.
         A false edge costs time and a missed one costs accuracy, so each step only adds edges:
@@ -287,12 +287,12 @@ class CovisibilityGraph:
 
     @classmethod
     def _from_edges(cls, rows: Tensor, columns: Tensor, num_frames: int) -> CovisibilityGraph:
-        """Builds a square graph from edges `[n]` int64 in any order, repeats allowed."""
+        """Build a square graph from edges `[n]` int64 in any order, repeats allowed."""
         return cls._from_codes(rows * num_frames + columns, num_frames, num_frames)
 
     @classmethod
     def _from_codes(cls, codes: Tensor, num_frames: int, num_key_frames: int) -> CovisibilityGraph:
-        """Builds the graph from edge codes i * num_key_frames + j (`[n]` int64) in any order, repeats allowed."""
+        """Build the graph from edge codes i * num_key_frames + j (`[n]` int64) in any order, repeats allowed."""
         codes = torch.unique(codes)
         _check_edge_count(codes.numel())
         row_starts = torch.arange(num_frames + 1, device=codes.device) * num_key_frames
@@ -346,7 +346,7 @@ class CovisibilityGraph:
         return self.num_components == 1
 
     def summary(self) -> GraphSummary:
-        """Measures the graph: degrees, components, diameter, and warnings; works on the CPU.
+        """Measure the graph: degrees, components, diameter, and warnings; works on the CPU.
 
         The diameter is exact up to 2000 frames. Above, it is a lower bound from two sweeps: from 64 frames spread
         over the graph to the frames reached last, and from those as far as it goes.
@@ -387,7 +387,7 @@ class CovisibilityGraph:
         )
 
     def validate(self) -> None:
-        """Checks the contents of the arrays; waits for the device where they are on one.
+        """Check the contents of the arrays; waits for the device where they are on one.
 
         Raises:
             ValueError: If `indptr` does not rise from 0 to E, or `indices` are out of range, unsorted or repeated.
@@ -415,7 +415,7 @@ class CovisibilityGraph:
             )
 
     def to(self, device: torch.device | str) -> CovisibilityGraph:
-        """Returns the graph on another device."""
+        """Return the graph on another device."""
         asynchronous = torch.device(device).type != "cpu"
         return CovisibilityGraph(
             self.indptr.to(device, non_blocking=asynchronous),
@@ -425,20 +425,20 @@ class CovisibilityGraph:
         )
 
     def to_dense(self) -> Tensor:
-        """Returns the boolean matrix `[S, Sk]`; its memory grows with S * Sk."""
+        """Return the boolean matrix `[S, Sk]`; its memory grows with S * Sk."""
         dense = torch.zeros(self.num_frames, self.num_key_frames, dtype=torch.bool, device=self.device)
         dense[self.rows.long(), self.indices.long()] = True
         return dense
 
     def transposed(self) -> CovisibilityGraph:
-        """Returns the graph with every edge turned round, computed on the graph's device without a host sync."""
+        """Return the graph with every edge turned round, computed on the graph's device without a host sync."""
         indices, order = torch.sort(self.indices, stable=True)
         row_numbers = torch.arange(self.num_key_frames + 1, dtype=torch.int32, device=self.device)
         indptr = torch.searchsorted(indices, row_numbers, out_int32=True)
         return CovisibilityGraph(indptr, self.rows[order], self.num_key_frames, self.num_frames)
 
     def symmetrized(self) -> CovisibilityGraph:
-        """Returns the graph in which j sees i wherever i sees j.
+        """Return the graph in which j sees i wherever i sees j.
 
         Raises:
             ValueError: If the graph is rectangular.
@@ -499,7 +499,7 @@ def _hop_diameter(graph: CovisibilityGraph) -> int:
 
 
 def _spread(indptr: np.ndarray, indices: np.ndarray, sources: np.ndarray) -> tuple[int, np.ndarray]:
-    """Walks breadth first from up to 64 frames at once, one bit each; returns hops and the frames reached last."""
+    """Walk breadth first from up to 64 frames at once, one bit each; return hops and the frames reached last."""
     num_frames = len(indptr) - 1
     fresh = np.zeros(num_frames, dtype=np.uint64)
     fresh[sources] = np.uint64(1) << np.arange(len(sources), dtype=np.uint64)
@@ -534,7 +534,7 @@ def _window(num_frames: int, window: int, loop: bool, device: torch.device) -> T
 
 
 def _pairs_to_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Tensor:
-    """Returns the pairs as `[E, 2]` int64, on their device if they are a tensor."""
+    """Return the pairs as `[E, 2]` int64, on their device if they are a tensor."""
     if not isinstance(pairs, Tensor):
         array = pairs if isinstance(pairs, np.ndarray) else _pairs_to_array(list(pairs))
         if array.dtype.kind not in "iu":
@@ -548,7 +548,7 @@ def _pairs_to_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Te
 
 
 def _pairs_to_array(pairs: list[Sequence[int]]) -> np.ndarray:
-    """Returns `[E, 2]` integers, or raises and names the first pair that does not fit."""
+    """Return `[E, 2]` integers, or raises and names the first pair that does not fit."""
     if not pairs:
         return np.zeros((0, 2), dtype=np.int64)
     for at, pair in enumerate(pairs):

@@ -31,7 +31,7 @@ class FrameSimilarity:
 
     @classmethod
     def from_descriptors(cls, descriptors: Tensor, chunk: int) -> FrameSimilarity:
-        """Normalises descriptors `[S, C]` and rounds them to fixed point.
+        """Normalise descriptors `[S, C]` and rounds them to fixed point.
 
         Raises:
             ValueError: If a descriptor holds NaN or infinity, or is zero and so has no direction.
@@ -67,7 +67,7 @@ class FrameSimilarity:
         return self.fixed_point.device
 
     def nearest(self, count: int) -> Tensor:
-        """Returns the `count` frames most similar to each frame, itself excluded, as `[S, count]` int64, sorted.
+        """Return the `count` frames most similar to each frame, itself excluded, as `[S, count]` int64, sorted.
 
         Every tile serves its rows and, turned round, its columns, so half of the matrix is computed.
         """
@@ -90,7 +90,7 @@ class FrameSimilarity:
         return frames
 
     def farthest_points(self, start: int, count: int) -> Tensor:
-        """Returns `start` and then, `count - 1` times, the frame least similar to all before it, `[count]` int64."""
+        """Return `start` and then, `count - 1` times, the frame least similar to all before it, `[count]` int64."""
         points = [start]
         nearest = self.fixed_point.new_full((self.num_frames,), -torch.inf, dtype=torch.float64)
         while len(points) < count:
@@ -102,7 +102,7 @@ class FrameSimilarity:
         return torch.tensor(points[:count], dtype=torch.int64, device=self.device)
 
     def bridges(self, labels: Tensor) -> Tensor:
-        """Returns the maximum spanning tree over components, `[components - 1, 2]` int64.
+        """Return the maximum spanning tree over components, `[components - 1, 2]` int64.
 
         Boruvka's rounds: every component but the largest takes its most similar pair (frame inside, frame outside),
         over all frames and not only over known neighbours, until one component is left. Equal scores go to the
@@ -155,7 +155,7 @@ class FrameSimilarity:
 
 
 def connected_components(rows: Tensor, columns: Tensor, num_frames: int) -> Tensor:
-    """Returns the smallest frame of each frame's component, `[S]` int64, edges `[E]` taken both ways.
+    """Return the smallest frame of each frame's component, `[S]` int64, edges `[E]` taken both ways.
 
     Parents are hooked to the smallest grandparent in sight and paths are shortened by pointer jumping, after FastSV
     (Zhang, Azad, Hu: "FastSV: a distributed-memory connected component algorithm with fast convergence", 2020).
@@ -174,7 +174,7 @@ def connected_components(rows: Tensor, columns: Tensor, num_frames: int) -> Tens
 
 
 def _keep_largest(scores: Tensor, frames: Tensor, tile: Tensor, first_frame: int) -> None:
-    """Merges a tile `[n, m]`, whose columns begin at `first_frame`, into the best `[n, count]` of earlier columns."""
+    """Merge a tile `[n, m]`, whose columns begin at `first_frame`, into the best `[n, count]` of earlier columns."""
     count = scores.shape[1]
     at = _largest(tile, count)
     merged_scores = torch.cat([scores, tile.gather(1, at)], dim=1)

@@ -41,7 +41,7 @@ class TokenSimilarity:
         tokens: Tensor,  # [S, P, C]
         reference_frame: int | None,
     ) -> CovisibilityGraph:
-        """Returns the graph of S frames.
+        """Return the graph of S frames.
 
         Args:
             tokens: Patch tokens of one scene, `[S, P, C]`, without special tokens.
@@ -69,7 +69,7 @@ def in_order(
     graph: CovisibilityGraph,
     order: tuple[int, ...] | None,
 ) -> CovisibilityGraph:
-    """Returns the graph over frames in another order, in which place p holds frame `order[p]`.
+    """Return the graph over frames in another order, in which place p holds frame `order[p]`.
 
     None stands for the order that the graph has, and returns the graph itself.
     """
@@ -85,12 +85,12 @@ def in_order(
 
 
 def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the place of each frame in `order`."""
+    """Return the place of each frame in `order`."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def earlier_frames_only(graph: CovisibilityGraph) -> CovisibilityGraph:
-    """Returns the graph without the edges from a frame to a later one."""
+    """Return the graph without the edges from a frame to a later one."""
     keep = graph.indices <= graph.rows
     pairs = torch.stack([graph.rows[keep], graph.indices[keep]], dim=1)
     return CovisibilityGraph.from_pairs(graph.num_frames, pairs, num_key_frames=graph.num_key_frames)
@@ -100,7 +100,7 @@ def frame_order(
     before: Tensor,  # [S, K]
     after: Tensor,  # [S, K]
 ) -> tuple[int, ...] | None:
-    """Returns the order into which a model put its frames, read off samples of their tokens; None if it kept theirs.
+    """Return the order into which a model put its frames, read off samples of their tokens; None if it kept theirs.
 
     Frames whose samples are equal bit for bit (one photo given twice) are taken in the order in which they came.
 

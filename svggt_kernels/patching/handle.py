@@ -38,7 +38,7 @@ def patch(
     num_special_tokens: int | tuple[int, int] = 0,
     trailing_tokens: int = 0,
 ) -> Patch:
-    """Makes the global attention of `model` attend between covisible frames only, until `undo()`.
+    """Make the global attention of `model` attend between covisible frames only, until `undo()`.
 
     Models that `svggt_kernels.models` has a record of need no more than `patch(model)`. Each call of the model then
     raises if any of its global attention did not come through here. For other models name the attention modules and
@@ -139,7 +139,7 @@ class Patch:
 
     @classmethod
     def of(cls, model: nn.Module) -> Patch:
-        """Returns the handle of a patched model, for example of a deep copy or of a model loaded from a file.
+        """Return the handle of a patched model, for example of a deep copy or of a model loaded from a file.
 
         Raises:
             ValueError: If the model is not patched.
@@ -151,7 +151,7 @@ class Patch:
         raise ValueError(f"{type(model).__name__} is not patched")
 
     def undo(self) -> None:
-        """Takes the patch out and leaves no trace of it in the model.
+        """Take the patch out and leaves no trace of it in the model.
 
         Raises:
             RuntimeError: If it was undone already, or something else has replaced the forward of a patched module.
@@ -190,7 +190,7 @@ class Patch:
         return _only(self.layouts, "layouts")
 
     def report(self) -> PatchReport:
-        """Tells what is patched and what ran in the last forward; reads the graph from its device."""
+        """Tell what is patched and what ran in the last forward; reads the graph from its device."""
         forward = self._last or Forward(ForwardInputs(None, None))
         chosen, passed_over = None, {}
         if forward.kind is not None:
@@ -240,7 +240,7 @@ class Patch:
 
     @uncompiled(recursive=False)
     def _run_model(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
-        """Runs one forward of the model and checks that every patched attention was answered in it."""
+        """Run one forward of the model and check that every patched attention was answered in it."""
         if self._active is not None:
             raise RuntimeError(
                 f"{stand_in.name} is running already; a patched model runs one forward at a time. "
@@ -277,7 +277,7 @@ class Patch:
 
     @uncompiled(recursive=True)
     def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
-        """Runs a global attention module, its attention call answered here."""
+        """Run a global attention module, its attention call answered here."""
         with Answering(partial(self._answer, stand_in.name, (*args, *kwargs.values()))) as answering:
             output = stand_in.original(*args, **kwargs)
         if not answering.answered:
@@ -302,7 +302,7 @@ class Patch:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Answers one call of scaled_dot_product_attention, whose parameters these are after the first two."""
+        """Answer one call of scaled_dot_product_attention, whose parameters these are after the first two."""
         if dropout_p > 0:
             raise ValueError(
                 f"attention dropout must be 0 in a patched model, but {name} uses dropout_p={dropout_p}; "
@@ -343,7 +343,7 @@ class Patch:
         return out
 
     def _prepare(self, forward: Forward, query: Tensor) -> None:
-        """Makes the tables that the backend walks, so that no layer has to."""
+        """Make the tables that the backend walks, so that no layer has to."""
         device = query.device
         autocast = torch.is_autocast_enabled(device.type) and query.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype
@@ -358,7 +358,7 @@ class Patch:
         return out
 
     def _recomputed(self, name: str, query: Tensor) -> Forward:
-        """Returns the forward that activation checkpointing runs again, in the backward of this attention."""
+        """Return the forward that activation checkpointing runs again, in the backward of this attention."""
         if torch._C._current_graph_task_id() == -1 or not self._history:
             raise RuntimeError(
                 f"{name} was called outside a forward of {self._root.name}, where its frames are not known; call "
@@ -453,7 +453,7 @@ class PatchReport:
 
 
 def _named_modules(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
-    """Returns the modules by name, given either."""
+    """Return the modules by name, given either."""
     if isinstance(modules, (str, nn.Module)):
         raise TypeError(f"modules must be a list of modules or their names, got one {type(modules).__name__}")
     known = {name: module for name, module in model.named_modules() if module is not model}
@@ -479,11 +479,11 @@ def _only(items: tuple[Any, ...], name: str) -> Any:
 
 
 def _sample(query: Tensor) -> Tensor:
-    """Returns some values of the queries, `[B, <= 32, <= 8]`, finite."""
+    """Return some values of the queries, `[B, <= 32, <= 8]`, finite."""
     step = max(1, query.shape[2] // 16)
     return query.detach()[:, 0, ::step, :8].nan_to_num().clone()
 
 
 def _sample_frames(tokens: Tensor) -> Tensor:
-    """Returns some values of each frame's tokens `[B * S, P, C]`, as `[B * S, K]`."""
+    """Return some values of each frame's tokens `[B * S, P, C]`, as `[B * S, K]`."""
     return tokens.detach()[:, :4, :64].flatten(1).clone()

@@ -38,17 +38,17 @@ class StandIn:
         self.replaced = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs in place of the module's forward."""
+        """Run in place of the module's forward."""
         return self.around(self, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward that this object stands in for."""
+        """Run the forward that this object stands in for."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def install(self) -> None:
-        """Puts this object in the place of the module's forward."""
+        """Put this object in the place of the module's forward."""
         self.module.__dict__["forward"] = self
 
     @property
@@ -57,7 +57,7 @@ class StandIn:
         return self.module.__dict__.get("forward") is self
 
     def remove(self) -> None:
-        """Gives the module the forward that it had."""
+        """Give the module the forward that it had."""
         if self.replaced is None:
             del self.module.__dict__["forward"]
         else:
@@ -82,7 +82,7 @@ class Answering(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answers attention and lets every other function pass."""
+        """Answer attention and lets every other function pass."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.answered += 1
@@ -90,7 +90,7 @@ class Answering(TorchFunctionMode):
 
 
 def uncompiled(*, recursive: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates as torch.compiler.disable does, but imports the machinery of torch.compile only where it is in use."""
+    """Decorate as torch.compiler.disable does, but imports the machinery of torch.compile only where it is in use."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         disabled: list[Callable[..., Any]] = []

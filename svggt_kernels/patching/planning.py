@@ -87,11 +87,11 @@ class Planner:
         return {**self.__dict__, "_layouts": OrderedDict()}
 
     def forget(self) -> None:
-        """Drops the layouts kept."""
+        """Drop the layouts kept."""
         self._layouts.clear()
 
     def begin(self, inputs: ForwardInputs) -> tuple[CovisibilityGraph, ...]:
-        """Returns the graphs that are known before the forward runs: those given, and those that its images give."""
+        """Return the graphs that are known before the forward runs: those given, and those that its images give."""
         if isinstance(self.source, tuple):
             return self.source
         if callable(self.source):
@@ -99,7 +99,7 @@ class Planner:
         return ()
 
     def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: tuple[Any, ...]) -> None:
-        """Finds the graphs of a forward at its first global attention and lays them over its tokens.
+        """Find the graphs of a forward at its first global attention and lay them over its tokens.
 
         Args:
             forward: Where graphs and layouts are put.
@@ -136,7 +136,7 @@ class Planner:
         forward.layouts = layouts[:1] if all(layout is layouts[0] for layout in layouts) else layouts
 
     def _orders(self, forward: Forward, frames: int, batch: int) -> list[Order]:
-        """Returns for each sample which image lies at each place inside the model; None if it kept their order."""
+        """Return for each sample which image lies at each place inside the model; None if it kept their order."""
         if self.source == "all" or not forward.reorders:
             return [None] * batch
         if forward.before is None or forward.after is None:
@@ -152,7 +152,7 @@ class Planner:
     def _layout(
         self, graph: CovisibilityGraph, order: Order, per_frame: int, inputs: ForwardInputs, device: torch.device
     ) -> BlockLayout:
-        """Returns the layout of a graph whose frames are in the order of the images."""
+        """Return the layout of a graph whose frames are in the order of the images."""
         key = (id(graph), order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
         if key in self._layouts:
             self._layouts.move_to_end(key)
@@ -177,7 +177,7 @@ class Planner:
 
 
 def require_redundant(name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...]) -> None:
-    """Raises unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
+    """Raise unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
 
     Args:
         name: What the message calls the attention module.
@@ -235,7 +235,7 @@ def _num_frames(forward: Forward, name: str, num_tokens: int) -> int:
 def _patch_tokens(
     name: str, module_inputs: tuple[Any, ...], sizes: tuple[int, int, int], inputs: ForwardInputs
 ) -> Tensor:
-    """Returns the patch tokens `[B, S, P', C]` that enter an attention module, special tokens left out."""
+    """Return the patch tokens `[B, S, P', C]` that enter an attention module, special tokens left out."""
     batch, frames, per_frame = sizes
     num_tokens = frames * per_frame + inputs.trailing_tokens
     for tokens in module_inputs:
