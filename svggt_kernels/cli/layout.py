@@ -86,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make the graph, prints what it is like and draw it; return the exit code."""
+    """Make the graph, print what it is like, and draw it; return the exit code."""
     require_matplotlib()
     with refusals():
         photos = find_photos(arguments.folder)

@@ -501,7 +501,7 @@ def _hop_diameter(graph: CovisibilityGraph) -> int:
 def _spread(indptr: np.ndarray, indices: np.ndarray, sources: np.ndarray) -> tuple[int, np.ndarray]:
     """Walk breadth first from up to 64 frames at once, one bit each; return hops and the frames reached last."""
     num_frames = len(indptr) - 1
-    fresh = np.zeros(num_frames, dtype=np.uint64)
+    fresh: np.ndarray = np.zeros(num_frames, dtype=np.uint64)
     fresh[sources] = np.uint64(1) << np.arange(len(sources), dtype=np.uint64)
     reached = fresh.copy()
     everywhere = np.bitwise_or.reduce(fresh)
