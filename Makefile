@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/.ready  ## dense against sparse attention on a rendered walk, in under two minutes
+demo: $(VENV)/.runs  ## dense against sparse attention on a rendered walk, in under two minutes
 	$(BIN)/svggt-kernels demo
 
 test: $(VENV)/.ready  ## every test that this machine can run
@@ -19,9 +19,13 @@ lint: $(VENV)/.ready  ## style and types
 bench: $(VENV)/.ready  ## the CPU-sized benchmark cases, checked before they are timed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt tests/models.txt
+$(VENV)/.runs: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[viz]"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.runs tests/models.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/models.txt
 	touch $@

@@ -24,8 +24,9 @@ def block_sparse_attention(
     """Attend from every query token to the key tokens that the layout lets it see, and to no other.
 
     The softmax runs over the visible keys only and is exact, in float32 or better inside. Keys that nobody sees are
-    never read. A query that sees nothing gives 0 and LSE -inf, and its gradient is 0; a key that nobody sees gets
-    gradient 0. Under autocast the inputs are cast as PyTorch's scaled_dot_product_attention casts them.
+    never used. A query that sees nothing gives 0 and LSE -inf, and its gradient is 0; a key that nobody sees gets
+    gradient 0. Under autocast the inputs are cast as PyTorch's scaled_dot_product_attention casts them. Differentiable
+    in reverse mode, once. What infinite inputs give is not defined.
 
     Args:
         q: Queries `[B, H, N, D]`; any strides. float16, bfloat16 or float32, with the sdpa backend also float64.
@@ -44,17 +45,20 @@ def block_sparse_attention(
     Raises:
         ValueError: If shapes, devices or the layout do not fit together, or the named backend cannot run the inputs.
         TypeError: If dtypes differ or no backend runs them.
-        RuntimeError: If traced by torch.compile with a layout that was not prepared; see `prepare`.
+        RuntimeError: If traced by torch.compile or captured into a CUDA graph with a layout that was not prepared, see
+            `prepare`; or if differentiated twice.
     """
-    q, k, v = _autocast(q, k, v)
     _validate(q, k, v, layout)
+    q, k, v = _autocast(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    elif scale < 0:
-        # Kernels take the maximum of the unscaled scores.
-        q, scale = -q, -scale
+    elif scale <= 0:
+        # Kernels take the maximum of the unscaled scores, so the factor they get must be positive.
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tables, backward_tables = _tables(layout, name, q.dtype, q.shape[-1], training)
@@ -68,8 +72,8 @@ def prepare(
 ) -> str:
     """Make the tables of a layout that a backend walks, and return the name of the backend.
 
-    The operator does this by itself on first use. Only code that torch.compile traces must call it before, because
-    the tables are built outside of the graph.
+    The operator does this by itself on first use. Only before torch.compile traces or a CUDA graph captures it, this
+    must be called, because the tables do not belong into that graph.
 
     Args:
         layout: The layout, on the device where attention will run.
@@ -117,18 +121,23 @@ def _tables(
     for direction in ("forward", "backward") if training else ("forward",):
         key = (backend, dtype, head_size, direction)
         if key not in layout.tables:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _is_capturing(layout.device):
                 raise RuntimeError(
-                    "a layout that torch.compile traces must have its tables; call svggt_kernels.prepare(layout, "
-                    f"{dtype}, {head_size}, backend={backend!r}, training={training}) before"
+                    "a layout must have its tables before torch.compile traces or a CUDA graph captures attention over "
+                    f"it; call svggt_kernels.prepare(layout, {dtype}, {head_size}, backend={backend!r}, "
+                    f"training={training}) first"
                 )
             kernels = backends.load(backend)
             make = kernels.tables if direction == "forward" else kernels.backward_tables
-            # Tables made under inference mode could not be saved for a later backward pass.
+            # As in BlockLayout.runs: a later backward pass must be able to save them.
             with torch.inference_mode(False), torch.no_grad():
                 layout.tables[key] = make(layout, dtype, head_size)
         found.append(layout.tables[key])
     return (found[0], found[1]) if training else (found[0], [])
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -143,13 +152,15 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}; build one with from_graph")
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape [B, H, N, D], got {list(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     B, H, _, D = q.shape
+    if D == 0:
+        raise ValueError(f"the head size must be 1 or more, got q of shape {list(q.shape)}")
     for name, x, tokens in (
         ("q", q, layout.num_tokens),
         ("k", k, layout.num_key_tokens),
@@ -159,6 +170,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
             raise ValueError(
                 f"{name} must have shape {[B, H, tokens, D]} to fit q and the layout "
                 f"({layout.num_tokens} query tokens, {layout.num_key_tokens} key tokens), got {list(x.shape)}"
+                + ("; expand k and v to the heads of q" if x.dim() == 4 and x.shape[1] != H else "")
             )
     if layout.device != q.device:
         raise ValueError(
@@ -179,12 +191,16 @@ _library.define(
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _attention(q, k, v, tables, backward_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
+    if q.numel() == 0:
+        return _attention_fake(q, k, v, tables, backward_tables, scale, need_lse, backend)
     with torch.autocast(q.device.type, enabled=False):
         return backends.load(backend).forward(q, k, v, tables, scale, need_lse)
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(grad_out, grad_lse, q, k, v, o, lse, tables, scale, backend):  # type: ignore[no-untyped-def]
+    if q.numel() == 0:
+        return _attention_backward_fake(grad_out, grad_lse, q, k, v, o, lse, tables, scale, backend)
     with torch.autocast(q.device.type, enabled=False):
         return backends.load(backend).backward(grad_out, grad_lse, q, k, v, o, lse, tables, scale)
 
@@ -198,7 +214,7 @@ def _attention_fake(q, k, v, tables, backward_tables, scale, need_lse, backend):
 
 @torch.library.register_fake("svggt_kernels::attention_backward", lib=_library)
 def _attention_backward_fake(grad_out, grad_lse, q, k, v, o, lse, tables, scale, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -219,3 +235,10 @@ def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("svggt_kernels::attention", _differentiate, setup_context=_save, lib=_library)
+
+
+def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError("block_sparse_attention can be differentiated once only; create_graph=True is not supported")
+
+
+torch.library.register_autograd("svggt_kernels::attention_backward", _refuse, lib=_library)

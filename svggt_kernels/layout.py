@@ -115,7 +115,7 @@ class BlockLayout:
     graph: CovisibilityGraph
     queries: FrameTokens
     keys: FrameTokens
-    tables: dict[tuple[Hashable, ...], list[Tensor]] = field(default_factory=dict, repr=False)
+    tables: dict[tuple[Hashable, ...], list[Tensor]] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def from_graph(
@@ -164,8 +164,21 @@ class BlockLayout:
         key_lengths = _frame_lengths(
             "key_tokens_per_frame", key_tokens_per_frame, graph.num_key_frames, leading + closing
         )
-        tokens = (int(leading), int(closing), int(trailing_tokens), bool(dense_special))
-        return cls(graph, FrameTokens(lengths, *tokens), FrameTokens(key_lengths, *tokens))
+        special = (int(leading), int(closing), int(trailing_tokens), bool(dense_special))
+        queries, keys = FrameTokens(lengths, *special), FrameTokens(key_lengths, *special)
+        if max(queries.num_tokens, keys.num_tokens) >= 2**31:
+            raise ValueError(
+                f"a layout may have fewer than 2^31 tokens, got {queries.num_tokens} query and {keys.num_tokens} key "
+                "tokens; split the frames over several layouts"
+            )
+        return cls(graph, queries, keys)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Runs, tables and the transposed layout are made again where the layout is loaded: tables depend on the device.
+        return {"graph": self.graph, "queries": self.queries, "keys": self.keys}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, tables={})
 
     @property
     def device(self) -> torch.device:
@@ -229,6 +242,11 @@ class BlockLayout:
     @cached_property
     def runs(self) -> Runs:
         """The runs of every frame: adjacent visible frames whose tokens touch merge into one."""
+        # Tables made under inference mode could not be saved for a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._find_runs()
+
+    def _find_runs(self) -> Runs:
         device, graph = self.device, self.graph
         row_start, row_length = (_on_device(a, device) for a in self.queries.ordinary)
         frame_start, frame_length = (_on_device(a, device) for a in self.keys.ordinary)
@@ -259,8 +277,8 @@ class BlockLayout:
     def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:
         """Return the runs cut into tiles of `row_block` x `column_block` tokens, and their rests into tails.
 
-        Row tiles of the dense group and of the longest sixteenth of the frames come first, so that a launch in order
-        does not end on one long row; the others follow in frame order, which keeps neighbours in cache.
+        Row tiles of the dense group and of the sixteenth of the frames that see most come first, so that a launch in
+        order does not end on one long row; the others follow in frame order, which keeps neighbours in cache.
 
         Raises:
             ValueError: If there could be 2^31 tiles or more.
@@ -272,9 +290,11 @@ class BlockLayout:
         full_before, tail_before = (torch.nn.functional.pad(count.cumsum(0), (1, 0)) for count in (num_full, num_tails))
         full_offsets, tail_offsets = full_before[runs.offsets], tail_before[runs.offsets]
 
-        longest = int(max(self.keys.ordinary[1], default=0))
         num_edges, num_runs = len(self.graph.indices), len(runs.start)
-        most_full = num_edges * longest // column_block + self.num_key_tokens // column_block
+        # At most this many tokens at the ends of the edges: each key frame, the longest first, seen by all it can be.
+        longest_first = np.sort(self.keys.ordinary[1])[::-1]
+        seen_by = np.clip(num_edges - num_frames * np.arange(len(longest_first)), 0, num_frames)
+        most_full = (int((longest_first * seen_by).sum()) + self.num_key_tokens) // column_block
         if most_full >= 2**31:
             raise ValueError(
                 f"a layout may have fewer than 2^31 tiles of {column_block} tokens, this one needs up to {most_full}; "
@@ -289,8 +309,8 @@ class BlockLayout:
 
         work = (full_offsets + tail_offsets).diff()[:-1]
         num_first = -(-num_frames // 16)
-        longest_first = work.argsort(descending=True, stable=True)
-        order = torch.cat([longest_first[:num_first], longest_first[num_first:].sort().values])
+        by_work = work.argsort(descending=True, stable=True)
+        order = torch.cat([by_work[:num_first], by_work[num_first:].sort().values])
         row_length = self.queries.ordinary[1]
         row_tiles = _on_device(-(-row_length // row_block), self.device)
         place, tile = _owners(row_tiles[order], int((-(-row_length // row_block)).sum()))

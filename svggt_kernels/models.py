@@ -263,7 +263,20 @@ def stated_record(
     special_tokens: int | tuple[int, int],
     trailing_tokens: int,
 ) -> ModelRecord:
-    """Return a record for a model no record knows, whose tokens lie as the caller states."""
+    """Return a record for a model no record knows, whose tokens lie as the caller states.
+
+    Raises:
+        ValueError: If a count is negative, or there are more special tokens than tokens.
+    """
+    counts = special_tokens if isinstance(special_tokens, tuple) else (special_tokens,)
+    if min(*counts, trailing_tokens, 0) < 0 or (
+        tokens_per_frame is not None and tokens_per_frame < max(1, sum(counts))
+    ):
+        raise ValueError(
+            "tokens_per_frame must be 1 or more and hold the special tokens, and no count may be negative; got "
+            f"tokens_per_frame={tokens_per_frame}, num_special_tokens={special_tokens}, "
+            f"trailing_tokens={trailing_tokens}"
+        )
     read = _StatedTokens(tokens_per_frame, special_tokens, trailing_tokens)
     return ModelRecord(name, "named by the caller", _is_nothing, _no_modules, read)
 
@@ -276,7 +289,9 @@ class _StatedTokens:
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
         images = next((given for given in arguments.values() if isinstance(given, Tensor)), None)
-        return ForwardInputs(images, None, self.tokens_per_frame, self.special_tokens, self.trailing_tokens)
+        # [B, S, 3, H, W] tells the number of frames; any other shape may be anything.
+        frames = images.shape[1] if images is not None and images.dim() == 5 and images.shape[2] == 3 else None
+        return ForwardInputs(images, frames, self.tokens_per_frame, self.special_tokens, self.trailing_tokens)
 
 
 def _is_nothing(module: nn.Module) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,9 +218,16 @@ def test_bad_input_is_explained(band: BlockLayout):
     q, k, v = (x.detach() for x in inputs(band, dtype=torch.float32))
     cases = [
         ((q[0], k, v, band), {}, ValueError, r"q must have shape \[B, H, N, D\], got \[2, 54, 16\]"),
-        ((q, k[:, :1], v, band), {}, ValueError, r"k must have shape \[1, 2, 54, 16\].*got \[1, 1, 54, 16\]"),
+        (
+            (q, k[:, :1], v, band),
+            {},
+            ValueError,
+            r"k must have shape \[1, 2, 54, 16\].*got \[1, 1, 54, 16\]; expand k and v",
+        ),
         ((q[:, :, 1:], k, v, band), {}, ValueError, r"q must have shape .*54 query tokens.*got \[1, 2, 53, 16\]"),
         ((q, k, v[..., :8], band), {}, ValueError, "v must have shape"),
+        ((q.numpy(), k, v, band), {}, TypeError, "q must be a torch.Tensor, got ndarray"),
+        ((q[..., :0], k[..., :0], v[..., :0], band), {}, ValueError, "head size must be 1 or more"),
         ((q, k.double(), v, band), {}, TypeError, "one dtype, got torch.float32, torch.float64 and torch.float32"),
         ((q, k.to("meta"), v, band), {}, ValueError, "one device, got cpu, meta and cpu"),
         ((q, k, v, band.to("meta")), {}, ValueError, r"use layout.to\('cpu'\)"),
@@ -229,6 +240,33 @@ def test_bad_input_is_explained(band: BlockLayout):
     for arguments, options, error, message in cases:
         with pytest.raises(error, match=message):
             block_sparse_attention(*arguments, **options)
+
+
+def test_empty_batches_and_heads():
+    layout = layout_of(CovisibilityGraph.sequential(2, 1))
+    for batch, heads in ((0, 2), (1, 0)):
+        q, k, v = (torch.zeros(batch, heads, 18, 16, requires_grad=True) for _ in range(3))
+        out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+        assert torch.autograd.grad(out.sum() + lse.sum(), q)[0].shape == q.shape
+
+
+def test_second_derivatives_are_refused(band: BlockLayout):
+    q, k, v = inputs(band)
+    (dq,) = torch.autograd.grad(block_sparse_attention(q, k, v, band).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_a_saved_layout_leaves_its_tables_behind(band: BlockLayout):
+    q, k, v = inputs(band)
+    expected = block_sparse_attention(q, k, v, band)
+    assert band.tables
+    for copied in (pickle.loads(pickle.dumps(band)), copy.deepcopy(band)):
+        assert not copied.tables
+        torch.testing.assert_close(block_sparse_attention(q, k, v, copied), expected, rtol=0, atol=0)
+    replaced = dataclasses.replace(band, graph=CovisibilityGraph.all_visible(6))
+    torch.testing.assert_close(block_sparse_attention(q, k, v, replaced), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_choice_of_backend_is_told():

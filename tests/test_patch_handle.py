@@ -91,12 +91,11 @@ def test_dropout_of_a_module_in_training():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens_per_frame": 8}, "35 tokens, which is not 4 frames of 8 tokens and 0 trailing"),
-        ({"tokens_per_frame": 7, "trailing_tokens": 1}, "35 tokens, which is not 4 frames of 7 tokens and 1 trailing"),
-        ({"covisibility": CovisibilityGraph.all_visible(4)}, "35 tokens, which is not 4 frames of 8 tokens"),
-        ({}, "tokens_per_frame="),
+        ({"tokens_per_frame": 8}, "35 tokens, which is not 5 frames of 8 tokens and 0 trailing"),
+        ({"tokens_per_frame": 7, "trailing_tokens": 1}, "35 tokens, which is not 5 frames of 7 tokens and 1 trailing"),
+        ({"covisibility": CovisibilityGraph.all_visible(4)}, "over the 5 frames of this forward, got 4 x 4"),
     ],
-    ids=["length", "trailing", "graph", "nothing"],
+    ids=["length", "trailing", "graph"],
 )
 def test_tokens_that_are_not_whole_frames(options: dict, message: str):
     model = FAMILY["stranger"].create()

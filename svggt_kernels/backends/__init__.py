@@ -54,7 +54,7 @@ class Backend(Protocol):
         tables: list[Tensor],
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v, laid out as q, k and v."""
+        """Return the gradients of q, k and v, `[B, H, N, D]`, laid out as `[B, N, H, D]`."""
 
 
 BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (triton, sdpa)}

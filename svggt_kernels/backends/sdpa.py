@@ -82,7 +82,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v by the formula above, in float32 (float64 for float64 inputs)."""
     accumulate = _accumulator(q.dtype)
-    dq, dk, dv = (torch.zeros_like(x, dtype=accumulate) for x in (q, k, v))
+    dq, dk, dv = (x.new_zeros(x.transpose(1, 2).shape, dtype=accumulate).transpose(1, 2) for x in (q, k, v))
     inner = (grad_out.to(accumulate) * out.to(accumulate)).sum(-1)
     if grad_lse is not None:
         inner = inner - grad_lse

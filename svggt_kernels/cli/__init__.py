@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"svggt-kernels {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`); nothing more can be said to it.
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except KeyboardInterrupt:
         print(f"svggt-kernels {arguments.command}: interrupted", file=sys.stderr)
         return 130

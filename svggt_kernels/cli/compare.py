@@ -14,7 +14,7 @@ from ..covisibility import CovisibilityGraph
 from ..photos import find_photos, load_photos
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
-from .errors import refusals
+from .errors import CommandError, refusals
 from .models import KINDS, load_model
 from .options import add_graph, add_output, add_photos, covisibility, describe, make_folder, positive
 from .pictures import draw_comparison, draw_graph, require_matplotlib
@@ -60,6 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, print the result and write report and pictures; return the exit code."""
     require_matplotlib()
     device = pick_device(arguments.device)
+    if arguments.backend is not None:
+        reason = backends.reasons(device, torch.float32, 64)[arguments.backend]
+        if reason is not None:
+            raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
     with refusals():
         photos = find_photos(arguments.folder)[: arguments.max_frames]
     model = load_model(arguments.model, arguments.weights, device)

@@ -85,11 +85,12 @@ def make_folder(folder: Path) -> Path:
 def describe(arguments: argparse.Namespace) -> str:
     """Say in words how the graph is made."""
     window = _window(arguments)
-    beside = f" and the {window} frames before and after" if window else ""
+    beside = f", the {window} frames before and after" if window else ""
+    reference = ", and the model's reference frame"
     return {
-        "tokens": f"{arguments.neighbours} neighbours by similar tokens of the model{beside}",
-        "thumbnails": f"{arguments.neighbours} neighbours by similar thumbnails{beside}",
-        "sequential": f"the {window} frames before and after",
+        "tokens": f"{arguments.neighbours} neighbours by similar tokens of the model{beside}{reference}",
+        "thumbnails": f"{arguments.neighbours} neighbours by similar thumbnails{beside}{reference}",
+        "sequential": f"the {window} frames before and after{reference}",
         "all": "every frame sees every other",
     }[arguments.covisibility]
 

@@ -360,8 +360,8 @@ class CovisibilityGraph:
         warnings = []
         if self.density > USELESS_DENSITY:
             warnings.append(
-                f"density {self.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use fewer "
-                "neighbours, or dense attention"
+                f"density {self.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use a "
+                "sparser graph (fewer neighbours, a smaller window), or dense attention"
             )
         if components is not None and components > 1:
             warnings.append(

@@ -51,6 +51,12 @@ class TokenSimilarity:
             ValueError: If tokens are NaN or infinite, or all zero.
         """
         pooled = tokens.detach().mean(dim=1, dtype=torch.float32)
+        broken = [frame for frame, sound in enumerate(pooled.isfinite().all(dim=1).tolist()) if not sound]
+        if broken:
+            raise ValueError(
+                f"the tokens of every frame must be finite, but those of frames {broken[:8]} hold NaN or infinity; "
+                "check these images, or the model's weights and dtype"
+            )
         mean = pooled.mean(dim=0)
         centred = pooled - mean
         # A frame that equals the mean frame (one frame alone, one image repeated) would have no direction.

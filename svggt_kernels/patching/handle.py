@@ -213,6 +213,10 @@ class Patch:
             planning_seconds=forward.seconds,
         )
 
+    def __repr__(self) -> str:
+        state = "active" if self._installed else "undone"
+        return f"Patch({self.record.name}, {len(self.modules)} modules, {state})"
+
     def __enter__(self) -> Patch:
         return self
 
@@ -284,7 +288,7 @@ class Patch:
             raise RuntimeError(
                 f"{stand_in.name} did not call torch.nn.functional.scaled_dot_product_attention, so nothing was made "
                 "sparse. Where the module has a switch for fused attention, turn it on (module.fused_attn = True); "
-                "attention through xformers or flash_attn must be switched off"
+                "attention by hand, by nn.MultiheadAttention, xformers or flash_attn must be replaced by that function"
             )
         return output
 

@@ -81,6 +81,7 @@ class Planner:
             self.source = covisibility
         else:
             self.source = _checked_graphs("covisibility", covisibility)
+        self._everything: CovisibilityGraph | None = None
         self._layouts: OrderedDict[tuple[Any, ...], tuple[CovisibilityGraph, BlockLayout]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +120,9 @@ class Planner:
                 for graph, order in zip(seen, orders, strict=True)
             )
         elif self.source == "all":
-            forward.graphs = (CovisibilityGraph.all_visible(frames),)
+            if self._everything is None or self._everything.num_frames != frames:
+                self._everything = CovisibilityGraph.all_visible(frames)
+            forward.graphs = (self._everything,)
         graphs = forward.graphs
         if len(graphs) not in (1, batch):
             raise ValueError(f"covisibility must give one graph, or one for each of {batch} samples, got {len(graphs)}")
@@ -169,6 +172,8 @@ class Planner:
         )
         if layout.device != device:
             layout = layout.to(device)
+        if isinstance(self.source, TokenSimilarity):
+            return layout  # its graphs are new in every forward
         # The graph is kept with its layout so that no other graph gets its id.
         self._layouts[key] = (graph, layout)
         if len(self._layouts) > LAYOUTS_KEPT:

@@ -118,7 +118,7 @@ def forward(
         kernels.forward[walk.grid](
             q, k, v, *walk.columns(k, v), out, lse,
             *_strides(q, k, v, out), N,
-            *tables, *walk.counts, scale, **walk.options,
+            *tables[:-1], *walk.counts, scale, **walk.options,
         )  # fmt: skip
     return out, lse if need_lse else lse.new_empty(0)
 
@@ -139,7 +139,7 @@ def backward(
 
     B, H, N, D = q.shape
     config = configs(q.device, q.dtype, D)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     q, k, v, grad, out = (_readable(x) for x in (q, k, v, grad_out, out))
     lse = lse.contiguous()
     inner = torch.empty_like(lse)
@@ -154,7 +154,7 @@ def backward(
         kernels.backward_queries[queries.grid](
             q, k, v, grad, *queries.columns(k, v), lse, inner, dq,
             *_strides(q, k, v, grad, dq), N,
-            *query_tables, *queries.counts, scale, **queries.options,
+            *query_tables[:-1], *queries.counts, scale, **queries.options,
         )  # fmt: skip
         kernels.backward_keys[keys.grid](
             q, k, v, grad, *keys.columns(q, grad), lse, inner, dk, dv,
@@ -171,7 +171,7 @@ class _Walk:
         B, H, _, D = q.shape
         tiles = Tiles(*tables)
         num_tiles, num_dense_tiles = len(tiles.rows), -(-len(tiles.dense_rows) // config.rows)
-        # The tiles that the layout puts first are launched for all heads before the others.
+        # About the tiles that the layout puts first are launched for all heads before the others.
         num_first = num_dense_tiles + -(-(num_tiles - num_dense_tiles) // 16)
         dense_group = len(tiles.full_offsets) - 2
         self.grid = (num_tiles * B * H,)

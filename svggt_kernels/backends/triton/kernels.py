@@ -104,7 +104,7 @@ def forward(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     lse_head,
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
-    dense_rows_ptr, dense_columns_ptr,
+    dense_rows_ptr,
     num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +194,7 @@ def backward_queries(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     dq_batch, dq_head, dq_token, lse_head,
     rows_ptr, full_offsets_ptr, full_start_ptr, tail_offsets_ptr, tail_start_ptr, tail_length_ptr,
-    dense_rows_ptr, dense_columns_ptr,
+    dense_rows_ptr,
     num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
