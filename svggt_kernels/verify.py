@@ -21,13 +21,17 @@ def plain_attention(
     k: Tensor,  # [B, H, N', D]
     v: Tensor,  # [B, H, N', D]
     mask: Tensor,  # [N, N'] bool
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute masked attention by its formula, every step in the dtype of q; differentiable.
+
+    `scale` is `D ** -0.5` by default.
 
     Returns:
         Output `[B, H, N, D]` and log-sum-exp `[B, H, N]`; 0 and -inf for a row that sees nothing.
     """
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
     blind = ~mask.any(-1, keepdim=True)
     p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     return p @ v, scores.logsumexp(-1)
@@ -40,13 +44,14 @@ def plain_gradients(
     mask: Tensor,  # [N, N'] bool
     grad_out: Tensor,  # [B, H, N, D]
     grad_lse: Tensor,  # [B, H, N]
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp and the gradients of q, k and v by their formulas, every step in the dtype of q.
 
     As in every implementation that does not keep the softmax, the backward pass makes it again from the log-sum-exp.
     """
-    out, lse = plain_attention(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = plain_attention(q, k, v, mask, scale)
     p = torch.where(mask, torch.exp(q @ k.mT * scale - lse[..., None]), 0)
     ds = p * (grad_out @ v.mT + (grad_lse - (grad_out * out).sum(-1))[..., None]) * scale
     return out, lse, ds @ k, ds.mT @ q, p.mT @ grad_out
@@ -57,6 +62,7 @@ def error_ratios(
     dtype: torch.dtype,
     *,
     head_size: int = 64,
+    scale: float | None = None,
     backend: str | None = None,
     batch: int = 1,
     heads: int | None = None,
@@ -72,6 +78,7 @@ def error_ratios(
         layout: Who sees whom; where it lies, the backend runs. Small: its dense mask is formed.
         dtype: Dtype of the inputs.
         head_size: D.
+        scale: As in `block_sparse_attention`.
         backend: As in `block_sparse_attention`.
         batch: B.
         heads: H; by default enough of them for 1000 rows or more, so that one row does not decide.
@@ -89,13 +96,15 @@ def error_ratios(
     grad_lse = grad_lse.masked_fill(~mask.any(-1), 0)
 
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = block_sparse_attention(inputs[0], inputs[1], inputs[2], layout, return_lse=True, backend=backend)
+    out, lse = block_sparse_attention(
+        inputs[0], inputs[1], inputs[2], layout, scale=scale, return_lse=True, backend=backend
+    )
     gradients = torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse.to(lse.dtype)))
     ours = [x.detach().double() for x in (out, lse, *gradients)]
-    plain = [x.double() for x in plain_gradients(q, k, v, mask, grad_out, grad_lse)]
+    plain = [x.double() for x in plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)]
     wide = [x.double() for x in (q, k, v, grad_out, grad_lse)]
-    exact = plain_gradients(wide[0], wide[1], wide[2], mask, wide[3], wide[4])
-    floors = _cancellation(wide[0], wide[1], wide[2], mask, wide[3], exact[0], exact[1])
+    exact = plain_gradients(wide[0], wide[1], wide[2], mask, wide[3], wide[4], scale)
+    floors = _cancellation(wide[0], wide[1], wide[2], mask, wide[3], exact[0], exact[1], scale)
     ratios = {}
     for name, actual, low, reference in zip(QUANTITIES, ours, plain, exact, strict=True):
         finite = reference.isfinite()
@@ -103,7 +112,8 @@ def error_ratios(
         allowed = max(_rms((low - reference)[finite]), _rms((rounded - reference)[finite]), floors.get(name, 0.0))
         error = _rms((actual - reference)[finite])
         same_infinities = bool((actual[~finite] == reference[~finite]).all())
-        ratios[name] = (error / allowed if error else 0.0) if same_infinities else float("nan")
+        ratio = error / allowed if allowed else float("inf")
+        ratios[name] = (ratio if error else 0.0) if same_infinities else float("nan")
     return ratios
 
 
@@ -130,12 +140,12 @@ def _inputs(
 
 
 def _cancellation(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor, scale: float | None
 ) -> dict[str, float]:
     """Return one float32 rounding of the terms that cancel in the gradients of q and k, p (dO.v) and p (dO.out)."""
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     p = torch.where(mask, torch.exp(q @ k.mT * scale - lse[..., None]), 0.0)
-    terms = p * ((grad_out @ v.mT).abs() + (grad_out * out).abs().sum(-1, keepdim=True)) * scale
+    terms = p * ((grad_out @ v.mT).abs() + (grad_out * out).abs().sum(-1, keepdim=True)) * abs(scale)
     epsilon = torch.finfo(torch.float32).eps
     return {"grad q": epsilon * _rms(terms @ k.abs()), "grad k": epsilon * _rms(terms.mT @ q.abs())}
 

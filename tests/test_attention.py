@@ -122,7 +122,11 @@ def test_partial_results_merge_by_lse():
 def test_scale(band: BlockLayout, scale: float):
     q, k, v = inputs(band)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band.to_dense(), scale=scale)
-    torch.testing.assert_close(block_sparse_attention(q, k, v, band, scale=scale), expected)
+    out = block_sparse_attention(q, k, v, band, scale=scale)
+    torch.testing.assert_close(out, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for actual, reference in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 def test_output_merges_heads_without_a_copy(band: BlockLayout):

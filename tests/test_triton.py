@@ -118,10 +118,8 @@ def test_gradients_do_not_depend_on_asking_for_the_lse(device: str):
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])
 def test_scale(scale: float, device: str):
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1).to(device), 70, special_tokens=2)
-    q, k, v, weights = (torch.randn(1, 2, 210, 32, device=device) for _ in range(4))
-    actual = differentiated(q, k, v, layout, weights, backend="triton", scale=scale)
-    for a, b in zip(actual, differentiated(q, k, v, layout, weights, backend="sdpa", scale=scale), strict=True):
-        torch.testing.assert_close(a, b)
+    ratios = error_ratios(layout, torch.float16, head_size=32, scale=scale, backend="triton", heads=HEADS)
+    assert within_budget(ratios), ratios
 
 
 def test_refuses_what_it_cannot_run(device: str):
@@ -133,6 +131,7 @@ def test_refuses_what_it_cannot_run(device: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_cuda_graph_replays_forward_and_backward():
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(8, 1).to("cuda"), 100, special_tokens=5)
     q, k, v = (
@@ -159,6 +158,7 @@ def test_cuda_graph_replays_forward_and_backward():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_no_host_sync():
     graph = CovisibilityGraph.sequential(8, 1).to("cuda")
     q, k, v = (torch.randn(1, 4, 800, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -232,6 +232,7 @@ def test_gradients_beyond_two_to_the_31():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_capture_needs_a_prepared_layout():
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(2, 1).to("cuda"), 70)
     q = torch.randn(1, 1, 140, 64, device="cuda", dtype=torch.bfloat16)
