@@ -24,13 +24,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 1 if something failed its check, else 0."""
+    """Run the command line; return 0, 1 if a check failed or nothing was measured, or 2 for a wrong request."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
     if options.list:
         print(options.listing())
         return 0
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda needs a CUDA device, and PyTorch sees none here", file=sys.stderr)
+        return 2
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     file = options.output or RESULTS / f"{options.command}-{device.type}.jsonl"
     try:
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if line.get("reason"):
             print(f"{line['case']}, {line.get('backend')}: {line['reason']}")
     print(*not_run, f"{len(lines)} lines added to {file}", sep="\n")
-    return int(any(line["check"] == "failed" for line in lines))
+    return int(not lines or any(line["check"] == "failed" for line in lines))
 
 
 def _run_attention(options: argparse.Namespace, cases: list[Case], *setting: Any) -> Ran:

@@ -414,6 +414,13 @@ def test_unknown_case_is_named(arguments, tmp_path, capsys):
     assert arguments.split()[-1] in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the request can be met")
+@pytest.mark.parametrize(("request_", "status"), [("--backends triton --device cpu", 1), ("--device cuda", 2)])
+def test_a_request_that_measures_nothing_is_no_success(tmp_path, request_: str, status: int):
+    arguments = ["attention", "--cases", "s2-p8-dense-h1", *request_.split(), "--output", str(tmp_path / "out.jsonl")]
+    assert main(arguments) == status
+
+
 def test_checked_in_results_are_complete():
     for file in sorted(record.RESULTS.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):

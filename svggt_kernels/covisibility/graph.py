@@ -69,7 +69,7 @@ class CovisibilityGraph:
     Row i of the compressed rows is `indices[indptr[i] : indptr[i + 1]]`, the key frames that frame i sees. A graph
     is square, with one set of frames on both sides, or rectangular, with `num_frames` query frames and another
     number of key frames (a KV cache, frames sharded over devices). The builders put every frame of a square graph
-    in its own row; the constructor takes the arrays as they are.
+    in its own row; the constructor takes the arrays as they are and keeps them, so they must not change afterwards.
 
     Shapes, dtypes and devices are checked always. The contents are checked when the arrays are on the CPU; on an
     accelerator that would wait for the device, so call `validate` there when the arrays come from outside.

@@ -151,7 +151,7 @@ class Patch:
         raise ValueError(f"{type(model).__name__} is not patched")
 
     def undo(self) -> None:
-        """Take the patch out and leaves no trace of it in the model.
+        """Take the patch out and leave no trace of it in the model.
 
         Raises:
             RuntimeError: If it was undone already, or something else has replaced the forward of a patched module.

@@ -82,7 +82,7 @@ class Answering(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer attention and lets every other function pass."""
+        """Answer attention and let every other function pass."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.answered += 1
@@ -90,7 +90,7 @@ class Answering(TorchFunctionMode):
 
 
 def uncompiled(*, recursive: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate as torch.compiler.disable does, but imports the machinery of torch.compile only where it is in use."""
+    """Decorate as torch.compiler.disable does, but import the machinery of torch.compile only where it is in use."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         disabled: list[Callable[..., Any]] = []
