@@ -51,7 +51,7 @@ def configs(device: torch.device, dtype: torch.dtype, head_size: int) -> Configs
         return Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), tail=64)
     if head_size == 128:
         return Configs(Config(128, 128, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), tail=64)
-    return Configs(Config(128, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 4, 2), tail=64)
+    return Configs(Config(128, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 128, 4, 2), tail=32)
 
 
 def uses_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
