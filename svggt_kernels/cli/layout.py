@@ -33,7 +33,7 @@ from .report import against_truth, as_json
 from .text import percent, stage, times
 from .truth import read_pairs
 
-LONG_SIDE = 518
+LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,9 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_photos(parser)
     add_graph(parser, default="thumbnails")
-    parser.add_argument(
-        "--model", choices=KINDS, default="toy", help="whose tokens --covisibility tokens takes (default: toy)"
-    )
+    parser.add_argument("--model", choices=KINDS, help="whose tokens --covisibility tokens takes (default: toy)")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="weights of that model; without them they are random"
     )
@@ -62,14 +60,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"longer side of a frame (default: {LONG_SIDE}; with tokens the model's)",
     )
     parser.add_argument(
-        "--patch-size", type=positive, default=14, metavar="PIXELS", help="pixels of a token (default: 14)"
+        "--patch-size", type=positive, metavar="PIXELS", help="pixels of a token (default: 14; the model's with tokens)"
     )
     parser.add_argument(
         "--special-tokens",
         type=natural,
-        default=5,
         metavar="R",
-        help="camera and register tokens per frame (default: 5)",
+        help="camera and register tokens per frame (default: 5; the model's with tokens)",
     )
     parser.add_argument(
         "--truth",
@@ -87,6 +84,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
+    _refuse_what_would_be_ignored(arguments)
     require_matplotlib()
     with refusals():
         photos = find_photos(arguments.folder)
@@ -97,8 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not len(pairs):
             raise CommandError(f"--truth names no pair among the first {len(photos)} photos; raise --max-frames")
     output = make_folder(arguments.output)
-    kind = KINDS[arguments.model] if arguments.covisibility == "tokens" else None
-    patch_size = kind.patch_size if kind else arguments.patch_size
+    kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
+    patch_size = kind.patch_size if kind else arguments.patch_size or PATCH_SIZE
     long_side = arguments.long_side or (kind.long_side if kind else LONG_SIDE)
     with refusals(), stage(f"reading {len(photos)} photos"):
         frames = load_photos(photos, long_side=long_side, patch_size=patch_size)
@@ -135,6 +133,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_what_would_be_ignored(arguments: argparse.Namespace) -> None:
+    tokens = arguments.covisibility == "tokens"
+    of_the_model = {"--patch-size": arguments.patch_size, "--special-tokens": arguments.special_tokens}
+    only_with_tokens = {"--model": arguments.model, "--weights": arguments.weights}
+    for name, given in (of_the_model if tokens else only_with_tokens).items():
+        if given is not None:
+            raise CommandError(
+                f"{name} does not go with --covisibility {arguments.covisibility}; "
+                + ("the model has its own" if tokens else "it is for --covisibility tokens")
+            )
+
+
 def _as_text(report: dict[str, Any], summary: GraphSummary) -> str:
     lines = [
         f"{len(report['photos'])} photos as {report['width']} x {report['height']} px, {report['tokens_per_frame']} "
@@ -153,14 +163,15 @@ def _as_text(report: dict[str, Any], summary: GraphSummary) -> str:
 
 def _from_photos(arguments: argparse.Namespace, frames: Tensor) -> BlockLayout:
     graph = from_images(arguments)(frames[None])[0]
-    patches = (frames.shape[-2] // arguments.patch_size) * (frames.shape[-1] // arguments.patch_size)
-    special = arguments.special_tokens
+    patch_size = arguments.patch_size or PATCH_SIZE
+    patches = (frames.shape[-2] // patch_size) * (frames.shape[-1] // patch_size)
+    special = SPECIAL_TOKENS if arguments.special_tokens is None else arguments.special_tokens
     return BlockLayout.from_graph(graph, patches + special, special_tokens=special)
 
 
 def _from_model(arguments: argparse.Namespace, frames: Tensor) -> tuple[BlockLayout, str | None]:
     """Run the patched model once, because its tokens decide; the graph is over the photos in their order."""
-    model = load_model(arguments.model, arguments.weights, pick_device(arguments.device))
+    model = load_model(arguments.model or "toy", arguments.weights, pick_device(arguments.device))
     with patch(model.module, covisibility=covisibility(arguments)) as handle:
         with enough_memory(), stage(f"running {model.name}"):
             model(frames.to(pick_device(arguments.device)))
