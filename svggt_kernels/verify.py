@@ -100,9 +100,10 @@ def error_ratios(
         inputs[0], inputs[1], inputs[2], layout, scale=scale, return_lse=True, backend=backend
     )
     gradients = torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse.to(lse.dtype)))
-    ours = [x.detach().double() for x in (out, lse, *gradients)]
-    plain = [x.double() for x in plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)]
-    wide = [x.double() for x in (q, k, v, grad_out, grad_lse)]
+    ours = [_wide(x.detach()) for x in (out, lse, *gradients)]
+    plain = [_wide(x) for x in plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)]
+    wide = [_wide(x) for x in (q, k, v, grad_out, grad_lse)]
+    mask = mask.to(wide[0].device)
     exact = plain_gradients(wide[0], wide[1], wide[2], mask, wide[3], wide[4], scale)
     floors = _cancellation(wide[0], wide[1], wide[2], mask, wide[3], exact[0], exact[1], scale)
     ratios = {}
@@ -148,6 +149,11 @@ def _cancellation(
     terms = p * ((grad_out @ v.mT).abs() + (grad_out * out).abs().sum(-1, keepdim=True)) * abs(scale)
     epsilon = torch.finfo(torch.float32).eps
     return {"grad q": epsilon * _rms(terms @ k.abs()), "grad k": epsilon * _rms(terms.mT @ q.abs())}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float64, on the CPU if it is on a device without float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _rms(x: Tensor) -> float:
