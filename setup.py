@@ -1,5 +1,22 @@
 """Builds svggt_kernels; all metadata is in pyproject.toml."""
 
-from setuptools import setup
+from pathlib import Path
 
-setup()
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithSources(build_py):
+    """Copies csrc into the package: its kernels are compiled where they run."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for source in sorted(Path("csrc").rglob("*.cu*")):
+            target = Path(self.build_lib, "svggt_kernels", source)
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
+
+
+setup(cmdclass={"build_py": BuildWithSources})

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks attention ...` and `python -m benchmarks model ...`."""
+"""The command line: `python -m benchmarks attention`, `model`, `repeat` and `report`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from svggt_kernels.backends import BACKENDS
 
-from . import attention, models
+from . import attention, models, repeat, report
 from .cases import GROUPS, WORK, Case, select
-from .peers import PEERS, backend
+from .peers import PEERS, backend, names
 from .record import RESULTS, Line, provenance, table, write
 
 Ran = tuple[list[Line], list[str], dict[str, str]]
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if a check failed or nothing was measured, or 2 for a wrong request."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
+    if options.command == "report":
+        return _report(options)
     if options.list:
         print(options.listing())
         return 0
@@ -51,8 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not lines or any(line["check"] == "failed" for line in lines))
 
 
+def _report(options: argparse.Namespace) -> int:
+    try:
+        files = report.write(report.read(options.results, options.run), options.output, options.direction)
+    except ImportError as error:
+        print(f"error: the figure needs matplotlib, install svggt-kernels[viz]: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*files, sep="\n")
+    return 0
+
+
 def _run_attention(options: argparse.Namespace, cases: list[Case], *setting: Any) -> Ran:
-    contenders = [backend(name) for name in options.backends] + [PEERS[name] for name in options.peers]
+    peers = list(PEERS) if "all" in options.peers else options.peers
+    contenders = [backend(name) for name in options.backends] + [PEERS[name] for name in peers]
     runner = attention.Runner(*setting, options.seconds)
     runner.run(cases, contenders, options.direction)
     not_run = [f"{reason} ({len(what)} of these: {what[0]} ...)" for reason, what in runner.not_run.items()]
@@ -66,6 +82,11 @@ def _run_model(options: argparse.Namespace, cases: list[models.ModelCase], *sett
     return runner.lines, runner.not_run, models.COLUMNS
 
 
+def _run_repeat(options: argparse.Namespace, cases: list[Case], *setting: Any) -> Ran:
+    contender = PEERS.get(options.backend) or backend(options.backend)
+    return *repeat.repeat(cases, contender, options.direction, options.times, *setting), repeat.COLUMNS
+
+
 def _list_attention() -> str:
     lines = []
     for group, cases in GROUPS.items():
@@ -75,7 +96,7 @@ def _list_attention() -> str:
             f"ideal speed-up {case.ideal_speedup:.2f}"
             for case in cases
         ]
-    contenders = [*map(backend, BACKENDS), *PEERS.values()]
+    contenders = [*map(backend, names()), *PEERS.values()]
     return "\n".join([*lines, "backends and peers:", *(f"  {c.name:20} {c.about}" for c in contenders)])
 
 
@@ -89,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("attention", help="the operator and its peers, on named cases")
     one.add_argument("--cases", nargs="+", default=["cpu"], help="groups or names of cases, see --list")
-    one.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=BACKENDS)
-    one.add_argument("--peers", nargs="*", default=[], choices=PEERS)
+    one.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=names())
+    one.add_argument("--peers", nargs="*", default=[], choices=[*PEERS, "all"])
     one.add_argument("--direction", nargs="+", default=["fwd"], choices=WORK)
     one.add_argument("--seconds", type=float, default=1.0, help="time to repeat each measurement")
     one.set_defaults(select=select, run=_run_attention, listing=_list_attention)
@@ -103,7 +124,20 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--repeats", type=int, default=3, help="timed runs after one warm-up; the median counts")
     two.set_defaults(select=lambda names: [*map(models.ModelCase.parse, names)], run=_run_model, listing=_list_models)
 
-    for command in (one, two):
+    three = commands.add_parser("repeat", help="is a backend bitwise repeatable?")
+    three.add_argument("--cases", nargs="+", default=["cpu"], help="groups or names of cases, see --list")
+    three.add_argument("--backend", required=True, choices=[*names(), *PEERS])
+    three.add_argument("--times", type=int, default=100, help="how often each case is run (100)")
+    three.add_argument("--direction", nargs="+", default=["fwd", "bwd"], choices=repeat.DIRECTIONS)
+    three.set_defaults(select=select, run=_run_repeat, listing=_list_attention)
+
+    four = commands.add_parser("report", help="a Markdown table and a figure of one run of `attention`")
+    four.add_argument("--results", type=Path, nargs="+", default=[RESULTS / "attention-cuda.jsonl"])
+    four.add_argument("--run", help="id of the run; by default the latest in the results")
+    four.add_argument("--direction", default="fwd", choices=WORK, help="what the figure shows (fwd)")
+    four.add_argument("--output", type=Path, default=RESULTS, help="folder for report.md and report.png")
+
+    for command in (one, two, three):
         command.add_argument("--list", action="store_true", help="show the cases and leave")
         command.add_argument("--device", help="cuda, cpu or mps; CUDA where there is one")
         command.add_argument("--dtype", choices=DTYPES, help="by default bf16, on the CPU fp32")

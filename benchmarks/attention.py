@@ -13,7 +13,7 @@ from .cases import Case
 from .check import check_forward, check_gradients
 from .peers import Contender
 from .record import Line
-from .timing import Timing, measure
+from .timing import MIB, Timing, allocated_mib, measure
 
 KEYS = (
     "case",
@@ -35,17 +35,27 @@ KEYS = (
     "run",
     "date",
     "check",
+    "softmax",
+    "edges",
+    "ms_per_edge",
+    "extra_mib",
 )
 """The keys of a line, in order; a line whose check failed also has a `reason`."""
+
+RESULTS_HELD = {"fwd": 1, "bwd": 5, "fwd+bwd": 4}
+"""Tensors like q that every contender needs for a direction beyond its inputs: output, its gradient, dQ, dK and dV."""
 
 COLUMNS = {
     "case": "case",
     "direction": "direction",
     "backend": "backend",
+    "softmax": "softmax",
     "ms_median": "ms:.3f",
     "useful_tflops": "TFLOP/s:.3g",
     "fraction_of_ideal": "of ideal:.3f",
     "peak_mib": "peak MiB:.0f",
+    "ms_per_edge": "ms/edge:.4f",
+    "extra_mib": "extra MiB:.1f",
     "check": "check",
 }
 
@@ -86,7 +96,7 @@ class Runner:
                     self._run_one(case, contender, direction)
 
     def _run_one(self, case: Case, contender: Contender, direction: str) -> None:
-        reason = timing = None
+        reason = timing = extra = None
         try:
             q, k, v, grad = inputs(case, self.device, self.dtype, contender.storage)
             for x in (q, k, v):
@@ -99,11 +109,11 @@ class Runner:
             print(f"{contender.name} on {case.name}, {direction} ...", file=sys.stderr, flush=True)
             reason = self._wrong(case, contender, direction, (q, k, v, grad))
             if reason is None:
-                timing = self._time(case, contender, direction, (q, k, v, grad))
+                timing, extra = self._time(case, contender, direction, (q, k, v, grad))
         except Exception as error:  # whatever a contender raises, the others still run, and the line says what it was
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._add(case, contender, direction, timing, reason)
+        self._add(case, contender, direction, timing, extra, reason)
 
     def _wrong(self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]) -> str | None:
         q, k, v, grad = tensors
@@ -114,17 +124,36 @@ class Runner:
             torch.cuda.empty_cache()
         return reason
 
-    def _time(self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]) -> Timing:
+    def _time(
+        self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]
+    ) -> tuple[Timing, float | None]:
+        """Return the times, and the memory in MiB beyond the inputs and what any contender needs."""
         q, k, v, grad = tensors
+        before = allocated_mib(self.device)
         call = contender.prepare(case, q, k, v)
         if direction == "fwd":
             with torch.no_grad():
-                return measure(call, self.device, self.seconds)
-        if direction == "bwd":
-            return measure(_backward(call(), (q, k, v), grad), self.device, self.seconds)
-        return measure(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
+                timing = measure(call, self.device, self.seconds)
+        elif direction == "bwd":
+            backward = _backward(call(), (q, k, v), grad)
+            timing = measure(backward, self.device, self.seconds)
+        else:
+            timing = measure(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
+        after = allocated_mib(self.device)
+        if timing.peak_mib is None or before is None or after is None:
+            return timing, None
+        needed = RESULTS_HELD[direction] * q.numel() * q.element_size() / MIB
+        return timing, timing.peak_mib + after - before - needed
 
-    def _add(self, case: Case, contender: Contender, direction: str, timing: Timing | None, reason: str | None) -> None:
+    def _add(
+        self,
+        case: Case,
+        contender: Contender,
+        direction: str,
+        timing: Timing | None,
+        extra: float | None,
+        reason: str | None,
+    ) -> None:
         tflops = fraction = None
         if timing is not None:
             tflops = case.useful_flops(direction) / timing.median / 1e9
@@ -135,7 +164,6 @@ class Runner:
         line = {
             "case": case.name,
             "direction": direction,
-            "backend": contender.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(case.shape),
             "density": case.density,
@@ -145,6 +173,10 @@ class Runner:
             "fraction_of_ideal": fraction,
             "peak_mib": timing and timing.peak_mib,
             "check": "passed" if reason is None else "failed",
+            **contender.labels(self.dtype),
+            "edges": case.edges,
+            "ms_per_edge": timing and timing.median / case.edges,
+            "extra_mib": extra,
             **self.provenance,
         }
         line = {key: line[key] for key in KEYS} | ({} if reason is None else {"reason": reason})

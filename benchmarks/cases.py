@@ -129,6 +129,11 @@ class Case:
             band[0] = band[:, 0] = True
         return band
 
+    @cached_property
+    def edges(self) -> int:
+        """Pairs of frames of which the first sees the second."""
+        return int(self.visible.sum())
+
     @property
     def dense_pairs(self) -> int:
         """Pairs of a query token and a key token."""
@@ -137,8 +142,8 @@ class Case:
     @cached_property
     def visible_pairs(self) -> int:
         """Pairs of a query token and a key token that it sees; counted here, not asked of the layout."""
-        edges, patches = int(self.visible.sum()), self.tokens - self.special
-        patch_patch = edges * patches**2
+        patches = self.tokens - self.special
+        patch_patch = self.edges * patches**2
         special_any = self.frames * self.special * self.frames * self.tokens
         patch_special = self.frames * patches * self.frames * self.special
         return patch_patch + special_any + patch_special
@@ -197,6 +202,11 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "backward": _cases("s16-p1374-dense", "s16-p1374-band2", "s16-p1374-scattered3"),
     # 2.25e9 elements in each of q, k, v and the output: offsets do not fit into 32 bits.
     "large": _cases("s1600-p1374-band2"),
+    # 16 and 32 neighbours: time and extra memory by edge should not depend on the number of frames.
+    "scaling": _cases(
+        *(f"s{frames}-p1374-band8" for frames in (16, 32, 64, 125, 250, 500, 1000, 2000)),
+        *(f"s{frames}-p1374-band16" for frames in (32, 64, 125, 250, 500, 1000, 2000)),
+    ),
 }
 """The published cases by group, dense ones first."""
 

@@ -84,10 +84,11 @@ def check_gradients(contender: Contender, case: Case, q: Tensor, k: Tensor, v: T
         wanted = torch.zeros(case.frames, case.tokens, dtype=torch.bool, device=q.device)
         wanted[list(sampled)] = True
         wanted = wanted.flatten()
+        place = wanted.cumsum(0) - 1  # of each wanted token among those wanted
         q_, k_, v_, grad_ = (_sampled_heads(x) for x in (q, k, v, grad))
         budgets = [Budget(name) for name in ("dQ", "dK", "dV")]
-        plain_sums = [torch.zeros_like(x, dtype=_accumulator(x)) for x in (k_, v_)]
-        exact_sums = [torch.zeros_like(x, dtype=torch.float64) for x in (k_, v_)]
+        plain_sums = [torch.zeros_like(x[:, wanted], dtype=_accumulator(x)) for x in (k_, v_)]
+        exact_sums = [torch.zeros_like(x[:, wanted], dtype=torch.float64) for x in (k_, v_)]
         for frame, rows, keys in _groups(case, q.device):
             columns = wanted[keys].nonzero()[:, 0]
             if frame not in sampled and len(columns) == 0:
@@ -100,10 +101,10 @@ def check_gradients(contender: Contender, case: Case, q: Tensor, k: Tensor, v: T
                 budgets[0].add(dq.flatten(1), plain[0].flatten(1), exact[0].flatten(1))
             for sums, parts in ((plain_sums, plain), (exact_sums, exact)):
                 for total, addend in zip(sums, parts[1:], strict=True):
-                    total.index_add_(1, keys[columns], addend)
+                    total.index_add_(1, place[keys[columns]], addend)
         for budget, gradient, plain_sum, exact_sum in zip(budgets[1:], actual[1:], plain_sums, exact_sums, strict=True):
-            compared = _sampled_heads(gradient), plain_sum.to(q.dtype), exact_sum
-            budget.add(*(x[:, wanted].unflatten(1, (-1, case.tokens)).flatten(2) for x in compared))
+            compared = _sampled_heads(gradient)[:, wanted], plain_sum.to(q.dtype), exact_sum
+            budget.add(*(x.unflatten(1, (-1, case.tokens)).flatten(2) for x in compared))
         return _first(budgets)
 
 

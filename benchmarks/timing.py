@@ -61,6 +61,14 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
+def allocated_mib(device: torch.device) -> float | None:
+    """Return the memory that is allocated now; None where no allocator keeps count."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() / MIB
+
+
 def _by_events(call: Callable[[], object], repeats: int) -> list[float]:
     cache = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]

@@ -73,6 +73,7 @@ class Runs(NamedTuple):
     offsets: Tensor  # [S + 2]
     start: Tensor  # [<= E + 1]
     length: Tensor  # [<= E + 1]
+    columns: Tensor  # [S + 1], how many columns a group sees, dense ones included
     dense_rows: Tensor  # [M]
     dense_columns: Tensor  # [M']
 
@@ -264,26 +265,57 @@ class BlockLayout:
         run_start.scatter_(0, offsets[-1:], 0)
         run_length.scatter_(0, offsets[-1:], self.num_key_tokens if num_dense else 0)
 
+        length_before = torch.nn.functional.pad(run_length.cumsum(0), (1, 0))
+        group_offsets = torch.cat([offsets, offsets[-1:] + 1])
+        columns = length_before[group_offsets].diff()
+        columns[:-1] += len(self.keys.dense)
+
         return Runs(
             row_start=torch.nn.functional.pad(row_start, (0, 1)).int(),
             row_length=torch.nn.functional.pad(row_length, (0, 1), value=num_dense).int(),
-            offsets=torch.cat([offsets, offsets[-1:] + 1]).int(),
+            offsets=group_offsets.int(),
             start=run_start.int(),
             length=run_length.int(),
+            columns=columns.int(),
             dense_rows=_on_device(self.queries.dense, device).int(),
             dense_columns=_on_device(self.keys.dense, device).int(),
         )
 
+    def row_tiles(self, row_block: int, unit: int | None = None) -> Tensor:
+        """Return the rows cut into tiles of at most `row_block` tokens, int32 `[T, 3]`: group, start, length.
+
+        Tiles of the dense group and of the sixteenth of the frames that see most come first, so that a launch in order
+        does not end on one long row; the others follow in frame order, which keeps neighbours in cache. start counts
+        tokens, or entries of `dense_rows` for the dense group.
+
+        Args:
+            row_block: The most tokens of a tile.
+            unit: If given, a group is cut into tiles as even as multiples of `unit` can be; else every tile but a
+                group's last is full.
+        """
+        runs, num_frames, unit = self.runs, self.graph.num_frames, unit or row_block
+        by_columns = runs.columns[:-1].argsort(descending=True, stable=True)
+        num_first = -(-num_frames // 16)
+        order = torch.cat([by_columns[:num_first], by_columns[num_first:].sort().values])
+        # Both on the host, where the number of tiles must be known, and on the device.
+        lengths = np.append(self.queries.ordinary[1], len(self.queries.dense))
+        counts = -(-lengths // row_block)
+        row_length, row_tiles = _on_device(lengths, self.device), _on_device(counts, self.device)
+        group_order = torch.nn.functional.pad(order, (1, 0), value=num_frames)
+        owner, tile = _owners(row_tiles[group_order], int(counts.sum()))
+        group = group_order[owner]
+        units = (row_length[group] + unit - 1) // unit
+        begin = tile * units // row_tiles[group] * unit
+        end = ((tile + 1) * units // row_tiles[group] * unit).minimum(row_length[group])
+        return torch.stack([group, runs.row_start[group] + begin, end - begin], dim=1).int()
+
     def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:
         """Return the runs cut into tiles of `row_block` x `column_block` tokens, and their rests into tails.
-
-        Row tiles of the dense group and of the sixteenth of the frames that see most come first, so that a launch in
-        order does not end on one long row; the others follow in frame order, which keeps neighbours in cache.
 
         Raises:
             ValueError: If there could be 2^31 tiles or more.
         """
-        runs, num_frames = self.runs, len(self.queries.lengths)
+        runs, num_frames = self.runs, self.graph.num_frames
         num_full, rest = runs.length // column_block, runs.length % column_block
         # Runs behind the last offset have length 0, so they add nothing.
         num_tails = (rest + tail_block - 1) // tail_block
@@ -307,19 +339,8 @@ class BlockLayout:
         tail_start = (runs.start + num_full * column_block)[run] + place * tail_block
         tail_length = (rest[run] - place * tail_block).clamp(max=tail_block)
 
-        work = (full_offsets + tail_offsets).diff()[:-1]
-        num_first = -(-num_frames // 16)
-        by_work = work.argsort(descending=True, stable=True)
-        order = torch.cat([by_work[:num_first], by_work[num_first:].sort().values])
-        row_length = self.queries.ordinary[1]
-        row_tiles = _on_device(-(-row_length // row_block), self.device)
-        place, tile = _owners(row_tiles[order], int((-(-row_length // row_block)).sum()))
-        dense_tile = torch.arange(-(-len(self.queries.dense) // row_block), device=self.device)
-        group = torch.cat([torch.full_like(dense_tile, num_frames), order[place]])
-        offset = torch.cat([dense_tile, tile]) * row_block
-        length = (runs.row_length[group] - offset).clamp(max=row_block)
         return Tiles(
-            rows=torch.stack([group, runs.row_start[group] + offset, length], dim=1).int(),
+            rows=self.row_tiles(row_block),
             full_offsets=full_offsets.int(),
             full_start=full_start.int(),
             tail_offsets=tail_offsets.int(),

@@ -236,7 +236,12 @@ def test_bad_input_is_explained(band: BlockLayout):
         ((q, k.to("meta"), v, band), {}, ValueError, "one device, got cpu, meta and cpu"),
         ((q, k, v, band.to("meta")), {}, ValueError, r"use layout.to\('cpu'\)"),
         ((q, k, v, band.graph), {}, TypeError, "layout must be a BlockLayout, got CovisibilityGraph"),
-        ((q, k, v, band), {"backend": "cuda"}, ValueError, "backend must be one of triton, sdpa or None, got 'cuda'"),
+        (
+            (q, k, v, band),
+            {"backend": "cuda"},
+            ValueError,
+            "backend must be one of hopper, triton, sdpa or None, got 'cuda'",
+        ),
         ((q, k, v, band), {"backend": "triton"}, ValueError, "backend triton cannot run this: it needs a CUDA device"),
         ((q.int(), k.int(), v.int(), band), {}, TypeError, "no backend can run torch.int32"),
         ((q, k, v, band), {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),

@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-import types
-import warnings
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import attention, models, peers, record
+from benchmarks import attention, models, record, repeat, report
 from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, select
 from benchmarks.check import Budget, check_forward, check_gradients, explicit, explicit_gradients
-from benchmarks.peers import PEERS, Contender, backend, flex_mask
-from benchmarks.timing import measure
+from benchmarks.peers import PEERS, Contender, backend
+from benchmarks.timing import Timing, measure
 from svggt_kernels import block_sparse_attention
 
 CPU = torch.device("cpu")
@@ -212,9 +208,8 @@ def test_wrong_contender_is_never_timed(wrong, monkeypatch):
     [line] = _lines(Contender("wrong", wrong, lambda case, q: None, WRONG[wrong]), ["fwd"])
     assert line["check"] == "failed"
     assert line["reason"]
-    assert [line[key] for key in ("ms_median", "ms_spread", "useful_tflops", "fraction_of_ideal", "peak_mib")] == [
-        None
-    ] * 5
+    measured = "ms_median", "ms_spread", "useful_tflops", "fraction_of_ideal", "peak_mib", "ms_per_edge", "extra_mib"
+    assert [line[key] for key in measured] == [None] * 7
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -255,35 +250,13 @@ def test_wrong_lse_is_refused():
     assert check_forward(wrong, BAND, q, k, v).startswith("LSE")
 
 
-# Peers
-
-
-@pytest.mark.parametrize("name", ["s5-p60-band1", "s3-p128-band0", "s4-p100-scattered1-special5", "s2-p300-band0"])
-def test_flex_mask_shows_exactly_the_visible_tokens(name):
-    case = Case.parse(name)
-    mask = flex_mask(case, CPU)
-    token = torch.arange(case.frames * case.tokens)
-    frame, special = token // case.tokens, token % case.tokens < case.special
-    expected = case.visible[frame][:, frame] | special[:, None] | special
-
-    blocks = -(-len(token) // peers.FLEX_BLOCK)
-    shown = torch.zeros(len(token), len(token), dtype=torch.bool)
-    in_mask = mask.mask_mod(None, None, token[:, None], token)
-    for counts, indices, is_full in (
-        (mask.kv_num_blocks, mask.kv_indices, False),
-        (mask.full_kv_num_blocks, mask.full_kv_indices, True),
-    ):
-        for row in range(blocks):
-            for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
-                tile = tuple(slice(i * peers.FLEX_BLOCK, (i + 1) * peers.FLEX_BLOCK) for i in (row, column))
-                shown[tile] = True if is_full else in_mask[tile]
-    assert torch.equal(shown, expected)
+# Lines
 
 
 def test_peer_that_cannot_run_is_named_with_its_reason(tmp_path, capsys):
     file = tmp_path / "out.jsonl"
     arguments = "attention --cases s2-p4-band0-h1 s2-p4-dense-h1 --backends --device cpu".split()
-    assert main([*arguments, "--output", str(file), "--peers", *PEERS]) == 0
+    assert main([*arguments, "--output", str(file), "--peers", "all"]) == 0
     printed = capsys.readouterr().out
     ran = {json.loads(line)["backend"] for line in file.read_text().splitlines()}
     assert ran == {"sdpa-dense-flash", "sdpa-gather"}
@@ -292,60 +265,6 @@ def test_peer_that_cannot_run_is_named_with_its_reason(tmp_path, capsys):
     assert (
         "sdpa-dense-flash: not run: it has no sparsity; name a dense case (1 of these: s2-p4-band0-h1, fwd" in printed
     )
-
-
-def _flash_attn_fwd(q, k, v, page_table, seqused_k, tile_mn=None):
-    """FlashAttention-4's paged forward, [batch, rows, H, D], in plain PyTorch."""
-    outs = []
-    for query, pages, used in zip(q, page_table.long(), seqused_k.tolist(), strict=True):
-        keys, values = (x[pages].flatten(0, 1)[:used].transpose(0, 1) for x in (k, v))
-        outs.append(torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), keys, values))
-    return torch.stack(outs).transpose(1, 2), None
-
-
-def _flash_attn_func(q, k, v):
-    qkv = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2), None
-
-
-@pytest.mark.parametrize(
-    ("peer", "name"),
-    [
-        ("fa4-paged", "s6-p7-scattered1-h2"),
-        ("fa4-paged-192x128", "s5-p9-star1-h3"),
-        ("fa4-dense", "s3-p8-dense-h2"),
-        ("flex", "s3-p130-band1-h1-hd16"),
-        ("flex", "s4-p70-scattered1-special5-h2-hd16"),
-    ],
-)
-def test_peer_for_another_machine_is_wired_right(peer, name, monkeypatch):
-    monkeypatch.setattr(
-        peers, "_fa4", lambda: types.SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, flash_attn_func=_flash_attn_func)
-    )
-    monkeypatch.setattr(peers, "_flex", lambda case, device: (_eager_flex, flex_mask(case, device)))
-    case = Case.parse(name)
-    q, k, v, _ = attention.inputs(case, CPU, torch.float32, PEERS[peer].storage)
-    assert check_forward(PEERS[peer], case, q, k, v) is None
-
-
-def _eager_flex(q, k, v, block_mask):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return flex_attention(q, k, v, block_mask=block_mask)
-
-
-def test_peer_whose_package_is_absent_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    peers._fa4.cache_clear()
-    try:
-        q = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, requires_grad=False)
-        for name in ("fa4-dense", "fa4-paged"):
-            assert "install flash-attn-4" in PEERS[name].unsupported(Case.parse("s2-p4-dense"), q)
-    finally:
-        peers._fa4.cache_clear()
-
-
-# Lines
 
 
 def test_lines_are_complete_and_valid(tmp_path, capsys, monkeypatch):
@@ -373,7 +292,9 @@ def test_lines_are_complete_and_valid(tmp_path, capsys, monkeypatch):
             "passed",
             "0123abc",
         )
-        assert line["peak_mib"] is None
+        assert line["peak_mib"] is line["extra_mib"] is line["softmax"] is None
+        assert line["edges"] == case.edges
+        assert line["ms_per_edge"] * case.edges == pytest.approx(line["ms_median"])
         assert line["torch"] == torch.__version__
         assert "threads" in line["device"]
         assert line["command"] == f"python -m benchmarks {command}"
@@ -424,8 +345,130 @@ def test_a_request_that_measures_nothing_is_no_success(tmp_path, request_: str, 
 def test_checked_in_results_are_complete():
     for file in sorted(record.RESULTS.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
-            keys = models.KEYS if "system" in line else attention.KEYS
+            keys = models.KEYS if "system" in line else repeat.KEYS if "times" in line else attention.KEYS
+            if "useful_tflops" in line and "softmax" not in line:  # of before there was more than one
+                keys = keys[: keys.index("softmax")]
             assert tuple(line)[: len(keys)] == keys, file.name
+
+
+@pytest.mark.parametrize(("direction", "tensors"), [("fwd", 1), ("bwd", 5), ("fwd+bwd", 4)])
+def test_extra_memory_is_what_lies_beyond_inputs_and_results(direction, tensors, monkeypatch):
+    q = 3 * 9 * 8 * 64 * 4 / 2**20  # MiB of one tensor of the case
+    in_call = {"fwd": 1, "bwd": 3, "fwd+bwd": 4}[direction]  # the rest is held when the call is timed
+    monkeypatch.setattr(attention, "measure", lambda *_: Timing(1.0, 1.0, 1.0, in_call * q + 0.25))
+    held = iter([7.0, 7.0 + (tensors - in_call) * q + 0.5])
+    monkeypatch.setattr(attention, "allocated_mib", lambda device: next(held))
+    [line] = _lines(backend("sdpa"), [direction])
+    assert line["extra_mib"] == pytest.approx(0.75)
+
+
+def test_scaling_cases_have_their_neighbours():
+    for case in GROUPS["scaling"]:
+        inner = case.visible.sum(1)[case.frames // 2]
+        assert inner - 1 == min(2 * int(case.graph.removeprefix("band")), case.frames - 1)
+    assert {case.frames for case in GROUPS["scaling"]} >= {16, 2000}
+
+
+# Repeatability
+
+
+class _Drifting(torch.autograd.Function):
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x, where):
+        ctx.where = where
+        _Drifting.calls += 1
+        return x + 1e-3 * (where == "fwd" and _Drifting.calls == 3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + 1e-3 * (ctx.where == "bwd" and _Drifting.calls == 3), None
+
+
+@pytest.mark.parametrize("drifting", ["fwd", "bwd", None])
+def test_one_differing_bit_is_seen(drifting):
+    def prepare(case, q, k, v):
+        _Drifting.calls = 0
+        call = backend("sdpa").prepare(case, q, k, v)
+        return lambda: _Drifting.apply(call(), drifting)
+
+    unstable = Contender("unstable", "differs once", lambda case, q: None, prepare)
+    source = dict.fromkeys(("device", "torch", "triton", "commit", "command", "run", "date"), "")
+    lines, _ = repeat.repeat([BAND], unstable, ["fwd", "bwd"], 4, CPU, torch.float32, source, lambda line: None)
+    assert [line["bitwise_equal"] for line in lines] == [drifting != "fwd", drifting != "bwd"]
+    for line in lines:
+        assert tuple(line)[: len(repeat.KEYS)] == repeat.KEYS
+        assert (line["check"], "reason" in line) == (("passed", False) if line["bitwise_equal"] else ("failed", True))
+
+
+def test_repeat_writes_lines(tmp_path, capsys):
+    file = tmp_path / "out.jsonl"
+    command = "repeat --cases s4-p8-band1-h2 --backend sdpa --times 3 --direction fwd --device cpu --output"
+    assert main([*command.split(), str(file)]) == 0
+    [line] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (line["case"], line["backend"], line["times"], line["bitwise_equal"]) == ("s4-p8-band1-h2", "sdpa", 3, True)
+    assert "s4-p8-band1-h2" in capsys.readouterr().out
+
+
+# Report
+
+
+def _fabricated(run="r1", date="2026-01-01", **changed):
+    case = Case.parse(changed.get("case", "s8-p9-band1-h3"))
+    line = dict.fromkeys(attention.KEYS) | {
+        "case": case.name,
+        "direction": "fwd",
+        "backend": "triton",
+        "density": case.density,
+        "edges": case.edges,
+        "ms_median": 2.0,
+        "useful_tflops": 345.678,
+        "extra_mib": 1.0,
+        "check": "passed",
+        "run": run,
+        "date": date,
+    }
+    return line | changed
+
+
+def test_report_shows_the_latest_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
+    lines = [
+        _fabricated(ms_median=9.0, run="r0", date="2025-12-31"),
+        _fabricated(),
+        _fabricated(backend="hopper", softmax="online", case="s16-p9-band1-h3", extra_mib=None),
+        _fabricated(backend="fa4-block-sparse", check="failed", reason="dQ: wrong", ms_median=None, useful_tflops=None),
+        {"system": "upstream", "run": "r2", "date": "2027"},
+    ]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, part in zip(files, (lines[:2], lines[2:]), strict=True):
+        file.write_text("".join(json.dumps(line) + "\n" for line in part))
+    folder = tmp_path / "deep" / "report"
+    assert main(["report", "--results", *map(str, files), "--output", str(folder)]) == 0
+    assert capsys.readouterr().out.split() == [str(folder / "report.md"), str(folder / "report.png")]
+    text = (folder / "report.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("| s")]
+    assert len(table) == 3
+    assert "| 345.7 |" in table[0]
+    assert "| hopper, online |" in table[1]
+    assert "- fa4-block-sparse on s8-p9-band1-h3, fwd: dQ: wrong" in text
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [line["run"] for line in report.read(files, "r0")] == ["r0"]
+
+
+def test_report_compares_edges_of_the_most_common_problem_only():
+    lines = [_fabricated(), _fabricated(case="s8-p9-dense-h3"), _fabricated(case="s8-p10-band1-h3")]
+    assert report.problem(lines) == (9, 0, 64, 3, 1)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"system": "upstream", "run": "r", "date": "2026"}\n'])
+def test_report_of_nothing_is_refused(content, tmp_path, capsys):
+    file = tmp_path / "out.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert main(["report", "--results", str(file), "--output", str(tmp_path)]) == 2
+    assert str(file) in capsys.readouterr().err
 
 
 def test_time_is_the_median_of_the_calls():

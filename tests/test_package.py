@@ -97,9 +97,9 @@ def test_public_names_exist():
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("svggt_kernels", "tests", "benchmarks"):
+    for name in ("svggt_kernels", "csrc", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
@@ -110,7 +110,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {name for name in names if ".dist-info/" not in name}
     expected = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
-    assert inside == expected
+    sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cu*")}
+    assert sources and inside == expected | sources
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -1,0 +1,132 @@
+// What a block works on: tiles of rows of one head, and the stream of columns that these rows see.
+#pragma once
+
+#include "primitives.cuh"
+
+using Element = unsigned short; // the bits of a bfloat16 or float16
+
+// A tensor `[B, H, N, D]`; strides in elements, that of d is 1.
+struct Tensor4 {
+  Element* data;
+  int64 batch, head, token;
+
+  DEVICE_MEMBER Element* at(int b, int h) const { return data + b * batch + h * head; }
+};
+
+// The layout as the kernels walk it. Columns of group g: its runs, then the dense columns unless g is the dense group.
+struct Layout {
+  const int* rows;          // [num_row_tiles, 3]: group, start, length
+  const int* columns;       // [groups]: how many columns the group sees
+  const int* run_offsets;   // [groups + 1]
+  const int* run_start;     // first token of a run
+  const int* run_length;
+  const int* dense_rows;    // tokens of the rows of the dense group
+  const int* dense_columns; // tokens
+  int num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads;
+};
+
+// One row tile of one head. The first tiles, the longest, come for all heads before the others, head after head.
+struct Work {
+  int group, start, length, batch, head, columns;
+
+  DEVICE_MEMBER Work(const Layout& layout, int item) {
+    const int others = layout.num_row_tiles - layout.num_first;
+    const int beyond = item - layout.num_first * layout.batch_heads;
+    const bool is_first = beyond < 0;
+    const int tile = is_first ? item / layout.batch_heads : layout.num_first + beyond % others;
+    const int batch_head = is_first ? item % layout.batch_heads : beyond / others;
+    group = layout.rows[3 * tile];
+    start = layout.rows[3 * tile + 1];
+    length = layout.rows[3 * tile + 2];
+    batch = batch_head / layout.heads;
+    head = batch_head % layout.heads;
+    columns = layout.columns[group];
+  }
+
+  // Token of row r < length.
+  DEVICE_MEMBER int token(const Layout& layout, int r) const {
+    return group == layout.dense_group ? layout.dense_rows[start + r] : start + r;
+  }
+};
+
+// A place in the stream of columns of one group.
+struct Cursor {
+  int run, end, place, start, length;
+
+  DEVICE_MEMBER Cursor(const Layout& layout, int group) {
+    run = layout.run_offsets[group] - 1;
+    end = layout.run_offsets[group + 1];
+    place = 0;
+    next(layout, group);
+    advance(layout, group, 0);
+  }
+
+  DEVICE_MEMBER void next(const Layout& layout, int group) {
+    ++run;
+    if (run < end) {
+      start = layout.run_start[run];
+      length = layout.run_length[run];
+    } else {
+      length = run == end ? (group == layout.dense_group ? 0 : layout.num_dense) : 0x7fffffff;
+    }
+  }
+
+  DEVICE_MEMBER void advance(const Layout& layout, int group, int columns) {
+    place += columns;
+    while (place >= length) {
+      place -= length;
+      next(layout, group);
+    }
+  }
+
+  // Whether the next `columns` lie side by side, from token `start + place` on.
+  DEVICE_MEMBER bool is_contiguous(int columns) const { return run < end && place + columns <= length; }
+
+  // Token here, or -1 behind the last column.
+  DEVICE_MEMBER int token(const Layout& layout) const {
+    return run < end ? start + place : run == end ? layout.dense_columns[place] : -1;
+  }
+};
+
+// Copy tokens of one head into panels of `rows` rows at `shared`; zeros where `token` is -1. Thread `thread` of `THREADS`
+// calls it for each row r = thread / 8, + THREADS / 8, ... with the row's token.
+template <int D>
+DEVICE void copy_row(uint32 shared, int rows, const Element* head, int64 stride, int r, int token, int thread) {
+  const Element* source = head + (token < 0 ? 0 : token * stride);
+  const int chunk = thread % 8;
+#pragma unroll
+  for (int panel = 0; panel < D / 64; ++panel) {
+    copy_chunk(shared + panel * rows * SWIZZLE_ROW + swizzled(r, chunk), source + panel * 64 + chunk * 8, token >= 0);
+  }
+}
+
+// Copy the next `rows` tokens from `cursor` on into panels of `rows` rows, by one warp; zeros behind the last column.
+// The same tokens of two tensors.
+template <int D>
+DEVICE void copy_columns(const Layout& layout, int group, Cursor cursor, int rows, uint32 shared, const Element* head,
+                         int64 stride, uint32 shared_2, const Element* head_2, int64 stride_2) {
+  const int lane = threadIdx.x % 32;
+  cursor.advance(layout, group, lane);
+  for (int first = 0; first < rows; first += 32) {
+    const int mine = cursor.token(layout);
+    cursor.advance(layout, group, 32);
+#pragma unroll
+    for (int pass = 0; pass < 8; ++pass) {
+      const int token = __shfl_sync(0xffffffff, mine, 4 * pass + lane / 8);
+      const int r = first + 4 * pass + lane / 8;
+      if (r < rows) {
+        copy_row<D>(shared, rows, head, stride, r, token, lane);
+        copy_row<D>(shared_2, rows, head_2, stride_2, r, token, lane);
+      }
+    }
+  }
+}
+
+// Copy the rows of a tile likewise; zeros from work.length on.
+template <int D>
+DEVICE void copy_rows(const Layout& layout, const Work& work, int rows, uint32 shared, const Element* head, int64 stride) {
+  const int lane = threadIdx.x % 32;
+  for (int r = lane / 8; r < rows; r += 4) {
+    copy_row<D>(shared, rows, head, stride, r, r < work.length ? work.token(layout, r) : -1, lane);
+  }
+}

@@ -1,0 +1,132 @@
+"""The Hopper backend: CUDA C++ with TMA, wgmma and warp specialisation, compiled at run time for sm_90a."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ...layout import BlockLayout
+from . import backward_pass, forward_pass
+from .tables import Tables, make_tables
+
+NAME = "hopper"
+SAVES_LSE = True
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_SIZES = (64, 128)
+CHOICES = {"softmax": ("bounded", "online"), "gradients": ("deterministic", "accumulated")}
+
+_chosen = {"softmax": "bounded", "gradients": "deterministic"}
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Return why these kernels cannot run such inputs, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    if torch.version.hip is not None:
+        return "it was written for NVIDIA GPUs, this is ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"it needs compute capability 9.0 (H100, H200), this device has {capability[0]}.{capability[1]}"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "cuda-bindings is not installed; torch 2.11 and newer for CUDA bring it: pip install cuda-bindings"
+    if dtype not in DTYPES:
+        return f"it takes float16 and bfloat16, got {dtype}"
+    if head_size not in HEAD_SIZES:
+        return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, got {head_size}"
+    return None
+
+
+def softmax(kind: str) -> contextlib.AbstractContextManager[None]:
+    """Choose how the forward kernel computes the softmax while the context lasts.
+
+    Args:
+        kind: "bounded", the default: without a running maximum, and rows that this does not suit again with it;
+            "online": all rows with it. float16 is always "online". The results agree to rounding.
+
+    Raises:
+        ValueError: If `kind` is neither.
+    """
+    return _choose("softmax", kind)
+
+
+def gradients(kind: str) -> contextlib.AbstractContextManager[None]:
+    """Choose how the backward pass computes the gradient of q while the context lasts.
+
+    Args:
+        kind: "deterministic", the default: in a pass of its own, bitwise repeatable; "accumulated": together with the
+            gradients of k and v, by adding in float32 in no fixed order, which is faster.
+
+    Raises:
+        ValueError: If `kind` is neither.
+    """
+    return _choose("gradients", kind)
+
+
+@contextlib.contextmanager
+def _choose(what: str, kind: str) -> Iterator[None]:
+    if kind not in CHOICES[what]:
+        raise ValueError(f"{what} must be one of {', '.join(CHOICES[what])}, got {kind!r}")
+    before, _chosen[what] = _chosen[what], kind
+    try:
+        yield
+    finally:
+        _chosen[what] = before
+
+
+def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+    """Return the row tiles of the layout and its runs."""
+    return list(make_tables(layout, forward_pass.CONFIGS[head_size].rows))
+
+
+def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+    """Return the same for the gradient of q, and those of the transposed layout for the gradients of k and v."""
+    return [*make_tables(layout, backward_pass.ROWS), *make_tables(layout.transposed(), backward_pass.ROWS)]
+
+
+def forward(
+    q: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, H, N', D]
+    v: Tensor,  # [B, H, N', D]
+    tables: list[Tensor],
+    scale: float,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return out `[B, H, N, D]` and LSE `[B, H, N]`."""
+    bounded = _chosen["softmax"] == "bounded" and q.dtype == torch.bfloat16
+    with torch.cuda.device(q.device):
+        q, k, v = (_readable(x) for x in (q, k, v))
+        out, lse = forward_pass.forward(q, k, v, Tables(*tables), scale, bounded)
+    return out, lse if need_lse else lse.new_empty(0)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v; bitwise the same from run to run unless `gradients` says otherwise."""
+    grad, q, k, v, out = (_readable(x) for x in (grad_out, q, k, v, out))
+    half = len(Tables._fields)
+    with torch.cuda.device(q.device):
+        return backward_pass.backward(
+            grad, None if grad_lse is None else grad_lse.contiguous(), q, k, v, out, lse.contiguous(),
+            Tables(*tables[:half]), Tables(*tables[half:]), scale, _chosen["gradients"] == "accumulated",
+        )  # fmt: skip
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return x, copied if the copy engine cannot read it: unit last stride, base and other strides 16-byte aligned."""
+    aligned = all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    readable = x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
+    return x if readable else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,84 @@
+"""Launches of csrc/hopper/forward.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessors, tensor_map
+from .tables import Layout, Tables
+
+LOG2_E = 1.4426950408889634
+
+
+class Config(NamedTuple):
+    """Shape of the kernel: consumer warpgroups of 64 rows, columns of a tile, tiles of the ring."""
+
+    consumers: int
+    columns: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.consumers
+
+
+CONFIGS = {64: Config(4, 64, 8), 128: Config(3, 64, 4)}
+"""By head size."""
+
+
+class Parameters(ctypes.Structure):
+    """`Parameters` of forward.cu."""
+
+    _fields_ = (
+        ("k_map", TensorMap),
+        ("v_map", TensorMap),
+        ("q", Tensor4),
+        ("k", Tensor4),
+        ("v", Tensor4),
+        ("out", Tensor4),
+        ("lse", ctypes.c_void_p),
+        ("next", ctypes.c_void_p),
+        ("any_failed", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
+        ("layout", Layout),
+        ("tokens", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    )
+
+
+def kernel(dtype: torch.dtype, head_size: int, online: bool) -> Kernel:
+    """Return the kernel for a dtype and a head size, with or without a running maximum."""
+    config = CONFIGS[head_size]
+    macros = defines(dtype, head_size) + ((("ONLINE", 1),) if online else ())
+    macros += tuple((name.upper(), value) for name, value in config._asdict().items())
+    # Two tiles of queries, the ring of keys and values, barriers, and what aligning to 1024 bytes may take.
+    tokens = 2 * config.rows + 2 * config.columns * config.stages
+    return Kernel("forward.cu", "forward", 128 * (config.consumers + 1), 2 * head_size * tokens + 256 + 1024, macros)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
+    """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE `[B, H, N]`; q, k, v as `readable` gives them."""
+    B, H, N, D = q.shape
+    config = CONFIGS[D]
+    out = q.new_empty(B, N, H, D).transpose(1, 2)
+    lse = q.new_empty(B, H, N, dtype=torch.float32)
+    layout = Layout.of(tables, config.rows, q)
+    # The next item of each launch, and whether any row failed; a byte for each warp that may report failed rows.
+    counters = q.new_zeros(3, dtype=torch.int32)
+    flags = q.new_empty(4 * config.consumers * layout.items if bounded else 0, dtype=torch.uint8)
+    parameters = Parameters(
+        tensor_map(k, config.columns), tensor_map(v, config.columns), *map(Tensor4.of, (q, k, v, out)),
+        lse.data_ptr(), counters[0:].data_ptr(), counters[2:].data_ptr(), flags.data_ptr() if bounded else None,
+        layout, N, scale * LOG2_E,
+    )  # fmt: skip
+    blocks = min(layout.items, multiprocessors(q.device))
+    if bounded:
+        launch(kernel(q.dtype, D, online=False), blocks, parameters, q.device)
+    parameters.next = counters[1:].data_ptr()
+    launch(kernel(q.dtype, D, online=True), blocks, parameters, q.device)
+    return out, lse

@@ -1,0 +1,181 @@
+"""CUDA C++ at run time: compile with the NVRTC that torch ships, make tensor maps, launch.
+
+No nvcc is needed where the package is installed. A kernel compiles in about a second, once per process and device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_IN_PACKAGE = Path(__file__).parents[2] / "csrc"
+_IN_CHECKOUT = Path(__file__).parents[3] / "csrc"
+SOURCES = (_IN_PACKAGE if _IN_PACKAGE.is_dir() else _IN_CHECKOUT) / "hopper"
+"""Where the kernels' sources are: inside the installed package, or at the top of a checkout."""
+
+
+class Kernel(NamedTuple):
+    """One kernel as it is compiled and launched.
+
+    Attributes:
+        file: Its source in `SOURCES`.
+        name: Its name there.
+        threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of a block.
+        defines: Macros, by name.
+    """
+
+    file: str
+    name: str
+    threads: int
+    shared_bytes: int
+    defines: tuple[tuple[str, int], ...]
+
+
+class TensorMap(ctypes.Structure):
+    """What the copy engine must know of a tensor: the driver's CUtensorMap."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+class Tensor4(ctypes.Structure):
+    """A tensor `[B, H, N, D]` of which a kernel knows the strides of the first three axes."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor) -> Tensor4:
+        """Describe x."""
+        return cls(x.data_ptr(), *x.stride()[:3])
+
+
+def defines(dtype: torch.dtype, head_size: int) -> tuple[tuple[str, int], ...]:
+    """Return the macros that every kernel takes."""
+    return (("HEAD_SIZE", head_size), *((("BFLOAT16", 1),) if dtype == torch.bfloat16 else ()))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many blocks run at once, at one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tensor_map(x: Tensor, tokens: int) -> TensorMap:
+    """Return a map of x `[B, H, N, D]`, 16-bit, that reads boxes of `tokens` tokens and 64 columns of d.
+
+    In shared memory they lie in the 128-byte swizzle. Tokens behind the last one read as zeros.
+    """
+    from cuda.bindings import driver
+
+    B, H, N, D = x.shape
+    # The stride of an axis of length 1 is never used, but must be valid.
+    strides = [stride if n > 1 else D for n, stride in zip((N, H, B), (x.stride(i) for i in (2, 1, 0)), strict=True)]
+    one = driver.cuuint32_t(1)
+    encoded = _checked(
+        driver.cuTensorMapEncodeTiled(
+            getattr(
+                driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{str(x.dtype).removeprefix('torch.').upper()}"
+            ),
+            4,
+            x.data_ptr(),
+            [driver.cuuint64_t(n) for n in (D, N, H, B)],
+            [driver.cuuint64_t(stride * x.element_size()) for stride in strides],
+            [driver.cuuint32_t(n) for n in (64, tokens, 1, 1)],
+            [one] * 4,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return TensorMap.from_buffer_copy(ctypes.string_at(encoded.getPtr(), ctypes.sizeof(TensorMap)))
+
+
+def launch(kernel: Kernel, blocks: int, parameters: ctypes.Structure, device: torch.device) -> None:
+    """Launch on the device's current stream."""
+    from cuda.bindings import driver
+
+    # The kernel's struct is aligned to 64 bytes, so its size is rounded up; what is passed must be as long.
+    size = -(-ctypes.sizeof(parameters) // 64) * 64
+    passed = ctypes.create_string_buffer(bytes(parameters), size)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(passed))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    # A thread that has not called the runtime yet, as autograd's, has no current context.
+    _checked(driver.cuCtxSetCurrent(_context(device.index)))
+    _checked(
+        driver.cuLaunchKernel(
+            _function(kernel, device.index), blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream,
+            ctypes.addressof(pointers), 0,
+        )
+    )  # fmt: skip
+
+
+@cache
+def _context(device: int) -> Any:
+    from cuda.bindings import driver
+
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+
+
+@cache
+def _function(kernel: Kernel, device: int) -> Any:
+    from cuda.bindings import driver
+
+    module = _checked(driver.cuModuleLoadData(compile_to_cubin(kernel.file, dict(kernel.defines))))
+    function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes))
+    return function
+
+
+def compile_to_cubin(file: str, defines: Mapping[str, int]) -> bytes:
+    """Compile one source for compute capability 9.0a; needs no GPU.
+
+    Raises:
+        RuntimeError: If it does not compile, with the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    headers = sorted(SOURCES.glob("*.cuh"))
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            (SOURCES / file).read_bytes(),
+            file.encode(),
+            len(headers),
+            [header.read_bytes() for header in headers],
+            [header.name.encode() for header in headers],
+        )
+    )
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
+    try:
+        _checked(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    except RuntimeError as error:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{file} did not compile with {dict(defines)}: {log.decode()}") from error
+    cubin = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(cubin)
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """Return what a call of the driver or of NVRTC gave, without its status.
+
+    Raises:
+        RuntimeError: If the status is an error.
+    """
+    status, *values = result
+    if status.value != 0:
+        raise RuntimeError(f"CUDA answered {status.name}")
+    return values[0] if values else None

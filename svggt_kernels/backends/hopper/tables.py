@@ -1,0 +1,65 @@
+"""A BlockLayout as the kernels of csrc/hopper walk it: row tiles, and the runs as a stream of columns."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...layout import BlockLayout
+
+
+class Tables(NamedTuple):
+    """What `Layout` of work.cuh points to; int32 tensors."""
+
+    rows: Tensor  # [T, 3], see BlockLayout.row_tiles
+    columns: Tensor  # the rest as in Runs
+    run_offsets: Tensor
+    run_start: Tensor
+    run_length: Tensor
+    dense_rows: Tensor
+    dense_columns: Tensor
+
+
+def make_tables(layout: BlockLayout, row_block: int) -> Tables:
+    """Return the tables for row tiles of at most `row_block` tokens, cut at multiples of a warpgroup's 64."""
+    runs = layout.runs
+    return Tables(
+        layout.row_tiles(row_block, unit=64),
+        runs.columns,
+        runs.offsets,
+        runs.start,
+        runs.length,
+        runs.dense_rows,
+        runs.dense_columns,
+    )
+
+
+class Layout(ctypes.Structure):
+    """`Layout` of work.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in Tables._fields),
+        ("num_row_tiles", ctypes.c_int),
+        ("num_first", ctypes.c_int),
+        ("dense_group", ctypes.c_int),
+        ("num_dense", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("batch_heads", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, tables: Tables, row_block: int, q: Tensor) -> Layout:
+        """Describe the tables for q `[B, H, N, D]`."""
+        B, H = q.shape[:2]
+        num_tiles, num_dense_tiles = len(tables.rows), -(-len(tables.dense_rows) // row_block)
+        # About the tiles that the layout puts first are worked on for all heads before the others.
+        num_first = num_dense_tiles + -(-(num_tiles - num_dense_tiles) // 16)
+        pointers = (table.data_ptr() for table in tables)
+        return cls(*pointers, num_tiles, num_first, len(tables.columns) - 1, len(tables.dense_columns), H, B * H)
+
+    @property
+    def items(self) -> int:
+        """Row tiles times heads."""
+        return int(self.num_row_tiles * self.batch_heads)

@@ -1,0 +1,57 @@
+"""Every kernel of the Hopper backend compiles for sm_90a, without a GPU, into registers alone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from svggt_kernels.backends.hopper import backward_pass, forward_pass, runtime
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+triton = pytest.importorskip("triton", reason="triton, which carries cuobjdump, is not installed")
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_BYTES_OF_A_BLOCK = 227 * 1024
+
+FORWARD = [
+    forward_pass.kernel(dtype, head_size, online)
+    for head_size in forward_pass.CONFIGS
+    for dtype, online in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True))
+]
+BACKWARD = [
+    kernel
+    for head_size in forward_pass.CONFIGS
+    for dtype in (torch.bfloat16, torch.float16)
+    for kernel in (
+        backward_pass.kernel("backward_keys", dtype, head_size),
+        backward_pass.kernel("backward_keys", dtype, head_size, accumulate=True),
+        backward_pass.kernel("backward_queries", dtype, head_size),
+        backward_pass.token_kernel("backward_inner", dtype, head_size),
+        backward_pass.token_kernel("backward_convert", dtype, head_size),
+    )
+]
+
+
+def name(kernel: runtime.Kernel) -> str:
+    return "-".join([kernel.name, *(f"{key}{value}".lower() for key, value in kernel.defines)])
+
+
+@pytest.mark.parametrize("kernel", FORWARD + BACKWARD, ids=name)
+def test_compiles_without_spills(kernel: runtime.Kernel, tmp_path: Path):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(runtime.compile_to_cubin(kernel.file, dict(kernel.defines)))
+    report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"(\w+):(\d+)", report.stdout.split(f"Function {kernel.name}:")[1].splitlines()[1]))
+    # setmaxnreg shares these out anew; all must fit into the 65536 of a multiprocessor.
+    assert int(usage["REG"]) * kernel.threads <= 65536
+    assert int(usage["STACK"]) == 0 and int(usage["LOCAL"]) == 0
+    assert kernel.shared_bytes <= SHARED_BYTES_OF_A_BLOCK
+
+
+def test_a_source_that_does_not_compile_says_why():
+    with pytest.raises(RuntimeError, match=r"forward.cu did not compile with .*error"):
+        runtime.compile_to_cubin("forward.cu", {"HEAD_SIZE": 64})
