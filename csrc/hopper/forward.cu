@@ -22,6 +22,7 @@ constexpr int PANELS = D / 64;
 #if !defined(STAGES)
 #define STAGES (HEAD_SIZE == 64 ? 6 : 3)
 #endif
+static_assert(COLUMNS % 32 == 0, "copy_columns takes 32 at a time");
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int SCORES = COLUMNS / 2; // of a thread
@@ -59,9 +60,10 @@ struct Shared {
   DEVICE_MEMBER uint32 barriers() const { return base + 2 * Q_BYTES + STAGES * 2 * TILE_BYTES; }
   DEVICE_MEMBER uint32 q_full(int buffer) const { return barriers() + 8 * buffer; }
   DEVICE_MEMBER uint32 q_empty(int buffer) const { return barriers() + 8 * (2 + buffer); }
-  DEVICE_MEMBER uint32 full(int stage) const { return barriers() + 8 * (4 + stage); }
-  DEVICE_MEMBER uint32 empty(int stage) const { return barriers() + 8 * (4 + STAGES + stage); }
-  DEVICE_MEMBER uint32 item(int buffer) const { return barriers() + 8 * (4 + 2 * STAGES + buffer); }
+  DEVICE_MEMBER uint32 work_full(int buffer) const { return barriers() + 8 * (4 + buffer); }
+  DEVICE_MEMBER uint32 full(int stage) const { return barriers() + 8 * (6 + stage); }
+  DEVICE_MEMBER uint32 empty(int stage) const { return barriers() + 8 * (6 + STAGES + stage); }
+  DEVICE_MEMBER uint32 work(int buffer) const { return barriers() + 8 * (6 + 2 * STAGES) + 32 * buffer; }
 };
 
 // Position in a ring of N places, and the parity of its round.
@@ -90,61 +92,102 @@ DEVICE bool failed(const Parameters& p, int item) {
 
 DEVICE int num_items(const Parameters& p) { return p.layout.num_row_tiles * p.layout.batch_heads; }
 
-// The next item to work on, for the whole producer warp; num_items if there is none.
+// The next item to work on, for a whole warp; num_items if there is none.
 DEVICE int next_item(const Parameters& p) {
-  int item;
-  do {
-    item = threadIdx.x == 0 ? atomicAdd(p.next, 1) : 0;
-    item = __shfl_sync(0xffffffff, item, 0);
+  while (true) {
+    const int item = min(warp_uniform(threadIdx.x % 32 == 0 ? atomicAdd(p.next, 1) : 0), num_items(p));
 #if defined(ONLINE)
-  } while (item < num_items(p) && p.flags != nullptr && !failed(p, item));
-#else
-  } while (false);
+    if (item < num_items(p) && p.flags != nullptr && !failed(p, item)) continue;
 #endif
-  return min(item, num_items(p));
+    return item;
+  }
 }
 
-DEVICE void produce(const Parameters& p, const Shared& shared) {
-  const bool signals = threadIdx.x == 0;
-  Ring<2> q_ring;
-  Ring<STAGES> ring;
-  int item = next_item(p);
-  while (true) {
-    barrier_wait(shared.q_empty(q_ring.place), q_ring.parity ^ 1);
-    if (signals) store_shared(shared.item(q_ring.place), static_cast<uint32>(item));
-    if (item == num_items(p)) {
-      if (signals) barrier_arrive(shared.q_full(q_ring.place));
-      break;
-    }
-    const Work work(p.layout, item);
-    const Element* k_head = p.k.at(work.batch, work.head);
-    const Element* v_head = p.v.at(work.batch, work.head);
-    item = next_item(p);
+#if !defined(ONLINE)
+// Multiply a tile of Q by the scale, so that scores need no multiplication: it is rounded to 16 bits as Q itself was.
+DEVICE void scale_rows(uint32 q, float scale) {
+#pragma unroll 2
+  for (int i = threadIdx.x % 32; i < Q_BYTES / 16; i += 32) {
+    uint4 x = load_shared(q + 16 * i);
+    x.x = scaled(x.x, scale);
+    x.y = scaled(x.y, scale);
+    x.z = scaled(x.z, scale);
+    x.w = scaled(x.w, scale);
+    store_shared(q + 16 * i, x);
+  }
+}
+#endif
 
-    copy_rows<D>(p.layout, work, ROWS, shared.q(q_ring.place), p.q.at(work.batch, work.head), p.q.token);
+// The first of three loading warps: takes items, tells all others what they are, and loads the rows of Q.
+DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
+  const bool signals = threadIdx.x % 32 == 0;
+  for (Ring<2> ring;; ring.advance()) {
+    const int item = next_item(p);
+    const bool exists = item < num_items(p);
+    const Work work = exists ? Work(p.layout, item) : Work();
+    barrier_wait(shared.q_empty(ring.place), ring.parity ^ 1);
+    if (signals) {
+      const uint32 record = shared.work(ring.place);
+      store_shared(record, make_uint4(exists ? item : -1, work.group, work.start, work.length));
+      store_shared(record + 16, make_uint4(work.batch, work.head, work.columns, 0));
+      barrier_arrive(shared.work_full(ring.place));
+    }
+    if (!exists) break;
+    copy_rows<D>(p.layout, work, ROWS, shared.q(ring.place), p.q.at(work.batch, work.head), p.q.token);
     copy_wait();
+#if !defined(ONLINE)
+    __syncwarp();
+    scale_rows(shared.q(ring.place), p.scale);
+#endif
     proxy_fence();
     __syncwarp();
-    if (signals) barrier_arrive(shared.q_full(q_ring.place));
-    q_ring.advance();
+    if (signals) barrier_arrive(shared.q_full(ring.place));
+  }
+}
 
+// Read what produce_rows wrote; false if there is no more work.
+DEVICE bool read_work(const Shared& shared, int buffer, Work& work, int& item) {
+  const uint4 a = load_shared(shared.work(buffer)), b = load_shared(shared.work(buffer) + 16);
+  item = warp_uniform(a.x);
+  work.group = warp_uniform(a.y);
+  work.start = warp_uniform(a.z);
+  work.length = warp_uniform(a.w);
+  work.batch = warp_uniform(b.x);
+  work.head = warp_uniform(b.y);
+  work.columns = warp_uniform(b.z);
+  return item >= 0;
+}
+
+// The second and third loading warps: stream the tiles of K, and of V (`offset` behind K in a stage).
+DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const Tensor4& tensor,
+                            uint32 offset) {
+  const bool signals = threadIdx.x % 32 == 0;
+  Ring<2> work_ring;
+  Ring<STAGES> ring;
+  Work work;
+  int item;
+  while (true) {
+    barrier_wait(shared.work_full(work_ring.place), work_ring.parity);
+    const bool exists = read_work(shared, work_ring.place, work, item);
+    if (signals) barrier_arrive(shared.q_empty(work_ring.place));
+    if (!exists) break;
+    work_ring.advance();
+
+    const Element* head = tensor.at(work.batch, work.head);
     Cursor cursor(p.layout, work.group);
     for (int column = 0; column < work.columns; column += COLUMNS) {
-      const uint32 k = shared.k(ring.place), v = shared.v(ring.place), full = shared.full(ring.place);
+      const uint32 tile = shared.k(ring.place) + offset, full = shared.full(ring.place);
       barrier_wait(shared.empty(ring.place), ring.parity ^ 1);
       if (cursor.is_contiguous(COLUMNS)) {
         if (signals) {
-          const int token = cursor.start + cursor.place;
-          barrier_arrive_expect(full, 2 * TILE_BYTES);
+          barrier_arrive_expect(full, TILE_BYTES);
 #pragma unroll
           for (int i = 0; i < PANELS; ++i) {
-            load_box(k + i * PANEL, &p.k_map, full, 64 * i, token, work.head, work.batch);
-            load_box(v + i * PANEL, &p.v_map, full, 64 * i, token, work.head, work.batch);
+            load_box(tile + i * PANEL, &map, full, 64 * i, cursor.start + cursor.place, work.head, work.batch);
           }
         }
-        __syncwarp();
       } else {
-        copy_columns<D>(p.layout, work.group, cursor, COLUMNS, k, k_head, p.k.token, v, v_head, p.v.token);
+        copy_columns<D>(p.layout, work.group, cursor, COLUMNS, tile, head, tensor.token);
         copy_wait();
         proxy_fence();
         __syncwarp();
@@ -315,25 +358,6 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   ring.advance();
 }
 
-#if !defined(ONLINE)
-// Multiply the 64 rows of Q by the scale, so that scores need no multiplication: 16-bit rounding as that of Q itself.
-DEVICE void scale_queries(uint32 q_rows, float scale, int consumer) {
-  const int thread = threadIdx.x % WARPGROUP;
-#pragma unroll
-  for (int i = 0; i < 4 * PANELS; ++i) {
-    const uint32 chunk = q_rows + (i / 4) * Q_PANEL + (i % 4 * WARPGROUP + thread) * 16;
-    uint4 x = load_shared(chunk);
-    x.x = scaled(x.x, scale);
-    x.y = scaled(x.y, scale);
-    x.z = scaled(x.z, scale);
-    x.w = scaled(x.w, scale);
-    store_shared(chunk, x);
-  }
-  proxy_fence();
-  named_sync(1 + consumer, WARPGROUP);
-}
-#endif
-
 DEVICE void consume(const Parameters& p, const Shared& shared) {
   const int consumer = warp_uniform(threadIdx.x / WARPGROUP) - 1;
   const int warp = warp_uniform(threadIdx.x % WARPGROUP / 32), lane = threadIdx.x % 32;
@@ -343,29 +367,28 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
   State state;
 
   while (true) {
+    barrier_wait(shared.work_full(q_ring.place), q_ring.parity);
+    Work work;
+    int item;
+    if (!read_work(shared, q_ring.place, work, item)) break;
     barrier_wait(shared.q_full(q_ring.place), q_ring.parity);
-    const int item = static_cast<int>(load_shared_word(shared.item(q_ring.place)));
-    if (item == num_items(p)) break;
-    const Work work(p.layout, item);
-    const int num_rows = work.length - 64 * consumer;
     const uint32 q_rows = shared.q(q_ring.place) + consumer * 64 * SWIZZLE_ROW;
     state.softmax.reset();
 #pragma unroll
     for (int i = 0; i < 32 * PANELS; ++i) state.out[i] = 0.0f;
 
-    if (num_rows <= 0) {
+    if (work.length <= 64 * consumer) {
       for (int column = 0; column < work.columns; column += COLUMNS) {
         barrier_wait(shared.full(ring.place), ring.parity);
         if (signals) barrier_arrive(shared.empty(ring.place));
         ring.advance();
       }
     } else if (work.columns > 0) {
-#if !defined(ONLINE)
-      scale_queries(q_rows, p.scale, consumer);
-#endif
       sweep(p, shared, q_rows, state, ring, work.columns);
     }
 
+    read_work(shared, q_ring.place, work, item); // again, not to keep it in registers
+    const int num_rows = work.length - 64 * consumer;
     Softmax& softmax = state.softmax;
     float(&out)[32 * PANELS] = state.out;
     softmax.finish();
@@ -438,15 +461,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   extern __shared__ uint8 memory[];
   const Shared shared{(shared_address(memory) + 1023) & ~1023u};
 #if defined(ONLINE)
-  if (p.flags != nullptr && *p.any_failed == 0) return;
+  if (__syncthreads_and(p.flags != nullptr && *p.any_failed == 0)) return;
 #endif
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.work_full(i), 1);
       barrier_init(shared.q_full(i), 1);
-      barrier_init(shared.q_empty(i), 4 * CONSUMERS);
+      barrier_init(shared.q_empty(i), 4 * CONSUMERS + 2);
     }
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(shared.full(i), 1);
+      barrier_init(shared.full(i), 2);
       barrier_init(shared.empty(i), 4 * CONSUMERS);
     }
     barrier_init_fence();
@@ -456,7 +480,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   __syncthreads();
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32) produce(p, shared);
+    const int warp = warp_uniform(threadIdx.x / 32);
+    if (warp == 0) {
+      produce_rows(p, shared);
+    } else if (warp == 1) {
+      produce_columns(p, shared, p.k_map, p.k, 0);
+    } else if (warp == 2) {
+      produce_columns(p, shared, p.v_map, p.v, TILE_BYTES);
+    }
   } else {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, shared);

@@ -108,12 +108,6 @@ DEVICE void store_shared(uint32 shared, uint4 value) {
                : "memory");
 }
 
-DEVICE uint32 load_shared_word(uint32 shared) {
-  uint32 value;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
-  return value;
-}
-
 DEVICE uint4 load_shared(uint32 shared) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -226,37 +220,17 @@ DEVICE void hold(uint32 (&x)[N]) {
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_56 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55"
 #define NAMES_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// x [64, 128] (+)= A B^T; A and B in shared memory, both read along d. Without ADD x is overwritten.
-template <bool ADD>
-DEVICE void wgmma_64x128(float (&x)[64], uint64 a, uint64 b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" WGMMA(128) "{" NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
-               : ACCUMULATORS_32(x, 0), ACCUMULATORS_32(x, 32)
-               : "l"(a), "l"(b), "n"(ADD ? 1 : 0));
-}
-
 // x [64, N] (+)= A B^T; A and B in shared memory, both read along d. Without ADD x is overwritten.
 template <bool ADD>
 DEVICE void wgmma_along_d(float (&x)[64], uint64 a, uint64 b) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" WGMMA(128) "{" NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
                : ACCUMULATORS_32(x, 0), ACCUMULATORS_32(x, 32)
-               : "l"(a), "l"(b), "n"(ADD ? 1 : 0));
-}
-
-template <bool ADD>
-DEVICE void wgmma_along_d(float (&x)[56], uint64 a, uint64 b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %58, 0;\n" WGMMA(112) "{" NAMES_56 "}, %56, %57, add, 1, 1, 0, 0;\n}\n"
-               : ACCUMULATORS_32(x, 0), ACCUMULATORS_16(x, 32), ACCUMULATORS_4(x, 48), ACCUMULATORS_4(x, 52)
                : "l"(a), "l"(b), "n"(ADD ? 1 : 0));
 }
 

@@ -29,6 +29,8 @@ struct Layout {
 struct Work {
   int group, start, length, batch, head, columns;
 
+  DEVICE_MEMBER Work() {}
+
   DEVICE_MEMBER Work(const Layout& layout, int item) {
     const int others = layout.num_row_tiles - layout.num_first;
     const int beyond = item - layout.num_first * layout.batch_heads;
@@ -101,23 +103,19 @@ DEVICE void copy_row(uint32 shared, int rows, const Element* head, int64 stride,
 }
 
 // Copy the next `rows` tokens from `cursor` on into panels of `rows` rows, by one warp; zeros behind the last column.
-// The same tokens of two tensors.
 template <int D>
 DEVICE void copy_columns(const Layout& layout, int group, Cursor cursor, int rows, uint32 shared, const Element* head,
-                         int64 stride, uint32 shared_2, const Element* head_2, int64 stride_2) {
+                         int64 stride) {
   const int lane = threadIdx.x % 32;
   cursor.advance(layout, group, lane);
+#pragma unroll 1 // few registers
   for (int first = 0; first < rows; first += 32) {
     const int mine = cursor.token(layout);
     cursor.advance(layout, group, 32);
-#pragma unroll
+#pragma unroll 2
     for (int pass = 0; pass < 8; ++pass) {
       const int token = __shfl_sync(0xffffffff, mine, 4 * pass + lane / 8);
-      const int r = first + 4 * pass + lane / 8;
-      if (r < rows) {
-        copy_row<D>(shared, rows, head, stride, r, token, lane);
-        copy_row<D>(shared_2, rows, head_2, stride_2, r, token, lane);
-      }
+      copy_row<D>(shared, rows, head, stride, first + 4 * pass + lane / 8, token, lane);
     }
   }
 }
@@ -126,6 +124,7 @@ DEVICE void copy_columns(const Layout& layout, int group, Cursor cursor, int row
 template <int D>
 DEVICE void copy_rows(const Layout& layout, const Work& work, int rows, uint32 shared, const Element* head, int64 stride) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1 // few registers
   for (int r = lane / 8; r < rows; r += 4) {
     copy_row<D>(shared, rows, head, stride, r, r < work.length ? work.token(layout, r) : -1, lane);
   }
