@@ -4,10 +4,8 @@
 //   backward_keys       K, V     Q, dO     dK, dV (and adds to dQ with ACCUMULATE_QUERIES)
 //   backward_queries    Q, dO    K, V      dQ
 //
-// so that in both scores = rows[0] columns[0]^T - lse, dP = rows[1] columns[1]^T - inner, p = exp2(scores) and dS = p dP.
-// The accumulators start at -lse and -inner, and rows[0] is multiplied by the scale once in shared memory, so that an
-// element costs little more than its exponential: ordinary instructions are what the tensor cores wait for.
-// One warpgroup loads, two compute 64 rows each.
+// so that in both scores = rows[0] columns[0]^T, dP = rows[1] columns[1]^T, p = exp2(scores * scale_log2 - lse) and
+// dS = p (dP - inner). One warpgroup loads, two compute 64 rows each.
 #pragma once
 
 #include "work.cuh"
@@ -21,12 +19,15 @@ constexpr uint32 ROW_TILE = ROWS * D * sizeof(Element);
 constexpr uint32 COLUMN_TILE = COLUMNS * D * sizeof(Element);
 constexpr uint32 PANEL = COLUMNS * SWIZZLE_ROW; // of a column tile
 
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
 struct Parameters {
   TensorMap row_maps[2];    // boxes of [64, ROWS]
   TensorMap column_maps[2]; // boxes of [64, COLUMNS]
   Tensor4 rows[2], columns[2];
   Tensor4 gradients[2];     // dK, dV, or dQ
-  const float* starts[2];   // [batch_heads, num_queries]: -lse in units of the product, and -inner = dLSE - dO . out
+  const float* lse;         // [batch_heads, num_queries], in units of log2
+  const float* inner;       // [batch_heads, num_queries], dO . out - dLSE
   float* dq_sum;            // [batch_heads, PANELS, num_queries, 64], see `workspace_piece`
   Layout layout;
   int num_queries;
@@ -134,7 +135,7 @@ struct Memory {
   static constexpr bool HAS_STATISTICS = STATISTICS;
   static constexpr uint32 STATISTIC = COLUMNS * sizeof(float);
   static constexpr uint32 STAGE = 2 * COLUMN_TILE;
-  static constexpr uint32 STATISTICS_STAGE = STATISTICS ? 3 * STATISTIC : 0; // both starts, tokens
+  static constexpr uint32 STATISTICS_STAGE = STATISTICS ? 3 * STATISTIC : 0; // lse, inner, tokens
   static constexpr uint32 COLUMNS_AT = 2 * ROW_TILE;
   static constexpr uint32 EXTRA_AT = COLUMNS_AT + STAGES * STAGE;
   static constexpr uint32 STATISTICS_AT = EXTRA_AT + EXTRA;
@@ -216,17 +217,17 @@ DEVICE void produce(const Parameters& p, const Memory memory) {
       mine.advance(p.layout, work.group, column);
       const int token = mine.token(p.layout);
       cursor.advance(p.layout, work.group, COLUMNS);
-      float starts[2] = {0, 0}; // behind the end p = exp2(0), but dO = 0 and dS = 0
+      float lse = infinity(), inner = 0; // behind the end p = exp2(-inf) = 0
       if (Memory::HAS_STATISTICS && token >= 0) {
         const int64 at = static_cast<int64>(work.batch * p.layout.heads + work.head) * p.num_queries + token;
-        starts[0] = p.starts[0][at];
-        starts[1] = p.starts[1][at];
+        lse = p.lse[at];
+        inner = p.inner[at];
       }
       barrier_wait(memory.empty(stage.index), stage.parity ^ 1);
       if (Memory::HAS_STATISTICS) {
         const uint32 statistics = memory.statistics(stage.index);
-        store_shared(statistics + 4 * statistic_place(column), __float_as_uint(starts[0]));
-        store_shared(statistics + Memory::STATISTIC + 4 * statistic_place(column), __float_as_uint(starts[1]));
+        store_shared(statistics + 4 * statistic_place(column), __float_as_uint(lse));
+        store_shared(statistics + Memory::STATISTIC + 4 * statistic_place(column), __float_as_uint(inner));
         store_shared(statistics + 2 * Memory::STATISTIC + 4 * column, token);
       }
       fill<COLUMNS>(
@@ -244,34 +245,19 @@ DEVICE void release(uint32 barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-#if defined(BFLOAT16)
-// Multiply a warpgroup's 64 rows by the scale, so that scores come in units of log2: a rounding like that of the input.
-DEVICE void scale_rows(uint32 rows, float scale, int barrier) {
-#pragma unroll
-  for (int i = 0; i < 4 * PANELS; ++i) {
-    const uint32 chunk = rows + i / 4 * ROWS * SWIZZLE_ROW + (i % 4 * WARPGROUP + threadIdx.x % WARPGROUP) * 16;
-    const uint4 x = load_shared(chunk);
-    store_shared(chunk, make_uint4(scaled(x.x, scale), scaled(x.y, scale), scaled(x.z, scale), scaled(x.w, scale)));
-  }
-  proxy_fence();
-  named_sync(barrier, WARPGROUP);
-}
-
-DEVICE float probability(float score, float) { return exp2_approx(score); }
-#else
-// The range of float16 is too narrow for scaled rows, so scores are scaled one by one.
-DEVICE void scale_rows(uint32, float, int) {}
-
-DEVICE float probability(float score, float scale) { return exp2_approx(score * scale); }
-#endif
-
-// x [64, COLUMNS] += A B^T of 64 rows and a column tile.
+// x [64, COLUMNS] = A B^T of 64 rows and a column tile.
 DEVICE void multiply(float (&x)[COLUMNS / 2], uint32 rows, uint32 columns) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; ++panel) {
     const uint64 a = descriptor(rows + panel * ROWS * SWIZZLE_ROW), b = descriptor(columns + panel * PANEL);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_along_d<true>(x, a + k * ALONG_D, b + k * ALONG_D);
+    for (int k = 0; k < 4; ++k) {
+      if (panel == 0 && k == 0) {
+        wgmma_along_d<false>(x, a, b);
+      } else {
+        wgmma_along_d<true>(x, a + k * ALONG_D, b + k * ALONG_D);
+      }
+    }
   }
 }
 

@@ -10,6 +10,11 @@ constexpr bool ACCUMULATE = true;
 #else
 constexpr bool ACCUMULATE = false;
 #endif
+#if defined(TAKE_TURNS) // only one warpgroup at a time computes exponentials, while the other multiplies
+constexpr bool TURNS = true;
+#else
+constexpr bool TURNS = false;
+#endif
 
 constexpr uint32 SCORES_PANEL = ROWS * SWIZZLE_ROW;    // dS^T of 64 queries
 constexpr uint32 SCORES = COLUMNS / 64 * SCORES_PANEL; // one of two buffers
@@ -18,7 +23,7 @@ constexpr uint32 EXTRA = ACCUMULATE ? 2 * SCORES + (D == 64 ? 0 : 2 * SUMS) : 0;
 
 using KeysMemory = Memory<3, true, EXTRA>;
 
-enum NamedBarrier { SCORES_WRITTEN = 1, WARPGROUP_DONE = 2 };
+enum NamedBarrier { SCORES_WRITTEN = 1, WARPGROUP_DONE = 2, TURN = 4 };
 
 struct Consumer {
   const Parameters& p;
@@ -36,6 +41,7 @@ struct Consumer {
   DEVICE_MEMBER uint32 rows(int i) const { return memory.row_tile(i) + index * 64 * SWIZZLE_ROW; }
 
   DEVICE_MEMBER void run() {
+    if (TURNS && index == 1) named_arrive(TURN, 2 * WARPGROUP);
     for (int item = blockIdx.x; item < p.layout.num_row_tiles * p.layout.batch_heads; item += gridDim.x) {
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
@@ -46,16 +52,12 @@ struct Consumer {
       if (columns > 0) {
         barrier_wait(memory.rows_full(), tile.parity);
         tile.next();
-        scale_rows(rows(0), p.scale_log2, WARPGROUP_DONE + index);
         barrier_wait(memory.full(stage.index), stage.parity);
-        start(s, 0);
-        start(dp, 1);
         hold(dk);
         hold(dv);
         wgmma_fence();
         multiply(s, rows(0), memory.column_tile(stage.index, 0));
         wgmma_commit();
-        wgmma_fence();
         multiply(dp, rows(1), memory.column_tile(stage.index, 1));
         wgmma_commit();
         wgmma_wait<1>();
@@ -71,40 +73,39 @@ struct Consumer {
     }
   }
 
-  // Start the accumulators of product i of this stage.
-  DEVICE_MEMBER void start(float (&x)[COLUMNS / 2], int i) const {
-    const uint32 starts = memory.statistics(stage.index) + i * KeysMemory::STATISTIC + threadIdx.x % 4 * 16;
-#pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) {
-      const float4 y = load_floats(starts + 64 * k);
-      x[8 * k] = x[8 * k + 2] = y.x;
-      x[8 * k + 1] = x[8 * k + 3] = y.y;
-      x[8 * k + 4] = x[8 * k + 6] = y.z;
-      x[8 * k + 5] = x[8 * k + 7] = y.w;
-    }
-    hold(x);
-  }
-
   // The scores of this stage are done and dP is under way; with MORE so are those of the next when it returns.
   template <bool MORE>
   DEVICE_MEMBER void step() {
-    const uint32 now = stage.index;
+    const uint32 now = stage.index, statistics = memory.statistics(now) + threadIdx.x % 4 * 16;
     stage.next();
 
     hold(s);
+    if (TURNS) named_sync(TURN + index, 2 * WARPGROUP);
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = probability(s[i], p.scale_log2);
+    for (int k = 0; k < COLUMNS / 16; ++k) {
+      const float4 x = load_floats(statistics + 64 * k);
+      const float lse[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[8 * k + i] = exp2_approx(s[8 * k + i] * p.scale_log2 - lse[i / 4 * 2 + i % 2]);
+    }
     // The branch in this wait also keeps the assembler from moving the exponentials behind the next.
     if (MORE) barrier_wait(memory.full(stage.index), stage.parity);
     wgmma_wait<0>();
     hold(dp);
     uint32 probabilities[COLUMNS / 4], ds[COLUMNS / 4];
 #pragma unroll
-    for (int i = COLUMNS / 4 - 1; i >= 0; --i) { // this order spares the assembler registers
-      probabilities[i] = pack(s[2 * i], s[2 * i + 1]);
-      ds[i] = pack(s[2 * i] * dp[2 * i], s[2 * i + 1] * dp[2 * i + 1]);
+    for (int k = 0; k < COLUMNS / 16; ++k) {
+      const float4 x = load_floats(statistics + KeysMemory::STATISTIC + 64 * k);
+      const float inner[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const int at = 8 * k + i, column = i / 4 * 2;
+        probabilities[at / 2] = pack(s[at], s[at + 1]);
+        ds[at / 2] = pack(s[at] * (dp[at] - inner[column]), s[at + 1] * (dp[at + 1] - inner[column + 1]));
+      }
     }
     if (ACCUMULATE && length < ROWS) hide_rows(ds);
+    if (TURNS) named_arrive(TURN + 1 - index, 2 * WARPGROUP);
 
     hold(probabilities);
     hold(ds);
@@ -127,7 +128,6 @@ struct Consumer {
     wgmma_wait<1>();
     hold(probabilities);
     if (MORE) {
-      start(s, 0);
       wgmma_fence();
       multiply(s, rows(0), memory.column_tile(stage.index, 0));
       wgmma_commit();
@@ -141,7 +141,6 @@ struct Consumer {
       buffer ^= 1;
     }
     if (MORE) {
-      start(dp, 1);
       wgmma_fence();
       multiply(dp, rows(1), memory.column_tile(stage.index, 1));
       wgmma_commit();
@@ -169,7 +168,7 @@ struct Consumer {
     }
   }
 
-  // dq = dS K, of K as scaled: 64 queries, all of d, or at head size 128 all queries, 64 of d.
+  // dq = dS K: 64 queries, all of d, or at head size 128 all queries, 64 of d.
   DEVICE_MEMBER void multiply_scores(float (&dq)[32]) const {
     const uint64 a = descriptor(scores() + (D == 64 ? index * SCORES_PANEL : 0));
     const uint64 b = descriptor(memory.row_tile(0) + (D == 64 ? 0 : index * ROWS * SWIZZLE_ROW));

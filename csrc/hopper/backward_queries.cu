@@ -4,8 +4,6 @@
 
 using QueriesMemory = Memory<4, false, 0>;
 
-enum NamedBarrier { WARPGROUP_DONE = 1 };
-
 struct Consumer {
   const Parameters& p;
   const QueriesMemory memory;
@@ -13,7 +11,7 @@ struct Consumer {
   Ring<QueriesMemory::STAGES> stage;
   Ring<1> tile;
   int columns;             // from this step on
-  float starts[2][2];      // of each product, of this thread's two rows
+  float lse[2], inner[2];  // of this thread's two rows
   float dq[D / 2], s[COLUMNS / 2], dp[COLUMNS / 2];
 
   DEVICE_MEMBER Consumer(const Parameters& p, QueriesMemory memory)
@@ -25,19 +23,15 @@ struct Consumer {
     for (int item = blockIdx.x; item < p.layout.num_row_tiles * p.layout.batch_heads; item += gridDim.x) {
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-      columns = read_starts(item);
+      columns = start(item);
       if (columns > 0) {
         barrier_wait(memory.rows_full(), tile.parity);
         tile.next();
-        scale_rows(rows(0), p.scale_log2, WARPGROUP_DONE + index);
         barrier_wait(memory.full(stage.index), stage.parity);
-        start(s, 0);
         hold(dq);
         wgmma_fence();
         multiply(s, rows(0), memory.column_tile(stage.index, 0));
         wgmma_commit();
-        start(dp, 1);
-        wgmma_fence();
         multiply(dp, rows(1), memory.column_tile(stage.index, 1));
         wgmma_commit();
         wgmma_wait<1>();
@@ -51,8 +45,8 @@ struct Consumer {
     }
   }
 
-  // Read what this thread's rows start from; how many columns they see.
-  DEVICE_MEMBER int read_starts(int item) {
+  // Read the statistics of this thread's rows; how many columns they see.
+  DEVICE_MEMBER int start(int item) {
     const Work work(p.layout, item);
     const int64 head = static_cast<int64>(work.batch * p.layout.heads + work.head) * p.num_queries;
     const int thread = forget(threadIdx.x);
@@ -60,24 +54,17 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const int row = index * 64 + thread % WARPGROUP / 32 * 16 + half * 8 + thread % 32 / 4;
       const int64 at = head + (row < work.length ? work.token(p.layout, row) : 0);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) starts[i][half] = row < work.length ? p.starts[i][at] : 0;
+      lse[half] = row < work.length ? p.lse[at] : infinity();
+      inner[half] = row < work.length ? p.inner[at] : 0;
     }
     return warp_uniform(work.columns);
-  }
-
-  // Start the accumulators of product i.
-  DEVICE_MEMBER void start(float (&x)[COLUMNS / 2], int i) const {
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 2; ++j) x[j] = starts[i][j / 2 % 2];
-    hold(x);
   }
 
   // Turn scores into probabilities. Behind the last column keys and scores are 0, but p = exp2(-lse) must be 0.
   DEVICE_MEMBER void probabilities() {
     hold(s);
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = probability(s[i], p.scale_log2);
+    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i] * p.scale_log2 - lse[i / 2 % 2]);
     if (columns < COLUMNS) {
       const int first = forget(threadIdx.x) % 4 * 2;
 #pragma unroll
@@ -98,12 +85,12 @@ struct Consumer {
     uint32 ds[COLUMNS / 4];
 #pragma unroll
     for (int i = 0; i < COLUMNS / 4; ++i) {
-      ds[i] = pack(s[2 * i] * dp[2 * i], s[2 * i + 1] * dp[2 * i + 1]);
+      const float shift = inner[i % 2];
+      ds[i] = pack(s[2 * i] * (dp[2 * i] - shift), s[2 * i + 1] * (dp[2 * i + 1] - shift));
     }
     hold(ds);
     if (MORE) {
       barrier_wait(memory.full(stage.index), stage.parity);
-      start(s, 0);
       wgmma_fence();
       multiply(s, rows(0), memory.column_tile(stage.index, 0));
       wgmma_commit();
@@ -113,8 +100,6 @@ struct Consumer {
     multiply_add(dq, ds, memory.column_tile(now, 0));
     wgmma_commit();
     if (MORE) {
-      start(dp, 1);
-      wgmma_fence();
       multiply(dp, rows(1), memory.column_tile(stage.index, 1));
       wgmma_commit();
       wgmma_wait<2>();

@@ -5,15 +5,13 @@
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int LANES = D / 8; // of one token, 16 bytes each
 
-DEVICE float infinity() { return __int_as_float(0x7f800000); }
-
 struct InnerParameters {
   Tensor4 out, grad;
   const float* lse;      // [batch_heads, tokens], natural logarithm
   const float* grad_lse; // the same, or null
-  float* starts[2];      // as in Parameters
+  float* lse_log2;
+  float* inner;
   int tokens, heads, batch_heads;
-  float unit;            // of scores before they are scaled, on log2's: 1, or 1 / scale_log2
 };
 
 struct ConvertParameters {
@@ -66,7 +64,7 @@ DEVICE float high(uint32 pair) {
 
 DEVICE float dot(uint32 x, uint32 y) { return low(x) * low(y) + high(x) * high(y); }
 
-// -inner = dLSE - dO . out, and -lse in units of the scores; of a row that sees nothing, whatever makes its p zero.
+// inner = dO . out - dLSE, and lse in units of log2; of a row that sees nothing, whatever makes its p zero.
 extern "C" __global__ void backward_inner(const __grid_constant__ InnerParameters p) {
   const Place place(p.tokens, p.heads, p.batch_heads);
   const uint4 x = *place.piece(p.out), y = *place.piece(p.grad);
@@ -75,12 +73,12 @@ extern "C" __global__ void backward_inner(const __grid_constant__ InnerParameter
   for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
   if (place.exists && place.lane == 0) {
     const float lse = p.lse[place.row];
-    p.starts[0][place.row] = (lse == -infinity() ? lse : -LOG2_E * lse) * p.unit;
-    p.starts[1][place.row] = (p.grad_lse ? p.grad_lse[place.row] : 0) - sum;
+    p.inner[place.row] = p.grad_lse ? sum - p.grad_lse[place.row] : sum;
+    p.lse_log2[place.row] = lse == -infinity() ? infinity() : lse * LOG2_E;
   }
 }
 
-// dQ = scale * its sum, in the 16-bit type; `scale` is what the keys were not scaled by.
+// dQ = scale * its sum, in the 16-bit type.
 extern "C" __global__ void backward_convert(const __grid_constant__ ConvertParameters p) {
   const Place place(p.tokens, p.heads, p.batch_heads);
   if (!place.exists) return;

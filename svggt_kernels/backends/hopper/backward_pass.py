@@ -32,7 +32,8 @@ class Parameters(ctypes.Structure):
         ("rows", Tensor4 * 2),
         ("columns", Tensor4 * 2),
         ("gradients", Tensor4 * 2),
-        ("starts", ctypes.c_void_p * 2),
+        ("lse", ctypes.c_void_p),
+        ("inner", ctypes.c_void_p),
         ("dq_sum", ctypes.c_void_p),
         ("layout", Layout),
         ("num_queries", ctypes.c_int),
@@ -49,11 +50,11 @@ class InnerParameters(ctypes.Structure):
         ("grad", Tensor4),
         ("lse", ctypes.c_void_p),
         ("grad_lse", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p * 2),
+        ("lse_log2", ctypes.c_void_p),
+        ("inner", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("batch_heads", ctypes.c_int),
-        ("unit", ctypes.c_float),
     )
 
 
@@ -112,11 +113,7 @@ def backward(
     """
     B, H, N, D = q.shape
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
-    scores_start, dp_start = torch.empty_like(lse), torch.empty_like(lse)
-    starts = (ctypes.c_void_p * 2)(scores_start.data_ptr(), dp_start.data_ptr())
-    # In bfloat16 the kernels scale a tile of keys or queries, in float16 each score; that needs a scale to divide by.
-    scales_rows = q.dtype == torch.bfloat16
-    scale_log2 = scale * LOG2_E if scales_rows or scale else 1e-30
+    lse_log2, inner = torch.empty_like(lse), torch.empty_like(lse)
     per_token = (N, H, B * H)
     token_blocks = -(-B * H * N * (D // 8) // 256)
     launch(
@@ -124,8 +121,7 @@ def backward(
         token_blocks,
         InnerParameters(
             Tensor4.of(out), Tensor4.of(grad_out), lse.data_ptr(),
-            None if grad_lse is None else grad_lse.data_ptr(), starts, *per_token,
-            1 if scales_rows else 1 / scale_log2,
+            None if grad_lse is None else grad_lse.data_ptr(), lse_log2.data_ptr(), inner.data_ptr(), *per_token,
         ),
         q.device,
     )  # fmt: skip
@@ -139,7 +135,8 @@ def backward(
                 (TensorMap * 2)(*(tensor_map(x, ROWS) for x in rows)),
                 (TensorMap * 2)(*(tensor_map(x, COLUMNS[D]) for x in columns)),
                 *((Tensor4 * 2)(*map(Tensor4.of, pair)) for pair in (rows, columns, gradients)),
-                starts, None if dq_sum is None else dq_sum.data_ptr(), layout, N, scale, scale_log2,
+                lse_log2.data_ptr(), inner.data_ptr(), None if dq_sum is None else dq_sum.data_ptr(),
+                layout, N, scale, scale * LOG2_E,
             ),
             q.device,
         )  # fmt: skip
@@ -149,6 +146,6 @@ def backward(
     if dq_sum is None:
         walk("backward_queries", query_tables, (q, grad_out), (k, v), (dq, dq), None)
     else:
-        convert = ConvertParameters(dq_sum.data_ptr(), Tensor4.of(dq), *per_token, 1 / LOG2_E if scales_rows else scale)
+        convert = ConvertParameters(dq_sum.data_ptr(), Tensor4.of(dq), *per_token, scale)
         launch(token_kernel("backward_convert", q.dtype, D), token_blocks, convert, q.device)
     return dq, dk, dv

@@ -27,7 +27,7 @@ class Config(NamedTuple):
         return 64 * self.consumers
 
 
-CONFIGS = {64: Config(3, 128, 5), 128: Config(3, 64, 4)}
+CONFIGS = {64: Config(4, 64, 8), 128: Config(3, 64, 4)}
 """By head size."""
 
 
