@@ -36,6 +36,7 @@ KEYS = (
     "date",
     "check",
     "softmax",
+    "gradients",
     "edges",
     "ms_per_edge",
     "extra_mib",
@@ -50,6 +51,7 @@ COLUMNS = {
     "direction": "direction",
     "backend": "backend",
     "softmax": "softmax",
+    "gradients": "gradients",
     "ms_median": "ms:.3f",
     "useful_tflops": "TFLOP/s:.3g",
     "fraction_of_ideal": "of ideal:.3f",
@@ -130,15 +132,16 @@ class Runner:
         """Return the times, and the memory in MiB beyond the inputs and what any contender needs."""
         q, k, v, grad = tensors
         before = allocated_mib(self.device)
-        call = contender.prepare(case, q, k, v)
-        if direction == "fwd":
-            with torch.no_grad():
-                timing = measure(call, self.device, self.seconds)
-        elif direction == "bwd":
-            backward = _backward(call(), (q, k, v), grad)
-            timing = measure(backward, self.device, self.seconds)
-        else:
-            timing = measure(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
+        with contender.chosen():
+            call = contender.prepare(case, q, k, v)
+            if direction == "fwd":
+                with torch.no_grad():
+                    timing = measure(call, self.device, self.seconds)
+            elif direction == "bwd":
+                backward = _backward(call(), (q, k, v), grad)
+                timing = measure(backward, self.device, self.seconds)
+            else:
+                timing = measure(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
         after = allocated_mib(self.device)
         if timing.peak_mib is None or before is None or after is None:
             return timing, None
@@ -173,7 +176,7 @@ class Runner:
             "fraction_of_ideal": fraction,
             "peak_mib": timing and timing.peak_mib,
             "check": "passed" if reason is None else "failed",
-            **contender.labels(self.dtype),
+            **contender.labels(self.dtype, direction),
             "edges": case.edges,
             "ms_per_edge": timing and timing.median / case.edges,
             "extra_mib": extra,

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 def check_forward(contender: Contender, case: Case, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return why the contender's forward is wrong, or None if it passes."""
-    with torch.no_grad():
+    with torch.no_grad(), contender.chosen():
         out = contender.prepare(case, q, k, v)()
         if out.shape != q.shape or out.dtype != q.dtype:
             return f"the output must be {q.dtype} {list(q.shape)}, got {out.dtype} {list(out.shape)}"
@@ -75,7 +75,8 @@ def check_gradients(contender: Contender, case: Case, q: Tensor, k: Tensor, v: T
         v: Values, likewise.
         grad: Gradient of the output `[B, H, N, D]`.
     """
-    actual = torch.autograd.grad(contender.prepare(case, q, k, v)(), (q, k, v), grad)
+    with contender.chosen():
+        actual = torch.autograd.grad(contender.prepare(case, q, k, v)(), (q, k, v), grad)
     for name, gradient in zip(("dQ", "dK", "dV"), actual, strict=True):
         if not bool(gradient.isfinite().all()):
             return f"{name} is not finite everywhere"

@@ -19,6 +19,7 @@ COLUMNS = {
     "direction": "direction",
     "backend": "backend",
     "softmax": "softmax",
+    "gradients": "gradients",
     "times": "times:d",
     "bitwise_equal": "bitwise equal",
     "check": "check",
@@ -29,6 +30,7 @@ KEYS = (
     "direction",
     "backend",
     "softmax",
+    "gradients",
     "dtype",
     "shape",
     "times",
@@ -68,13 +70,14 @@ def repeat(
             if reason := contender.unsupported(case, q):
                 not_run.append(f"{contender.name} on {case.name}, {direction}: not run: {reason}")
                 continue
-            call = contender.prepare(case, q, k, v)
-            first = _results(call, (q, k, v), grad)
-            changed = sum(not _equal(first, _results(call, (q, k, v), grad)) for _ in range(times - 1))
+            with contender.chosen():
+                call = contender.prepare(case, q, k, v)
+                first = _results(call, (q, k, v), grad)
+                changed = sum(not _equal(first, _results(call, (q, k, v), grad)) for _ in range(times - 1))
             line = {
                 "case": case.name,
                 "direction": direction,
-                **contender.labels(dtype),
+                **contender.labels(dtype, direction),
                 "dtype": str(dtype).removeprefix("torch."),
                 "shape": list(case.shape),
                 "times": times,

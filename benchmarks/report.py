@@ -98,8 +98,8 @@ def markdown(lines: Sequence[Line], figure: str) -> str:
 
 
 def name(line: Line) -> str:
-    """Return the backend of a line, with its softmax where it has several."""
-    return f"{line['backend']}, {line['softmax']}" if line.get("softmax") else line["backend"]
+    """Return the backend of a line, with its softmax and gradients where it has several."""
+    return ", ".join(line[key] for key in ("backend", "softmax", "gradients") if line.get(key))
 
 
 def problem(lines: Sequence[Line]) -> tuple[Any, ...]:

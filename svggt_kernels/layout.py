@@ -281,19 +281,14 @@ class BlockLayout:
             dense_columns=_on_device(self.keys.dense, device).int(),
         )
 
-    def row_tiles(self, row_block: int, unit: int | None = None) -> Tensor:
+    def row_tiles(self, row_block: int) -> Tensor:
         """Return the rows cut into tiles of at most `row_block` tokens, int32 `[T, 3]`: group, start, length.
 
         Tiles of the dense group and of the sixteenth of the frames that see most come first, so that a launch in order
         does not end on one long row; the others follow in frame order, which keeps neighbours in cache. start counts
-        tokens, or entries of `dense_rows` for the dense group.
-
-        Args:
-            row_block: The most tokens of a tile.
-            unit: If given, a group is cut into tiles as even as multiples of `unit` can be; else every tile but a
-                group's last is full.
+        tokens, or entries of `dense_rows` for the dense group. Every tile but a group's last is full.
         """
-        runs, num_frames, unit = self.runs, self.graph.num_frames, unit or row_block
+        runs, num_frames = self.runs, self.graph.num_frames
         by_columns = runs.columns[:-1].argsort(descending=True, stable=True)
         num_first = -(-num_frames // 16)
         order = torch.cat([by_columns[:num_first], by_columns[num_first:].sort().values])
@@ -304,9 +299,8 @@ class BlockLayout:
         group_order = torch.nn.functional.pad(order, (1, 0), value=num_frames)
         owner, tile = _owners(row_tiles[group_order], int(counts.sum()))
         group = group_order[owner]
-        units = (row_length[group] + unit - 1) // unit
-        begin = tile * units // row_tiles[group] * unit
-        end = ((tile + 1) * units // row_tiles[group] * unit).minimum(row_length[group])
+        begin = tile * row_block
+        end = (begin + row_block).minimum(row_length[group])
         return torch.stack([group, runs.row_start[group] + begin, end - begin], dim=1).int()
 
     def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import types
 import warnings
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import attention
+from benchmarks import attention, repeat
 from benchmarks.cases import Case
 from benchmarks.check import check_forward, check_gradients
 from benchmarks.peers import PEERS, backend, contender, flex, magi, ours
 from svggt_kernels import backends, block_sparse_attention
+from svggt_kernels.backends import hopper
 
 CPU = torch.device("cpu")
 BAND = Case.parse("s8-p9-band1-h3")
+SOURCE = dict.fromkeys(("device", "torch", "triton", "commit", "command", "run", "date"), "")
 
 
 @pytest.mark.parametrize("name", ["s5-p60-band1", "s3-p128-band0", "s4-p100-scattered1-special5", "s2-p300-band0"])
@@ -216,41 +217,60 @@ def test_peer_without_backward_says_so(peer, fakes):
 # Our backends
 
 
-def test_online_variant_runs_in_its_context_and_is_a_line_of_hopper(monkeypatch):
-    kind = ["bounded"]
-    seen = []
-
-    @contextmanager
-    def softmax(chosen):
-        kind.append(chosen)
-        yield
-        kind.pop()
+@pytest.fixture
+def choices(monkeypatch):
+    """The softmax and gradients chosen whenever backend hopper, here a stand-in, ran forward or backward."""
+    seen = {"forward": set(), "backward": set()}
 
     def attend(q, k, v, layout, backend, return_lse=False):
-        seen.append((backend, kind[-1]))
-        return block_sparse_attention(q, k, v, layout, backend="sdpa", return_lse=return_lse)
+        assert backend == "hopper"
+        seen["forward"].add(tuple(hopper._chosen.values()))
+        out = block_sparse_attention(q, k, v, layout, backend="sdpa", return_lse=return_lse)
+        if not return_lse and out.requires_grad:
+            out.register_hook(lambda grad: seen["backward"].add(tuple(hopper._chosen.values())))
+        return out
 
-    monkeypatch.setattr(ours, "import_module", lambda name: types.SimpleNamespace(softmax=softmax))
     monkeypatch.setattr(ours, "block_sparse_attention", attend)
     monkeypatch.setattr(backends, "reasons", lambda *_: {"hopper": None})
-    bounded = _line(backend("hopper"))
-    assert set(seen) == {("hopper", "bounded")}
-    seen.clear()
-    online = _line(backend("hopper-online"))
-    assert set(seen) == {("hopper", "online")}
-    assert [(x["backend"], x["softmax"], x["check"]) for x in (bounded, online)] == [
-        ("hopper", "bounded", "passed"),
-        ("hopper", "online", "passed"),
-    ]
+    return seen
+
+
+VARIANTS = [
+    ("hopper", ("bounded", "deterministic")),
+    ("hopper-online", ("online", "deterministic")),
+    ("hopper-accumulated", ("bounded", "accumulated")),
+]
+
+
+@pytest.mark.parametrize(("name", "kinds"), VARIANTS)
+@pytest.mark.parametrize("direction", ["bwd", "fwd+bwd"])
+def test_variant_runs_as_chosen_and_is_a_line_of_hopper(name, kinds, direction, choices):
+    runner = attention.Runner(CPU, torch.bfloat16, SOURCE, lambda line: None, seconds=0.01)
+    runner.run([BAND], [backend(name)], [direction])
+    [line] = runner.lines
+    assert choices == {"forward": {kinds}, "backward": {kinds}}
+    assert (line["backend"], line["softmax"], line["gradients"], line["check"]) == ("hopper", *kinds, "passed")
+    assert tuple(hopper._chosen.values()) == VARIANTS[0][1]
+
+
+@pytest.mark.parametrize(("name", "kinds"), VARIANTS)
+def test_variant_is_repeated_as_chosen(name, kinds, choices):
+    lines, _ = repeat.repeat([BAND], backend(name), ["bwd"], 3, CPU, torch.bfloat16, SOURCE, lambda line: None)
+    assert choices == {"forward": {kinds}, "backward": {kinds}}
+    assert [(line["backend"], line["softmax"], line["gradients"]) for line in lines] == [("hopper", *kinds)]
+
+
+def test_variants_say_where_there_is_no_choice(choices):
     q = torch.empty(1, 1, 1, 64, dtype=torch.float16)
     assert "only bfloat16 has a choice" in backend("hopper-online").unsupported(BAND, q)
-    assert backend("hopper").labels(torch.float16) == {"backend": "hopper", "softmax": "online"}
-    assert backend("sdpa").labels(torch.bfloat16) == {"backend": "sdpa", "softmax": None}
+    assert "only the backward pass has a choice" in backend("hopper-accumulated").unsupported(BAND, q)
+    assert backend("hopper-accumulated").unsupported(BAND, q.requires_grad_()) is None
 
 
-def _line(one):
-    source = dict.fromkeys(("device", "torch", "triton", "commit", "command", "run", "date"), "")
-    runner = attention.Runner(CPU, torch.bfloat16, source, lambda line: None, seconds=0.01)
-    runner.run([BAND], [one], ["fwd"])
-    [line] = runner.lines
-    return line
+@pytest.mark.parametrize(
+    ("name", "direction", "softmax", "gradients"),
+    [("hopper", "fwd", "online", None), ("hopper", "bwd", "online", "deterministic"), ("sdpa", "bwd", None, None)],
+)
+def test_labels_in_float16(name, direction, softmax, gradients):
+    labels = backend(name).labels(torch.float16, direction)
+    assert labels == {"backend": name, "softmax": softmax, "gradients": gradients}

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import types
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 from layouts import random_layout
 
-from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention, prepare
 from svggt_kernels.backends import hopper
+from svggt_kernels.backends.hopper import runtime
 from svggt_kernels.verify import error_ratios, within_budget
 
 NEEDED = hopper.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, 64)
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(NEEDED is not None, reason=f"hopper cannot run here: {NEEDED}")]
 KINDS = [("bounded", "deterministic"), ("bounded", "accumulated"), ("online", "deterministic")]
+GRADIENTS = hopper.CHOICES["gradients"]
 
 
 def test_says_what_it_cannot_run():
@@ -26,10 +35,98 @@ def test_an_unknown_kind_is_explained(choose, what: str):
         pass
 
 
+@pytest.mark.parametrize(
+    ("spec", "version", "reason"),
+    [
+        ("found", "13.0.3", None),
+        ("found", "12.9.1", r'built for, 13.0, got 12.9.1: pip install "cuda-bindings==13\.\*"'),
+        (None, "13.0.3", r'cuda-bindings cannot be imported; .*: pip install "cuda-bindings==13\.\*"'),
+        (ModuleNotFoundError("No module named 'cuda'"), "13.0.3", "cannot be imported"),
+        (ValueError("cuda.bindings.__spec__ is None"), "13.0.3", "cannot be imported"),
+        ("found", PackageNotFoundError("cuda-bindings"), "cannot be imported"),
+    ],
+    ids=["right", "wrong major version", "absent", "cuda absent", "without a spec", "without metadata"],
+)
+def test_says_which_bindings_it_needs(spec: object, version: object, reason: str | None, monkeypatch):
+    def answers(result: object):
+        def look_up(name: str) -> object:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return look_up
+
+    monkeypatch.setattr(hopper, "find_spec", answers(spec))
+    monkeypatch.setattr(hopper, "version", answers(version))
+    answer = hopper._without_bindings.__wrapped__("13.0")
+    assert answer is None if reason is None else re.search(reason, str(answer))
+
+
+def test_a_module_called_cuda_that_is_no_package_is_a_reason(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cuda.bindings", raising=False)
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    assert "cannot be imported" in hopper._without_bindings.__wrapped__("13.0")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softmax", "online"),
+    [
+        (torch.bfloat16, "bounded", [False, True]),
+        (torch.bfloat16, "online", [True]),
+        (torch.float16, "bounded", [True]),
+    ],
+)
+def test_tables_load_the_kernels_of_the_chosen_softmax(dtype: torch.dtype, softmax: str, online: list[bool]):
+    with hopper.softmax(softmax):
+        kernels = hopper._forward_kernels(dtype, 64)
+    assert [("ONLINE", 1) in kernel.defines for kernel in kernels] == online
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("deterministic", ["backward_inner", "backward_keys", "backward_queries"]),
+        ("accumulated", ["backward_inner", "backward_keys", "backward_convert"]),
+    ],
+)
+def test_tables_load_the_kernels_of_the_chosen_gradients(kind: str, names: list[str]):
+    with hopper.gradients(kind):
+        kernels = hopper._backward_kernels(torch.bfloat16, 128)
+    assert [kernel.name for kernel in kernels] == names
+    assert (("ACCUMULATE_QUERIES", 1) in kernels[1].defines) == (kind == "accumulated")
+
+
+def test_tables_of_a_layout_elsewhere_load_nothing(monkeypatch):
+    monkeypatch.setattr(runtime, "load", lambda *_: pytest.fail("a kernel was loaded"))
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1), 10)
+    assert hopper.tables(layout, torch.bfloat16, 64) and hopper.backward_tables(layout, torch.bfloat16, 64)
+
+
+def test_a_choice_holds_in_every_thread():
+    with hopper.gradients("accumulated"), ThreadPoolExecutor(1) as other:
+        assert other.submit(hopper._accumulates).result()
+    assert not hopper._accumulates()
+
+
 def inputs(layout: BlockLayout, heads: int = 2, head_size: int = 64, dtype: torch.dtype = torch.bfloat16):
     q = torch.randn(1, heads, layout.num_tokens, head_size, device="cuda", dtype=dtype)
     k, v = (torch.randn(1, heads, layout.num_key_tokens, head_size, device="cuda", dtype=dtype) for _ in range(2))
     return q, k, v
+
+
+def run(
+    layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The output, and the gradients of q, k and v, where `weights` is the gradient of the output."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(*leaves, layout, backend="hopper")
+    return out.detach(), *torch.autograd.grad(out, leaves, weights)
+
+
+def assert_agree(kind: str, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Assert equality bit by bit; where the order of additions is not fixed, what torch asks of such a dtype."""
+    exactly = {"rtol": 0, "atol": 0} if kind == "deterministic" else {}
+    torch.testing.assert_close(tuple(actual), tuple(expected), **exactly)
 
 
 def band(frames: int, tokens: int, reach: int = 1, **options: object) -> BlockLayout:
@@ -69,6 +166,23 @@ class TestOnHopper:
         poisoned = block_sparse_attention(q, k, v, layout, backend="hopper")
         assert torch.equal(poisoned[:, :, rows], clean[:, :, rows])
 
+    @pytest.mark.parametrize("kind", GRADIENTS)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_keys_that_nobody_sees_reach_no_gradient(self, head_size: int, kind: str):
+        """The last tile of key frame 0 is not full, and key frame 1 lies behind it."""
+        graph = CovisibilityGraph.from_pairs(3, [(0, 0), (1, 0), (2, 0), (2, 2)], num_key_frames=3).to("cuda")
+        layout = BlockLayout.from_graph(graph, 170)
+        q, k, v = inputs(layout, head_size=head_size)
+        weights = torch.randn_like(q)
+        hidden = slice(170, 340)
+        with hopper.gradients(kind):
+            clean = run(layout, q, k, v, weights)
+            k[:, :, hidden], v[:, :, hidden] = float("nan"), float("nan")
+            poisoned = run(layout, q, k, v, weights)
+        assert all(bool(x.isfinite().all()) for x in clean)
+        assert_agree(kind, poisoned, clean)
+        assert all(bool((x[:, :, hidden] == 0).all()) for x in poisoned[2:])
+
     @pytest.mark.parametrize("case", ["one huge score", "all very negative", "one head of many", "at the edge"])
     def test_rows_that_need_the_running_maximum(self, case: str):
         """Scores far outside what exp2 without a maximum can hold, against float64."""
@@ -95,7 +209,7 @@ class TestOnHopper:
             assert bool(torch.isfinite(mine).all())
             assert (mine.double() - reference).abs().max() <= allowed
 
-    @pytest.mark.parametrize("kind", ["deterministic", "accumulated"])
+    @pytest.mark.parametrize("kind", GRADIENTS)
     def test_blind_rows_give_zero_and_unseen_keys_zero_gradients(self, kind: str):
         graph = CovisibilityGraph.from_pairs(3, [(0, 0), (2, 0), (2, 1)], num_key_frames=3).to("cuda")
         layout = BlockLayout.from_graph(graph, 150)
@@ -114,6 +228,50 @@ class TestOnHopper:
             plain = x.contiguous()
             expected = block_sparse_attention(plain, plain, plain, layout, backend="hopper")
             assert torch.equal(block_sparse_attention(x, x, x, layout, backend="hopper"), expected)
+
+    @pytest.mark.parametrize("kind", GRADIENTS)
+    @pytest.mark.parametrize("form", ["expanded", "odd stride", "last axis not adjacent"])
+    def test_gradients_of_and_from_what_the_copy_engine_cannot_read(self, form: str, kind: str):
+        layout = band(2, 170)
+        q, k, v, weights = wide = torch.randn(4, 1, 2, 340, 65, device="cuda", dtype=torch.bfloat16)
+        if form == "expanded":  # the gradient of a sum, all strides 0
+            q, k, v = (x[:, :1, :, :64].expand(1, 2, 340, 64) for x in (q, k, v))
+            weights = weights[:1, :1, :1, :1].expand(1, 2, 340, 64)
+        elif form == "odd stride":
+            q, k, v, weights = wide[..., 1:]
+        else:
+            q, k, v, weights = wide[..., :64].mT.contiguous().mT
+        with hopper.gradients(kind):
+            expected = run(layout, *(x.contiguous() for x in (q, k, v, weights)))
+            assert_agree(kind, run(layout, q, k, v, weights), expected)
+
+    @pytest.mark.parametrize("kind", GRADIENTS)
+    def test_gradients_of_sums(self, kind: str):
+        """Autograd hands on the gradient of a sum with all strides 0, for the output and for the LSE."""
+        layout = band(2, 170)
+        leaves = [x.requires_grad_() for x in inputs(layout)]
+        out, lse = block_sparse_attention(*leaves, layout, return_lse=True, backend="hopper")
+        ones = torch.ones_like(out), torch.ones_like(lse)
+        with hopper.gradients(kind):
+            expected = torch.autograd.grad((out, lse), leaves, ones, retain_graph=True)
+            assert_agree(kind, torch.autograd.grad(out.sum() + lse.sum(), leaves), expected)
+
+    @pytest.mark.parametrize("kind", GRADIENTS)
+    def test_another_thread_gets_the_same(self, kind: str):
+        """For the backward pass of a forward pass here, and for both passes, each in a thread new to CUDA."""
+        layout = band(4, 170, special_tokens=5)
+        q, k, v = (x.requires_grad_() for x in inputs(layout))
+        weights = torch.randn_like(q)
+        out = block_sparse_attention(q, k, v, layout, backend="hopper")
+        with hopper.gradients(kind):
+            expected = run(layout, q, k, v, weights)
+            with ThreadPoolExecutor(1) as other:
+                backward = other.submit(torch.autograd.grad, out, (q, k, v), weights).result()
+            with ThreadPoolExecutor(1) as other:
+                both = other.submit(run, layout, q, k, v, weights).result()
+            torch.cuda.synchronize()
+        assert_agree(kind, backward, expected[1:])
+        assert_agree(kind, both, expected)
 
     def test_full_size_is_bitwise_repeatable_and_right(self):
         layout = band(64, 1374, 2, special_tokens=5)
@@ -154,6 +312,35 @@ class TestOnHopper:
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
+    @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+    @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+    def test_capture_after_prepare_alone(self, kinds: tuple[str, str]):
+        """No attention ran before, so all kernels must have been loaded by `prepare`."""
+        layout = band(8, 200, special_tokens=5)
+        q, k, v = (x.requires_grad_() for x in inputs(layout, heads=4))
+        weights = torch.randn_like(q)
+        runtime._function.cache_clear()
+        with hopper.softmax(kinds[0]), hopper.gradients(kinds[1]):
+            prepare(layout, torch.bfloat16, 64, backend="hopper", training=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run(layout, q, k, v, weights)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_agree(kinds[1], captured, run(layout, q, k, v, weights))
+
+    def test_capture_of_a_softmax_that_was_not_prepared_is_explained(self):
+        layout = band(8, 200)
+        q, k, v = inputs(layout)
+        runtime._function.cache_clear()
+        with hopper.softmax("online"):
+            prepare(layout, torch.bfloat16, 64, backend="hopper")
+        with (
+            pytest.raises(RuntimeError, match="a kernel must be loaded before a CUDA graph captures it"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            block_sparse_attention(q, k, v, layout, backend="hopper")
+
     @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
     def test_no_host_sync(self):
         graph = CovisibilityGraph.sequential(8, 1).to("cuda")
@@ -172,7 +359,9 @@ class TestOnHopper:
         frames, tokens = 1600, 1374
         layout = band(frames, tokens)
         q, k, v = inputs(layout, heads=16)
-        out = block_sparse_attention(q, k, v, layout, backend="hopper")
-        part = [x[:, -1:, -2 * tokens :] for x in (q, k, v)]
-        expected = block_sparse_attention(*part, band(2, tokens), backend="hopper")
-        assert torch.equal(out[:, -1:, -tokens:], expected[:, :, -tokens:])
+        weights = torch.randn_like(q)
+        # The last frame's gradients of k and v need the frame before, which sees the one before it.
+        part = [x[:, -1:, -3 * tokens :] for x in (q, k, v, weights)]
+        expected = run(band(3, tokens), *part)
+        for ours, reference in zip(run(layout, q, k, v, weights), expected, strict=True):
+            assert torch.equal(ours[:, -1:, -tokens:], reference[:, :, -tokens:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -29,6 +30,9 @@ class Contender:
         lse: `lse(case, q, k, v)` returns the log-sum-exp `[B, H, N]` in nats, where the contender offers one.
         variant_of: What the results call it, where that is not its name.
         softmax: `softmax(dtype)` returns which softmax it computes, where its backend has several.
+        gradients: Which gradients it computes, where its backend has several.
+        context: `context()` makes its choice among what its backend has; whoever runs it, forward or backward, does so
+            inside `chosen()`, which enters it.
     """
 
     name: str
@@ -39,10 +43,23 @@ class Contender:
     lse: Callable[[Case, Tensor, Tensor, Tensor], Tensor] | None = None
     variant_of: str | None = None
     softmax: Callable[[torch.dtype], str] | None = None
+    gradients: str | None = None
+    context: Callable[[], AbstractContextManager[None]] | None = None
 
-    def labels(self, dtype: torch.dtype) -> dict[str, str | None]:
-        """Return what the results say about it: `backend`, and `softmax` where its backend has several."""
-        return {"backend": self.variant_of or self.name, "softmax": self.softmax and self.softmax(dtype)}
+    def labels(self, dtype: torch.dtype, direction: str) -> dict[str, str | None]:
+        """Return what the results say about it: `backend`, and `softmax` and `gradients` where its backend has several.
+
+        There are no gradients in direction "fwd".
+        """
+        return {
+            "backend": self.variant_of or self.name,
+            "softmax": self.softmax and self.softmax(dtype),
+            "gradients": None if direction == "fwd" else self.gradients,
+        }
+
+    def chosen(self) -> AbstractContextManager[None]:
+        """Return the context in which it runs as itself, which does nothing where there is no choice."""
+        return self.context() if self.context else nullcontext()
 
 
 @lru_cache

@@ -4,8 +4,16 @@
 //   backward_keys       K, V     Q, dO     dK, dV (and adds to dQ with ACCUMULATE_QUERIES)
 //   backward_queries    Q, dO    K, V      dQ
 //
-// so that in both scores = rows[0] columns[0]^T, dP = rows[1] columns[1]^T, p = exp2(scores * scale_log2 - lse) and
-// dS = p (dP - inner). One warpgroup loads, two compute 64 rows each.
+// so that in both scores = rows[0] columns[0]^T - lse, dP = rows[1] columns[1]^T - inner, p = exp2(scores), dS = p dP.
+//
+// Ordinary instructions are what the tensor cores wait for, so an element costs little more than its exponential. The
+// accumulators of dP start at -inner. In bfloat16 Q comes multiplied by the scale and rounded, as the forward pass saw
+// it, and dO and inner come multiplied by exp2(-lse): with p = exp2(scores) that makes p dO and p (dP - inner) what they
+// were, so that lse is not needed. If any lse is far from 0, and in float16, scores are scaled and lse subtracted one
+// by one.
+//
+// Of the first warpgroup one warp loads, and the three others copy the tiles that do not lie side by side. Two
+// warpgroups compute 64 rows each.
 #pragma once
 
 #include "work.cuh"
@@ -14,24 +22,25 @@ constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
 constexpr int ROWS = 128;
 constexpr int COLUMNS = D == 64 ? 128 : 64; // of one step
-constexpr int LOADING_WARPS = 4, COMPUTING_WARPS = 8;
+constexpr int COPYING_WARPS = 3, COMPUTING_WARPS = 8;
+constexpr int LOADING_REGISTERS = 40, COMPUTING_REGISTERS = 232;
 constexpr uint32 ROW_TILE = ROWS * D * sizeof(Element);
 constexpr uint32 COLUMN_TILE = COLUMNS * D * sizeof(Element);
 constexpr uint32 PANEL = COLUMNS * SWIZZLE_ROW; // of a column tile
-
-DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 struct Parameters {
   TensorMap row_maps[2];    // boxes of [64, ROWS]
   TensorMap column_maps[2]; // boxes of [64, COLUMNS]
   Tensor4 rows[2], columns[2];
   Tensor4 gradients[2];     // dK, dV, or dQ
-  const float* lse;         // [batch_heads, num_queries], in units of log2
-  const float* inner;       // [batch_heads, num_queries], dO . out - dLSE
+  const float* shifts[2];   // [batch_heads, num_queries]: -lse in units of log2, and -inner
+  const int* any_unfolded;  // whether lse must be subtracted after all
+  int* next;                // the next item to be taken, 0 at first
   float* dq_sum;            // [batch_heads, PANELS, num_queries, 64], see `workspace_piece`
   Layout layout;
   int num_queries;
-  float scale, scale_log2;
+  float score_scale;        // what turns a product of rows[0] and columns[0] into a score in units of log2
+  float scale;              // of gradients[0]
 };
 
 // ---- PTX that only the backward needs ----
@@ -55,19 +64,24 @@ DEVICE void store_shared(uint32 shared, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x), "f"(y) : "memory");
 }
 
-DEVICE uint32 load_word(uint32 shared) {
-  uint32 x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(shared) : "memory");
-  return x;
-}
-
 DEVICE float4 load_floats(uint32 shared) {
   float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                : "r"(shared)
                : "memory");
   return x;
+}
+
+// Copy one word, or write zero if not `exists`.
+DEVICE void copy_word(uint32 shared, const void* global, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
+// Arrive when this thread's copies so far are done.
+DEVICE void copy_arrive(uint32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Add `bytes` of floats to global memory.
@@ -98,22 +112,6 @@ DEVICE void load_tile(uint32 shared, const TensorMap* map, uint32 barrier, const
   }
 }
 
-// Each of the 4 warps copies TOKENS / 4 rows; its lane l knows the token of the l-th.
-template <int TOKENS>
-DEVICE void gather_tile(uint32 shared, const Tensor4& tensor, const Work& work, int token) {
-  const Element* head = tensor.at(work.batch, work.head);
-  const int thread = forget(threadIdx.x) % WARPGROUP, first = thread / 32 * (TOKENS / 4);
-#pragma unroll 1
-  for (int r = thread % 32 / 8; r < TOKENS / 4; r += 4) {
-    copy_row<D>(shared, TOKENS, head, tensor.token, first + r, __shfl_sync(0xffffffff, token, r), thread);
-  }
-}
-
-// Floats of columns are kept so that a thread finds the four of its places in 16 columns side by side.
-DEVICE int statistic_place(int column) {
-  return column / 16 * 16 + column % 8 / 2 * 4 + column % 16 / 8 * 2 + column % 2;
-}
-
 // dQ is summed up in panels of 64 floats of a token: 32-byte piece i lies at i ^ (token & 3), which frees the stores
 // to shared memory of bank conflicts.
 DEVICE int workspace_piece(int i, int token) { return i ^ (token & 3); }
@@ -128,124 +126,314 @@ struct Ring {
   }
 };
 
-// Shared memory: row tiles, stages of column tiles, stages of statistics, what the kernel adds, barriers.
-template <int STAGES_, bool STATISTICS, uint32 EXTRA>
+// -lse and -inner: of columns if rows are keys, else of rows. A thread needs, of an 8-column block, columns
+// c, c + 1 of rows r, r + 8. Folded, -inner lies as these four accumulators want it.
+// Otherwise the tile's -lse lie before its -inner.
+enum class Shifts { OF_ROWS, OF_COLUMNS };
+
+template <Shifts SHIFTS>
+struct Shift {
+  static constexpr bool OF_ROWS = SHIFTS == Shifts::OF_ROWS;
+  static constexpr int COUNT = OF_ROWS ? ROWS : COLUMNS;
+  static constexpr uint32 BYTES = 2 * COUNT * sizeof(float);
+  static constexpr uint32 TWIN = OF_ROWS ? 4 : 8;
+
+  // Byte place of row or column i, folded; again TWIN bytes behind.
+  static DEVICE_MEMBER uint32 folded(uint32 i) {
+    return OF_ROWS ? i / 16 * 128 + i % 8 * 16 + i % 16 / 8 * 8 : i / 2 * 16 + i % 2 * 4;
+  }
+
+  // Byte place otherwise: rows in order; columns so that the four that a thread needs of 16 are side by side.
+  static DEVICE_MEMBER uint32 plain(uint32 i) {
+    return 4 * (OF_ROWS ? i : i / 16 * 16 + i % 8 / 2 * 4 + i % 16 / 8 * 2 + i % 2);
+  }
+};
+
+// Shared memory: buffers of row tiles, stages of column tiles, what the kernel adds; shifts; the tokens of a stage's
+// columns, or behind them just the first of columns side by side; tokens to be copied; what to work on, what to copy;
+// barriers.
+template <int STAGES_, int ROW_BUFFERS_, Shifts SHIFTS, bool STAGE_TOKENS, uint32 EXTRA>
 struct Memory {
-  static constexpr int STAGES = STAGES_;
-  static constexpr bool HAS_STATISTICS = STATISTICS;
-  static constexpr uint32 STATISTIC = COLUMNS * sizeof(float);
+  using Shift = ::Shift<SHIFTS>;
+  static constexpr int STAGES = STAGES_, ROW_BUFFERS = ROW_BUFFERS_;
+  static constexpr bool HAS_STAGE_TOKENS = STAGE_TOKENS;
   static constexpr uint32 STAGE = 2 * COLUMN_TILE;
-  static constexpr uint32 STATISTICS_STAGE = STATISTICS ? 3 * STATISTIC : 0; // lse, inner, tokens
-  static constexpr uint32 COLUMNS_AT = 2 * ROW_TILE;
+  static constexpr uint32 COLUMNS_AT = ROW_BUFFERS * 2 * ROW_TILE;
   static constexpr uint32 EXTRA_AT = COLUMNS_AT + STAGES * STAGE;
-  static constexpr uint32 STATISTICS_AT = EXTRA_AT + EXTRA;
-  static constexpr uint32 BARRIERS_AT = STATISTICS_AT + STAGES * STATISTICS_STAGE;
-  static constexpr uint32 BYTES = BARRIERS_AT + 8 * (2 * STAGES + 2);
+  static constexpr uint32 SHIFTS_AT = EXTRA_AT + EXTRA;
+  static constexpr uint32 TOKENS_AT = SHIFTS_AT + (Shift::OF_ROWS ? ROW_BUFFERS : STAGES) * Shift::BYTES;
+  static constexpr uint32 STAGE_TOKENS_BYTES = STAGE_TOKENS ? 4 * COLUMNS + 16 : 0;
+  static constexpr uint32 COPIED_TOKENS_AT = TOKENS_AT + STAGES * STAGE_TOKENS_BYTES;
+  static constexpr uint32 WORK_AT = COPIED_TOKENS_AT + 4 * ROWS;
+  static constexpr uint32 COPY_AT = WORK_AT + 2 * 32;
+  static constexpr uint32 BARRIERS_AT = COPY_AT + 32;
+  static constexpr uint32 BYTES = BARRIERS_AT + 8 * (2 * STAGES + 2 * ROW_BUFFERS + 4);
   static_assert(BYTES <= 227 * 1024);
 
   uint32 base;
 
-  DEVICE_MEMBER uint32 row_tile(int i) const { return base + i * ROW_TILE; }
+  DEVICE_MEMBER uint32 row_tile(uint32 buffer, int i) const { return base + (2 * buffer + i) * ROW_TILE; }
   DEVICE_MEMBER uint32 column_tile(uint32 stage, int i) const {
     return base + COLUMNS_AT + stage * STAGE + i * COLUMN_TILE;
   }
   DEVICE_MEMBER uint32 extra() const { return base + EXTRA_AT; }
-  DEVICE_MEMBER uint32 statistics(uint32 stage) const { return base + STATISTICS_AT + stage * STATISTICS_STAGE; }
+  DEVICE_MEMBER uint32 shifts(uint32 i) const { return base + SHIFTS_AT + i * Shift::BYTES; } // a buffer or stage
+  DEVICE_MEMBER uint32 tokens(uint32 stage) const { return base + TOKENS_AT + stage * STAGE_TOKENS_BYTES; }
+  DEVICE_MEMBER uint32 first_token(uint32 stage) const { return tokens(stage) + 4 * COLUMNS; }
+  DEVICE_MEMBER uint32 copied_tokens() const { return base + COPIED_TOKENS_AT; }
+  DEVICE_MEMBER uint32 work(uint32 i) const { return base + WORK_AT + i * 32; }
+  DEVICE_MEMBER uint32 copy() const { return base + COPY_AT; }
   DEVICE_MEMBER uint32 full(uint32 stage) const { return base + BARRIERS_AT + 8 * stage; }
   DEVICE_MEMBER uint32 empty(uint32 stage) const { return full(stage) + 8 * STAGES; }
-  DEVICE_MEMBER uint32 rows_full() const { return full(2 * STAGES); }
-  DEVICE_MEMBER uint32 rows_empty() const { return full(2 * STAGES + 1); }
+  DEVICE_MEMBER uint32 rows_full(uint32 buffer) const { return full(2 * STAGES + buffer); }
+  DEVICE_MEMBER uint32 rows_empty(uint32 buffer) const { return rows_full(buffer) + 8 * ROW_BUFFERS; }
+  DEVICE_MEMBER uint32 work_empty(uint32 i) const { return full(2 * STAGES + 2 * ROW_BUFFERS + i); }
+  DEVICE_MEMBER uint32 copy_full() const { return work_empty(2); }
+  DEVICE_MEMBER uint32 copy_empty() const { return work_empty(3); }
 
   DEVICE_MEMBER void initialize() const {
     if (threadIdx.x == 0) {
       for (uint32 stage = 0; stage < STAGES; ++stage) {
-        barrier_init(full(stage), LOADING_WARPS);
+        barrier_init(full(stage), Shift::OF_ROWS ? 1 : 1 + 32);
         barrier_init(empty(stage), COMPUTING_WARPS);
       }
-      barrier_init(rows_full(), LOADING_WARPS);
-      barrier_init(rows_empty(), COMPUTING_WARPS);
+      for (uint32 buffer = 0; buffer < ROW_BUFFERS; ++buffer) {
+        barrier_init(rows_full(buffer), Shift::OF_ROWS ? 1 + 32 : 1);
+        barrier_init(rows_empty(buffer), COMPUTING_WARPS);
+      }
+      for (uint32 i = 0; i < 2; ++i) barrier_init(work_empty(i), COMPUTING_WARPS);
+      barrier_init(copy_full(), 1);
+      barrier_init(copy_empty(), COPYING_WARPS);
       barrier_init_fence();
     }
     __syncthreads();
   }
 };
 
+DEVICE bool is_folded(const int* any_unfolded) {
+#if defined(BFLOAT16)
+  return *any_unfolded == 0;
+#else
+  return false;
+#endif
+}
+
 // ---- the loading warpgroup ----
 
-// Fill the tiles of two tensors and arrive; `token` is that of the row gather_tile gives this thread.
-template <int TOKENS>
-DEVICE void fill(
-    const TensorMap (&maps)[2], const Tensor4 (&tensors)[2], uint32 shared, uint32 barrier, const Work& work,
-    bool is_contiguous, int token) {
-  constexpr uint32 TILE = TOKENS * D * sizeof(Element);
-  if (!is_contiguous) {
-    gather_tile<TOKENS>(shared, tensors[0], work, token);
-    gather_tile<TOKENS>(shared + TILE, tensors[1], work, token);
+enum NamedBarrier { COPIED = 1, WARPGROUP_DONE = 2, SCORES_WRITTEN = 4 };
+
+// The warp that takes items, starts all loads, and tells the others what they are to do.
+template <class Memory>
+struct Loader {
+  // So many column tiles go ahead of their rows, which may have to wait for the only buffer.
+  static constexpr int LEAD = Memory::ROW_BUFFERS > 1 ? 0 : Memory::STAGES - 1;
+
+  const Parameters& p;
+  const Memory memory;
+  const int lane;
+  const bool folded;
+  Ring<Memory::STAGES> stage;
+  uint32 items = 0, copies = 0; // so far
+
+  DEVICE_MEMBER Loader(const Parameters& p, Memory memory)
+      : p(p), memory(memory), lane(threadIdx.x % 32), folded(is_folded(p.any_unfolded)) {}
+
+  DEVICE_MEMBER uint32 buffer() const { return items % Memory::ROW_BUFFERS; }
+
+  // -1 if there are no more.
+  DEVICE_MEMBER int next_item() const {
+    const int item = warp_uniform(lane == 0 ? atomicAdd(p.next, 1) : 0);
+    return item < p.layout.num_row_tiles * p.layout.batch_heads ? item : -1;
+  }
+
+  DEVICE_MEMBER void run() {
+    int item = next_item();
+    while (item >= 0) {
+      const Work work(p.layout, item);
+      item = next_item();
+      Cursor cursor(p.layout, work.group);
+      int place = 0;
+#pragma unroll 1
+      for (int until_rows = LEAD; place < work.columns || until_rows >= 0; --until_rows) {
+        if (until_rows == 0) load_rows(work);
+        if (place < work.columns) load_columns(work, cursor);
+        place += COLUMNS;
+      }
+    }
+    Work end;
+    end.columns = -1;
+    tell_work(end);
+    if (lane == 0) barrier_arrive(memory.rows_full(buffer()));
+    if (Memory::Shift::OF_ROWS) copy_arrive(memory.rows_full(buffer()));
+    barrier_wait(memory.copy_empty(), copies % 2 ^ 1);
+    tell_copy(0, 0, false, end);
+  }
+
+  // The computing warpgroups find it when the rows are there; with -1 columns there is no more.
+  DEVICE_MEMBER void tell_work(const Work& work) {
+    barrier_wait(memory.work_empty(items % 2), items / 2 % 2 ^ 1);
+    barrier_wait(memory.rows_empty(buffer()), items / Memory::ROW_BUFFERS % 2 ^ 1);
+    if (lane == 0) {
+      const uint32 to = memory.work(items % 2);
+      store_shared(to, make_uint4(work.columns, work.length, work.batch, work.head));
+      store_shared(to + 16, make_uint4(work.group, work.start, 0, 0));
+    }
+  }
+
+  // Have the tokens in memory.copied_tokens() copied; nothing to copy is the end.
+  DEVICE_MEMBER void tell_copy(uint32 shared, uint32 barrier, bool are_columns, const Work& work) {
+    __syncwarp();
+    if (lane == 0) {
+      store_shared(memory.copy(), make_uint4(shared, barrier, are_columns, work.batch));
+      store_shared(memory.copy() + 16, make_uint4(work.head, 0, 0, 0));
+      barrier_arrive(memory.copy_full());
+    }
+    __syncwarp();
+    ++copies;
+  }
+
+  DEVICE_MEMBER void load_rows(const Work& work) {
+    const int lane = forget(this->lane); // what follows from it is not to be kept in registers
+    tell_work(work);
+    const uint32 shared = memory.row_tile(buffer(), 0), full = memory.rows_full(buffer());
+    const bool is_contiguous = work.length == ROWS && work.group != p.layout.dense_group;
+    if (is_contiguous && lane == 0) {
+      barrier_arrive_expect(full, 2 * ROW_TILE);
+      load_tile<ROWS>(shared, &p.row_maps[0], full, work, work.start);
+      load_tile<ROWS>(shared + ROW_TILE, &p.row_maps[1], full, work, work.start);
+    }
+    if (!is_contiguous) barrier_wait(memory.copy_empty(), copies % 2 ^ 1);
+#pragma unroll 1
+    for (int r = lane; (Memory::Shift::OF_ROWS || !is_contiguous) && r < ROWS; r += 32) {
+      const int token = r < work.length ? work.token(p.layout, r) : -1;
+      if (!is_contiguous) store_shared(memory.copied_tokens() + 4 * r, token);
+      if (Memory::Shift::OF_ROWS) {
+        copy_shifts(memory.shifts(buffer()), r, first_shift(work) + max(token, 0), token >= 0);
+      }
+    }
+    if (Memory::Shift::OF_ROWS) copy_arrive(full);
+    if (!is_contiguous) tell_copy(shared, full, false, work);
+    ++items;
+  }
+
+  DEVICE_MEMBER void load_columns(const Work& work, Cursor& cursor) {
+    const int lane = forget(this->lane);
+    const uint32 shared = memory.column_tile(stage.index, 0), full = memory.full(stage.index);
+    barrier_wait(memory.empty(stage.index), stage.parity ^ 1);
+    if (cursor.is_contiguous(COLUMNS)) {
+      const int token = cursor.start + cursor.place;
+      if (lane == 0) {
+        if (Memory::HAS_STAGE_TOKENS) store_shared(memory.first_token(stage.index), token);
+        barrier_arrive_expect(full, 2 * COLUMN_TILE);
+        load_tile<COLUMNS>(shared, &p.column_maps[0], full, work, token);
+        load_tile<COLUMNS>(shared + COLUMN_TILE, &p.column_maps[1], full, work, token);
+      }
+      if (!Memory::Shift::OF_ROWS) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c += 32) {
+          copy_shifts(memory.shifts(stage.index), c + lane, first_shift(work) + token + lane + c, true);
+        }
+      }
+      cursor.advance(p.layout, work.group, COLUMNS);
+    } else {
+      barrier_wait(memory.copy_empty(), copies % 2 ^ 1);
+      cursor.advance(p.layout, work.group, lane);
+#pragma unroll 1
+      for (int c = lane; c < COLUMNS; c += 32) {
+        const int token = cursor.token(p.layout);
+        cursor.advance(p.layout, work.group, 32);
+        store_shared(memory.copied_tokens() + 4 * c, token);
+        if (Memory::HAS_STAGE_TOKENS) store_shared(memory.tokens(stage.index) + 4 * c, token);
+        if (!Memory::Shift::OF_ROWS) {
+          copy_shifts(memory.shifts(stage.index), c, first_shift(work) + max(token, 0), token >= 0);
+        }
+      }
+      if (Memory::HAS_STAGE_TOKENS && lane == 0) store_shared(memory.first_token(stage.index), ~0u);
+      tell_copy(shared, full, true, work);
+      cursor.run = warp_uniform(cursor.run);
+      cursor.place = warp_uniform(cursor.place);
+      cursor.start = warp_uniform(cursor.start);
+      cursor.length = warp_uniform(cursor.length);
+    }
+    if (!Memory::Shift::OF_ROWS) copy_arrive(full);
+    stage.next();
+  }
+
+  DEVICE_MEMBER int64 first_shift(const Work& work) const {
+    return static_cast<int64>(work.batch * p.layout.heads + work.head) * p.num_queries;
+  }
+
+  // Copy the shifts at `at` for row or column i. Without a token they are 0, as are its tiles: then dP = dS = 0.
+  DEVICE_MEMBER void copy_shifts(uint32 shifts, int i, int64 at, bool exists) const {
+    using Shift = typename Memory::Shift;
+    if (folded) {
+      copy_word(shifts + Shift::folded(i), p.shifts[1] + at, exists);
+      copy_word(shifts + Shift::folded(i) + Shift::TWIN, p.shifts[1] + at, exists);
+    } else {
+      copy_word(shifts + Shift::plain(i), p.shifts[0] + at, exists);
+      copy_word(shifts + Shift::plain(i) + Shift::BYTES / 2, p.shifts[1] + at, exists);
+    }
+  }
+};
+
+// The warps that copy tokens from anywhere, 4 at a time.
+template <class Memory>
+DEVICE void copy_tokens(const Parameters& p, const Memory memory) {
+  const int thread = threadIdx.x - 32, lane = thread % 32;
+  for (Ring<1> copy;; copy.next()) {
+    barrier_wait(memory.copy_full(), copy.parity);
+    const uint4 what = load_shared(memory.copy());
+    const uint32 shared = what.x, barrier = what.y;
+    if (barrier == 0) break;
+    const bool are_columns = what.z;
+    const int batch = what.w, head = load_word(memory.copy() + 16), tokens = are_columns ? COLUMNS : ROWS;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const Tensor4& tensor = are_columns ? p.columns[i] : p.rows[i];
+      const Element* from = tensor.at(batch, head);
+      const uint32 to = shared + i * (are_columns ? COLUMN_TILE : ROW_TILE);
+#pragma unroll 2
+      for (int r = thread / 8; r < tokens; r += 4 * COPYING_WARPS) {
+        copy_row<D>(to, tokens, from, tensor.token, r, load_word(memory.copied_tokens() + 4 * r), lane);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(memory.copy_empty());
     copy_wait();
     proxy_fence();
-  }
-  __syncwarp();
-  const int thread = threadIdx.x % WARPGROUP;
-  if (is_contiguous && thread == 0) {
-    barrier_arrive_expect(barrier, 2 * TILE);
-    load_tile<TOKENS>(shared, &maps[0], barrier, work, token);
-    load_tile<TOKENS>(shared + TILE, &maps[1], barrier, work, token);
-  } else if (thread % 32 == 0) {
-    barrier_arrive(barrier);
+    named_sync(COPIED, 32 * COPYING_WARPS);
+    if (thread == 0) barrier_arrive(barrier);
   }
 }
 
 template <class Memory>
-DEVICE void produce(const Parameters& p, const Memory memory) {
-  const int thread = threadIdx.x % WARPGROUP, column = thread / 32 * (COLUMNS / 4) + thread % (COLUMNS / 4);
-  Ring<Memory::STAGES> stage;
-  Ring<1> tile;
-  for (int item = blockIdx.x; item < p.layout.num_row_tiles * p.layout.batch_heads; item += gridDim.x) {
-    const Work work(p.layout, item);
-    if (work.columns == 0) continue;
-    barrier_wait(memory.rows_empty(), tile.parity ^ 1);
-    fill<ROWS>(
-        p.row_maps, p.rows, memory.row_tile(0), memory.rows_full(), work,
-        work.length == ROWS && work.group != p.layout.dense_group,
-        thread < work.length ? work.token(p.layout, thread) : -1);
-    tile.next();
-
-    Cursor cursor(p.layout, work.group);
-    for (int place = 0; place < work.columns; place += COLUMNS) {
-      const bool is_contiguous = cursor.is_contiguous(COLUMNS);
-      Cursor mine = cursor;
-      mine.advance(p.layout, work.group, column);
-      const int token = mine.token(p.layout);
-      cursor.advance(p.layout, work.group, COLUMNS);
-      float lse = infinity(), inner = 0; // behind the end p = exp2(-inf) = 0
-      if (Memory::HAS_STATISTICS && token >= 0) {
-        const int64 at = static_cast<int64>(work.batch * p.layout.heads + work.head) * p.num_queries + token;
-        lse = p.lse[at];
-        inner = p.inner[at];
-      }
-      barrier_wait(memory.empty(stage.index), stage.parity ^ 1);
-      if (Memory::HAS_STATISTICS) {
-        const uint32 statistics = memory.statistics(stage.index);
-        store_shared(statistics + 4 * statistic_place(column), __float_as_uint(lse));
-        store_shared(statistics + Memory::STATISTIC + 4 * statistic_place(column), __float_as_uint(inner));
-        store_shared(statistics + 2 * Memory::STATISTIC + 4 * column, token);
-      }
-      fill<COLUMNS>(
-          p.column_maps, p.columns, memory.column_tile(stage.index, 0), memory.full(stage.index), work, is_contiguous,
-          token);
-      stage.next();
-    }
-  }
+DEVICE void load(const Parameters& p, const Memory memory) {
+  if (threadIdx.x < 32) Loader<Memory>(p, memory).run();
+  else copy_tokens(p, memory);
 }
 
 // ---- the computing warpgroups ----
+
+template <class Memory>
+DEVICE Work read_work(const Memory& memory, uint32 i) {
+  const uint4 x = load_shared(memory.work(i)), y = load_shared(memory.work(i) + 16);
+  Work work;
+  work.columns = warp_uniform(x.x);
+  work.length = warp_uniform(x.y);
+  work.batch = warp_uniform(x.z);
+  work.head = warp_uniform(x.w);
+  work.group = warp_uniform(y.x);
+  work.start = warp_uniform(y.y);
+  return work;
+}
 
 // This warp has done with what the barrier guards.
 DEVICE void release(uint32 barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// x [64, COLUMNS] = A B^T of 64 rows and a column tile.
+// x [64, COLUMNS] (+)= A B^T of 64 rows and a column tile.
+template <bool ADD>
 DEVICE void multiply(float (&x)[COLUMNS / 2], uint32 rows, uint32 columns) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; ++panel) {
@@ -253,7 +441,7 @@ DEVICE void multiply(float (&x)[COLUMNS / 2], uint32 rows, uint32 columns) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (panel == 0 && k == 0) {
-        wgmma_along_d<false>(x, a, b);
+        wgmma_along_d<ADD>(x, a, b);
       } else {
         wgmma_along_d<true>(x, a + k * ALONG_D, b + k * ALONG_D);
       }

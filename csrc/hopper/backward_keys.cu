@@ -10,27 +10,24 @@ constexpr bool ACCUMULATE = true;
 #else
 constexpr bool ACCUMULATE = false;
 #endif
-#if defined(TAKE_TURNS) // only one warpgroup at a time computes exponentials, while the other multiplies
-constexpr bool TURNS = true;
-#else
-constexpr bool TURNS = false;
-#endif
 
 constexpr uint32 SCORES_PANEL = ROWS * SWIZZLE_ROW;    // dS^T of 64 queries
 constexpr uint32 SCORES = COLUMNS / 64 * SCORES_PANEL; // one of two buffers
 constexpr uint32 SUMS = 64 * 64 * sizeof(float);       // dQ of one warpgroup
 constexpr uint32 EXTRA = ACCUMULATE ? 2 * SCORES + (D == 64 ? 0 : 2 * SUMS) : 0;
 
-using KeysMemory = Memory<3, true, EXTRA>;
+using KeysMemory = Memory<ACCUMULATE ? 3 : 4, ACCUMULATE || D == 128 ? 1 : 2, Shifts::OF_COLUMNS, ACCUMULATE, EXTRA>;
 
-enum NamedBarrier { SCORES_WRITTEN = 1, WARPGROUP_DONE = 2, TURN = 4 };
+static_assert(sizeof(Parameters) == PARAMETER_BYTES && KeysMemory::BYTES == SHARED_BYTES, "as in backward_pass.py");
 
+template <bool FOLDED>
 struct Consumer {
   const Parameters& p;
   const KeysMemory memory;
   const uint32 index;
   Ring<KeysMemory::STAGES> stage;
-  Ring<1> tile;
+  Ring<KeysMemory::ROW_BUFFERS> tile;
+  Ring<2> record;
   uint32 buffer = 0;
   int length, batch_head; // of the tile
   float dk[D / 2], dv[D / 2], s[COLUMNS / 2], dp[COLUMNS / 2];
@@ -38,74 +35,107 @@ struct Consumer {
   DEVICE_MEMBER Consumer(const Parameters& p, KeysMemory memory)
       : p(p), memory(memory), index(warp_uniform(threadIdx.x / WARPGROUP - 1)) {}
 
-  DEVICE_MEMBER uint32 rows(int i) const { return memory.row_tile(i) + index * 64 * SWIZZLE_ROW; }
+  DEVICE_MEMBER uint32 rows(int i) const { return memory.row_tile(tile.index, i) + index * 64 * SWIZZLE_ROW; }
 
   DEVICE_MEMBER void run() {
-    if (TURNS && index == 1) named_arrive(TURN, 2 * WARPGROUP);
-    for (int item = blockIdx.x; item < p.layout.num_row_tiles * p.layout.batch_heads; item += gridDim.x) {
+    while (true) {
+      barrier_wait(memory.rows_full(tile.index), tile.parity);
+      const Work work = read_work(memory, record.index);
+      if (work.columns < 0) break;
+      length = work.length;
+      batch_head = work.batch * p.layout.heads + work.head;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
-      const Work at_start(p.layout, item);
-      length = warp_uniform(at_start.length);
-      batch_head = warp_uniform(at_start.batch * p.layout.heads + at_start.head);
-      int columns = warp_uniform(at_start.columns);
+      int columns = work.columns;
       if (columns > 0) {
-        barrier_wait(memory.rows_full(), tile.parity);
-        tile.next();
         barrier_wait(memory.full(stage.index), stage.parity);
         hold(dk);
         hold(dv);
-        wgmma_fence();
-        multiply(s, rows(0), memory.column_tile(stage.index, 0));
-        wgmma_commit();
-        multiply(dp, rows(1), memory.column_tile(stage.index, 1));
-        wgmma_commit();
+        start_dp();
+        multiply_scores();
+        multiply_dp();
         wgmma_wait<1>();
         for (; columns > COLUMNS; columns -= COLUMNS) step<true>();
         step<false>();
         hold(dk);
         hold(dv);
-        release(memory.rows_empty());
       }
-      const Work work(p.layout, forget(item));
-      store_gradients(p.gradients[0], dk, p.scale, p.layout, work, index * 64);
-      store_gradients(p.gradients[1], dv, 1, p.layout, work, index * 64);
+      release(memory.rows_empty(tile.index));
+      tile.next();
+      const Work again = read_work(memory, record.index); // not to keep it in registers
+      store_gradients(p.gradients[0], dk, p.scale, p.layout, again, index * 64);
+      store_gradients(p.gradients[1], dv, 1, p.layout, again, index * 64);
+      __syncwarp();
+      release(memory.work_empty(record.index));
+      record.next();
+    }
+  }
+
+  DEVICE_MEMBER void multiply_scores() {
+    wgmma_fence();
+    multiply<false>(s, rows(0), memory.column_tile(stage.index, 0));
+    wgmma_commit();
+  }
+
+  DEVICE_MEMBER void multiply_dp() {
+    wgmma_fence();
+    multiply<true>(dp, rows(1), memory.column_tile(stage.index, 1));
+    wgmma_commit();
+  }
+
+  // The accumulators of dP of this stage start at -inner.
+  DEVICE_MEMBER void start_dp() {
+    const uint32 shifts = memory.shifts(stage.index) + threadIdx.x % 4 * 16;
+    if (FOLDED) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 8; ++i) {
+        const float4 x = load_floats(shifts + 64 * i);
+        dp[4 * i] = x.x, dp[4 * i + 1] = x.y, dp[4 * i + 2] = x.z, dp[4 * i + 3] = x.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 16; ++i) {
+        const float4 x = load_floats(shifts + KeysMemory::Shift::BYTES / 2 + 64 * i);
+        dp[8 * i] = dp[8 * i + 2] = x.x, dp[8 * i + 1] = dp[8 * i + 3] = x.y;
+        dp[8 * i + 4] = dp[8 * i + 6] = x.z, dp[8 * i + 5] = dp[8 * i + 7] = x.w;
+      }
+    }
+    hold(dp);
+  }
+
+  // Scale the scores and subtract lse, if that is not folded.
+  DEVICE_MEMBER void shift_scores(uint32 now) {
+    const uint32 shifts = memory.shifts(now) + threadIdx.x % 4 * 16;
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 16; ++k) {
+      const float4 x = load_floats(shifts + 64 * k);
+      const float shift[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[8 * k + i] = fmaf(s[8 * k + i], p.score_scale, shift[i / 4 * 2 + i % 2]);
     }
   }
 
   // The scores of this stage are done and dP is under way; with MORE so are those of the next when it returns.
   template <bool MORE>
   DEVICE_MEMBER void step() {
-    const uint32 now = stage.index, statistics = memory.statistics(now) + threadIdx.x % 4 * 16;
+    const uint32 now = stage.index;
     stage.next();
 
     hold(s);
-    if (TURNS) named_sync(TURN + index, 2 * WARPGROUP);
+    if (!FOLDED) shift_scores(now);
 #pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) {
-      const float4 x = load_floats(statistics + 64 * k);
-      const float lse[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) s[8 * k + i] = exp2_approx(s[8 * k + i] * p.scale_log2 - lse[i / 4 * 2 + i % 2]);
-    }
+    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i]);
     // The branch in this wait also keeps the assembler from moving the exponentials behind the next.
     if (MORE) barrier_wait(memory.full(stage.index), stage.parity);
     wgmma_wait<0>();
     hold(dp);
     uint32 probabilities[COLUMNS / 4], ds[COLUMNS / 4];
 #pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) {
-      const float4 x = load_floats(statistics + KeysMemory::STATISTIC + 64 * k);
-      const float inner[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const int at = 8 * k + i, column = i / 4 * 2;
-        probabilities[at / 2] = pack(s[at], s[at + 1]);
-        ds[at / 2] = pack(s[at] * (dp[at] - inner[column]), s[at + 1] * (dp[at + 1] - inner[column + 1]));
-      }
+    for (int i = COLUMNS / 4 - 1; i >= 0; --i) { // this order spares the assembler registers
+      probabilities[i] = pack(s[2 * i], s[2 * i + 1]);
+      ds[i] = pack(s[2 * i] * dp[2 * i], s[2 * i + 1] * dp[2 * i + 1]);
     }
-    if (ACCUMULATE && length < ROWS) hide_rows(ds);
-    if (TURNS) named_arrive(TURN + 1 - index, 2 * WARPGROUP);
+    if (!FOLDED && ACCUMULATE && length < ROWS) hide_rows(ds);
 
     hold(probabilities);
     hold(ds);
@@ -115,35 +145,32 @@ struct Consumer {
     multiply_add(dk, ds, memory.column_tile(now, 0));
     wgmma_commit();
     float dq[32];
-    int token = 0;
+    int first = 0, token = 0;
     if (ACCUMULATE) {
       write_scores(ds);
       bulk_wait_read(); // of the step before: from here on the other buffer is free
       proxy_fence();
       named_sync(SCORES_WRITTEN, 2 * WARPGROUP);
-      multiply_scores(dq);
+      multiply_ds(dq);
       wgmma_commit();
-      token = token_of_row(now);
+      const int row = first_query() + threadIdx.x % 16;
+      first = warp_uniform(load_word(memory.first_token(now)));
+      token = first < 0 ? load_word(memory.tokens(now) + 4 * row) : first + row;
     }
     wgmma_wait<1>();
     hold(probabilities);
-    if (MORE) {
-      wgmma_fence();
-      multiply(s, rows(0), memory.column_tile(stage.index, 0));
-      wgmma_commit();
-    }
+    if (MORE) multiply_scores();
     wgmma_wait<MORE ? 1 : 0>();
     hold(ds);
     release(memory.empty(now));
     if (ACCUMULATE) {
       hold(dq);
-      add_to_queries(dq, token);
+      add_to_queries(dq, token, first >= 0);
       buffer ^= 1;
     }
     if (MORE) {
-      wgmma_fence();
-      multiply(dp, rows(1), memory.column_tile(stage.index, 1));
-      wgmma_commit();
+      start_dp();
+      multiply_dp();
       wgmma_wait<1>();
     }
   }
@@ -169,23 +196,21 @@ struct Consumer {
   }
 
   // dq = dS K: 64 queries, all of d, or at head size 128 all queries, 64 of d.
-  DEVICE_MEMBER void multiply_scores(float (&dq)[32]) const {
+  DEVICE_MEMBER void multiply_ds(float (&dq)[32]) const {
     const uint64 a = descriptor(scores() + (D == 64 ? index * SCORES_PANEL : 0));
-    const uint64 b = descriptor(memory.row_tile(0) + (D == 64 ? 0 : index * ROWS * SWIZZLE_ROW));
+    const uint64 b = descriptor(memory.row_tile(tile.index, 0) + (D == 64 ? 0 : index * ROWS * SWIZZLE_ROW));
     wgmma_fence();
     wgmma_along_tokens<false>(dq, a, b);
 #pragma unroll
     for (int k = 1; k < ROWS / 16; ++k) wgmma_along_tokens<true>(dq, a + k * ALONG_TOKENS, b + k * ALONG_TOKENS);
   }
 
-  // Lane l knows the query of row l % 16 of its warp's part of dq.
-  DEVICE_MEMBER int token_of_row(uint32 now) const {
-    const int row = (D == 64 ? index * 64 : 0) + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 16;
-    return load_word(memory.statistics(now) + 2 * KeysMemory::STATISTIC + 4 * row);
-  }
+  // Of this warp's part of dq.
+  DEVICE_MEMBER int first_query() const { return (D == 64 ? index * 64 : 0) + threadIdx.x % WARPGROUP / 32 * 16; }
 
-  // The sums leave through shared memory: at head size 64 where this warpgroup's half of dS^T was.
-  DEVICE_MEMBER void add_to_queries(const float (&dq)[32], int token) const {
+  // Lane l knows the token of row l % 16. The sums leave through shared memory: at head size 64 where this warpgroup's
+  // half of dS^T was.
+  DEVICE_MEMBER void add_to_queries(const float (&dq)[32], int token, bool is_contiguous) const {
     const int lane = threadIdx.x % 32, quad = lane / 4;
     const uint32 rows = (D == 64 ? scores() : memory.extra() + 2 * SCORES) + index * SUMS +
                         threadIdx.x % WARPGROUP / 32 * (16 * 256);
@@ -202,8 +227,7 @@ struct Consumer {
     proxy_fence();
     const int64 panel = static_cast<int64>(batch_head) * PANELS + (D == 64 ? 0 : index);
     float* sum = p.dq_sum + (panel * p.num_queries + token) * 64;
-    const bool side_by_side = token == __shfl_sync(0xffffffff, token, 0) + lane % 16;
-    if (__all_sync(0xffffffff, side_by_side)) {
+    if (is_contiguous) {
       if (lane == 0) reduce_bulk(sum, rows, 16 * 256);
     } else if (lane < 16 && token >= 0) {
       reduce_bulk(sum, rows + lane * 256, 256);
@@ -217,11 +241,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward_keys(const __grid_
   const KeysMemory memory{shared_address(shared)};
   memory.initialize();
   if (threadIdx.x < WARPGROUP) {
-    give_registers<40>();
-    produce(p, memory);
+    give_registers<LOADING_REGISTERS>();
+    load(p, memory);
   } else {
-    take_registers<232>();
-    Consumer(p, memory).run();
-    bulk_wait_read();
+    take_registers<COMPUTING_REGISTERS>();
+    if (is_folded(p.any_unfolded)) Consumer<true>(p, memory).run();
+    else Consumer<false>(p, memory).run();
+    if (ACCUMULATE) bulk_wait_read();
   }
 }

@@ -2,70 +2,103 @@
 // result is the same from run to run.
 #include "backward.cuh"
 
-using QueriesMemory = Memory<4, false, 0>;
+using QueriesMemory = Memory<D == 64 ? 4 : 3, 2, Shifts::OF_ROWS, false, 0>;
 
+static_assert(sizeof(Parameters) == PARAMETER_BYTES && QueriesMemory::BYTES == SHARED_BYTES, "as in backward_pass.py");
+
+template <bool FOLDED>
 struct Consumer {
   const Parameters& p;
   const QueriesMemory memory;
   const uint32 index;
   Ring<QueriesMemory::STAGES> stage;
-  Ring<1> tile;
+  Ring<QueriesMemory::ROW_BUFFERS> tile;
+  Ring<2> record;
   int columns;             // from this step on
-  float lse[2], inner[2];  // of this thread's two rows
   float dq[D / 2], s[COLUMNS / 2], dp[COLUMNS / 2];
 
   DEVICE_MEMBER Consumer(const Parameters& p, QueriesMemory memory)
       : p(p), memory(memory), index(warp_uniform(threadIdx.x / WARPGROUP - 1)) {}
 
-  DEVICE_MEMBER uint32 rows(int i) const { return memory.row_tile(i) + index * 64 * SWIZZLE_ROW; }
+  DEVICE_MEMBER uint32 rows(int i) const { return memory.row_tile(tile.index, i) + index * 64 * SWIZZLE_ROW; }
 
   DEVICE_MEMBER void run() {
-    for (int item = blockIdx.x; item < p.layout.num_row_tiles * p.layout.batch_heads; item += gridDim.x) {
+    while (true) {
+      barrier_wait(memory.rows_full(tile.index), tile.parity);
+      columns = read_work(memory, record.index).columns;
+      if (columns < 0) break;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-      columns = start(item);
       if (columns > 0) {
-        barrier_wait(memory.rows_full(), tile.parity);
-        tile.next();
         barrier_wait(memory.full(stage.index), stage.parity);
         hold(dq);
-        wgmma_fence();
-        multiply(s, rows(0), memory.column_tile(stage.index, 0));
-        wgmma_commit();
-        multiply(dp, rows(1), memory.column_tile(stage.index, 1));
-        wgmma_commit();
+        start_dp();
+        multiply_scores();
+        multiply_dp();
         wgmma_wait<1>();
         probabilities();
+        await_next();
         while (columns > COLUMNS) step<true>();
         step<false>();
         hold(dq);
-        release(memory.rows_empty());
       }
-      store_gradients(p.gradients[0], dq, p.scale, p.layout, Work(p.layout, forget(item)), index * 64);
+      release(memory.rows_empty(tile.index));
+      tile.next();
+      store_gradients(p.gradients[0], dq, p.scale, p.layout, read_work(memory, record.index), index * 64);
+      __syncwarp();
+      release(memory.work_empty(record.index));
+      record.next();
     }
   }
 
-  // Read the statistics of this thread's rows; how many columns they see.
-  DEVICE_MEMBER int start(int item) {
-    const Work work(p.layout, item);
-    const int64 head = static_cast<int64>(work.batch * p.layout.heads + work.head) * p.num_queries;
-    const int thread = forget(threadIdx.x);
+  DEVICE_MEMBER void multiply_scores() {
+    wgmma_fence();
+    multiply<false>(s, rows(0), memory.column_tile(stage.index, 0));
+    wgmma_commit();
+  }
+
+  DEVICE_MEMBER void multiply_dp() {
+    wgmma_fence();
+    multiply<true>(dp, rows(1), memory.column_tile(stage.index, 1));
+    wgmma_commit();
+  }
+
+  DEVICE_MEMBER int row() const { return index * 64 + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4; }
+
+  // Shift i of one of this thread's rows, if not folded.
+  DEVICE_MEMBER float shift(int i, int half) const {
+    const uint32 at = i * QueriesMemory::Shift::BYTES / 2 + QueriesMemory::Shift::plain(row() + 8 * half);
+    return __uint_as_float(load_word(memory.shifts(tile.index) + at));
+  }
+
+  // The accumulators of dP start at -inner. All columns start alike, but one load for four is cheaper than four moves.
+  DEVICE_MEMBER void start_dp() {
+    if (FOLDED) {
+      const uint32 shifts = memory.shifts(tile.index) + QueriesMemory::Shift::folded(row());
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = index * 64 + thread % WARPGROUP / 32 * 16 + half * 8 + thread % 32 / 4;
-      const int64 at = head + (row < work.length ? work.token(p.layout, row) : 0);
-      lse[half] = row < work.length ? p.lse[at] : infinity();
-      inner[half] = row < work.length ? p.inner[at] : 0;
+      for (int i = 0; i < COLUMNS / 2; i += 4) {
+        const float4 x = load_floats(shifts);
+        dp[i] = x.x, dp[i + 1] = x.y, dp[i + 2] = x.z, dp[i + 3] = x.w;
+      }
+    } else {
+      const float x[2] = {shift(1, 0), shift(1, 1)};
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 2; ++i) dp[i] = x[i / 2 % 2];
     }
-    return warp_uniform(work.columns);
+    hold(dp);
   }
 
-  // Turn scores into probabilities. Behind the last column keys and scores are 0, but p = exp2(-lse) must be 0.
+  // Turn scores into probabilities. Behind the last column keys and scores are 0, but p = exp2(-lse) may be infinite.
   DEVICE_MEMBER void probabilities() {
     hold(s);
+    if (!FOLDED) {
+      const float x[2] = {shift(0, 0), shift(0, 1)};
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i] * p.scale_log2 - lse[i / 2 % 2]);
-    if (columns < COLUMNS) {
+      for (int i = 0; i < COLUMNS / 2; ++i) s[i] = fmaf(s[i], p.score_scale, x[i / 2 % 2]);
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i]);
+    if (!FOLDED && columns < COLUMNS) {
       const int first = forget(threadIdx.x) % 4 * 2;
 #pragma unroll
       for (int i = 0; i < COLUMNS / 2; ++i) {
@@ -74,7 +107,18 @@ struct Consumer {
     }
   }
 
-  // This stage's probabilities are there and dP is under way; with MORE those of the next are when it returns.
+  // Wait for the stage behind this one. The branch also keeps the assembler from moving the exponentials behind the next
+  // wait for a product.
+  DEVICE_MEMBER void await_next() const {
+    if (columns > COLUMNS) {
+      Ring<QueriesMemory::STAGES> next = stage;
+      next.next();
+      barrier_wait(memory.full(next.index), next.parity);
+    }
+  }
+
+  // This stage's probabilities are there, dP is under way, and the next stage is loaded. With MORE that holds for the
+  // next when it returns.
   template <bool MORE>
   DEVICE_MEMBER void step() {
     const uint32 now = stage.index;
@@ -84,26 +128,18 @@ struct Consumer {
     hold(dp);
     uint32 ds[COLUMNS / 4];
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 4; ++i) {
-      const float shift = inner[i % 2];
-      ds[i] = pack(s[2 * i] * (dp[2 * i] - shift), s[2 * i + 1] * (dp[2 * i + 1] - shift));
-    }
+    for (int i = 0; i < COLUMNS / 4; ++i) ds[i] = pack(s[2 * i] * dp[2 * i], s[2 * i + 1] * dp[2 * i + 1]);
     hold(ds);
-    if (MORE) {
-      barrier_wait(memory.full(stage.index), stage.parity);
-      wgmma_fence();
-      multiply(s, rows(0), memory.column_tile(stage.index, 0));
-      wgmma_commit();
-    } else {
-      wgmma_fence();
-    }
+    if (MORE) multiply_scores();
+    wgmma_fence();
     multiply_add(dq, ds, memory.column_tile(now, 0));
     wgmma_commit();
     if (MORE) {
-      multiply(dp, rows(1), memory.column_tile(stage.index, 1));
-      wgmma_commit();
+      start_dp();
+      multiply_dp();
       wgmma_wait<2>();
       probabilities();
+      await_next();
     }
     wgmma_wait<MORE ? 1 : 0>();
     hold(ds);
@@ -116,10 +152,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward_queries(const __gr
   const QueriesMemory memory{shared_address(shared)};
   memory.initialize();
   if (threadIdx.x < WARPGROUP) {
-    give_registers<40>();
-    produce(p, memory);
+    give_registers<LOADING_REGISTERS>();
+    load(p, memory);
   } else {
-    take_registers<232>();
-    Consumer(p, memory).run();
+    take_registers<COMPUTING_REGISTERS>();
+    if (is_folded(p.any_unfolded)) Consumer<true>(p, memory).run();
+    else Consumer<false>(p, memory).run();
   }
 }

@@ -6,12 +6,14 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int LANES = D / 8; // of one token, 16 bytes each
 
 struct InnerParameters {
-  Tensor4 out, grad;
-  const float* lse;      // [batch_heads, tokens], natural logarithm
-  const float* grad_lse; // the same, or null
-  float* lse_log2;
-  float* inner;
+  Tensor4 q, out, grad;
+  Tensor4 scaled_q, folded_grad; // written, in bfloat16 only: Q scale log2(e), dO exp2(-lse)
+  const float* lse;              // [batch_heads, tokens], natural logarithm
+  const float* grad_lse;         // the same, or null
+  float* shifts[2];              // as in Parameters
+  int* any_unfolded;             // 0 at first
   int tokens, heads, batch_heads;
+  float scale_log2;
 };
 
 struct ConvertParameters {
@@ -20,6 +22,12 @@ struct ConvertParameters {
   int tokens, heads, batch_heads;
   float scale;
 };
+
+#if defined(BACKWARD_INNER)
+static_assert(sizeof(InnerParameters) == PARAMETER_BYTES, "as in backward_pass.py");
+#else
+static_assert(sizeof(ConvertParameters) == PARAMETER_BYTES, "as in backward_pass.py");
+#endif
 
 // The token of these lanes: the `row`-th of all, and its place.
 struct Place {
@@ -62,19 +70,44 @@ DEVICE float high(uint32 pair) {
 #endif
 }
 
+#if defined(BFLOAT16)
+DEVICE uint4 scaled(uint4 x, float factor) {
+  return make_uint4(scaled(x.x, factor), scaled(x.y, factor), scaled(x.z, factor), scaled(x.w, factor));
+}
+#endif
+
 DEVICE float dot(uint32 x, uint32 y) { return low(x) * low(y) + high(x) * high(y); }
 
-// inner = dO . out - dLSE, and lse in units of log2; of a row that sees nothing, whatever makes its p zero.
+#if defined(BFLOAT16)
+// Where neither exp2(-lse), nor exp2(score) of a score that matters, comes near overflow; as in the forward.
+constexpr float SMALLEST_LSE = -40, LARGEST_LSE = 60;
+#endif
+
+// -inner = dLSE - dO . out, and -lse in units of log2 unless it is folded into dO and inner; of a row that sees nothing,
+// whatever makes its p dP zero.
 extern "C" __global__ void backward_inner(const __grid_constant__ InnerParameters p) {
   const Place place(p.tokens, p.heads, p.batch_heads);
-  const uint4 x = *place.piece(p.out), y = *place.piece(p.grad);
+  const uint4 x = *place.piece(p.out);
+  uint4 y = *place.piece(p.grad);
+  const float lse = p.lse[place.row] * LOG2_E;
+  const bool sees_nothing = lse == -infinity();
+  float factor = 1, shift = sees_nothing ? lse : -lse;
+#if defined(BFLOAT16)
+  if (sees_nothing) factor = shift = 0;
+  if (SMALLEST_LSE <= lse && lse <= LARGEST_LSE) factor = exp2_approx(-lse), shift = 0;
+  y = scaled(y, factor);
+  if (place.exists) {
+    *place.piece(p.scaled_q) = scaled(*place.piece(p.q), p.scale_log2);
+    *place.piece(p.folded_grad) = y;
+    if (shift != 0) *p.any_unfolded = 1;
+  }
+#endif
   float sum = dot(x.x, y.x) + dot(x.y, y.y) + dot(x.z, y.z) + dot(x.w, y.w);
 #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
   if (place.exists && place.lane == 0) {
-    const float lse = p.lse[place.row];
-    p.inner[place.row] = p.grad_lse ? sum - p.grad_lse[place.row] : sum;
-    p.lse_log2[place.row] = lse == -infinity() ? infinity() : lse * LOG2_E;
+    p.shifts[0][place.row] = shift;
+    p.shifts[1][place.row] = (p.grad_lse ? p.grad_lse[place.row] * factor : 0) - sum;
   }
 }
 

@@ -6,17 +6,19 @@
 // is full but the last. A consumer warpgroup starts S = Q K^T of a tile together with O += P V of the tile before, and
 // turns S into P while that second product runs.
 //
+// Ordinary instructions are what the tensor cores wait for, so a score costs little more than its exponential. In
+// bfloat16 the scale is multiplied into Q, which is rounded once more; the backward pass rounds it in the same way, so
+// what both compute is exact attention of that Q. The sum of a row is a column of the output: P times ones behind V.
+//
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
 // with no maximum at all, and the proof comes after: a row whose sum lies between SMALLEST and LARGEST lost nothing to
-// overflow or underflow. Rows that fail are flagged, and their items done again by the ONLINE kernel. Without ONLINE the
-// scale is multiplied into Q, which rounds it to bfloat16 once more: an error of 2^-9 of each product, so of a few
-// thousandths of a weight for the scores that the proof lets pass.
+// overflow or underflow. Tiles with rows that fail are flagged, and done again by the ONLINE kernel.
 
 #include "work.cuh"
 
 constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
-static_assert(COLUMNS % 32 == 0, "copy_columns takes 32 at a time");
+static_assert(COLUMNS % 32 == 0, "load_pieces takes 32 at a time");
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int SCORES = COLUMNS / 2; // of a thread
@@ -27,13 +29,22 @@ constexpr int Q_BYTES = ROWS * D * 2;
 constexpr int TILE_BYTES = COLUMNS * D * 2;
 constexpr int Q_PANEL = ROWS * SWIZZLE_ROW;
 constexpr int PANEL = COLUMNS * SWIZZLE_ROW;
+constexpr int OUT = 32 * PANELS + 4; // of a thread: the output, and the sum of its two rows, each twice
+constexpr int ONES_BYTES = 16 * SWIZZLE_ROW;
+constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products then read half as much shared memory
+#if defined(BFLOAT16)
+constexpr bool SCALED_Q = true;
+#else
+constexpr bool SCALED_Q = false;
+#endif
 
 // What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
 constexpr float SMALLEST = 9.094947017729282e-13f; // 2^-40
 constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
 
 struct Parameters {
-  TensorMap k_map, v_map;
+  TensorMap k_map, v_map;       // boxes of [64, COLUMNS]
+  TensorMap k_pieces, v_pieces; // boxes of [64, PIECE]
   Tensor4 q, k, v, out;
   float* lse;      // [B, H, N]
   int* next;       // the next item to be taken, 0 at first
@@ -46,19 +57,28 @@ struct Parameters {
 
 // What lies where in shared memory.
 struct Shared {
+  static constexpr uint32 BARRIERS_AT = 2 * Q_BYTES + STAGES * 2 * TILE_BYTES + ONES_BYTES;
+  static constexpr uint32 WORK_AT = BARRIERS_AT + 8 * (6 + 2 * STAGES);
+  static constexpr uint32 SUMS_AT = WORK_AT + 2 * 32;
+  static constexpr uint32 BYTES = SUMS_AT + CONSUMERS / 2 * 512;
+
   uint32 base;
 
   DEVICE_MEMBER uint32 q(int buffer) const { return base + buffer * Q_BYTES; }
   DEVICE_MEMBER uint32 k(int stage) const { return base + 2 * Q_BYTES + stage * 2 * TILE_BYTES; }
   DEVICE_MEMBER uint32 v(int stage) const { return k(stage) + TILE_BYTES; }
-  DEVICE_MEMBER uint32 barriers() const { return base + 2 * Q_BYTES + STAGES * 2 * TILE_BYTES; }
+  DEVICE_MEMBER uint32 ones() const { return k(STAGES); } // 16 tokens
+  DEVICE_MEMBER uint32 barriers() const { return base + BARRIERS_AT; }
   DEVICE_MEMBER uint32 q_full(int buffer) const { return barriers() + 8 * buffer; }
   DEVICE_MEMBER uint32 q_empty(int buffer) const { return barriers() + 8 * (2 + buffer); }
   DEVICE_MEMBER uint32 work_full(int buffer) const { return barriers() + 8 * (4 + buffer); }
   DEVICE_MEMBER uint32 full(int stage) const { return barriers() + 8 * (6 + stage); }
   DEVICE_MEMBER uint32 empty(int stage) const { return barriers() + 8 * (6 + STAGES + stage); }
-  DEVICE_MEMBER uint32 work(int buffer) const { return barriers() + 8 * (6 + 2 * STAGES) + 32 * buffer; }
+  DEVICE_MEMBER uint32 work(int buffer) const { return base + WORK_AT + 32 * buffer; }
+  DEVICE_MEMBER uint32 sums(int unit) const { return base + SUMS_AT + 512 * unit; } // of a row: sum, maximum
 };
+
+static_assert(sizeof(Parameters) == PARAMETER_BYTES && Shared::BYTES == SHARED_BYTES, "as in forward_pass.py");
 
 // Position in a ring of N places, and the parity of its round.
 template <int N>
@@ -97,7 +117,7 @@ DEVICE int next_item(const Parameters& p) {
   }
 }
 
-#if !defined(ONLINE)
+#if defined(BFLOAT16)
 // Multiply a tile of Q by the scale, so that scores need no multiplication: it is rounded to 16 bits as Q itself was.
 DEVICE void scale_rows(uint32 q, float scale) {
 #pragma unroll 2
@@ -129,7 +149,7 @@ DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
     if (!exists) break;
     copy_rows<D>(p.layout, work, ROWS, shared.q(ring.place), p.q.at(work.batch, work.head), p.q.token);
     copy_wait();
-#if !defined(ONLINE)
+#if defined(BFLOAT16)
     __syncwarp();
     scale_rows(shared.q(ring.place), p.scale);
 #endif
@@ -153,8 +173,8 @@ DEVICE bool read_work(const Shared& shared, int buffer, Work& work, int& item) {
 }
 
 // The second and third loading warps: stream the tiles of K, and of V (`offset` behind K in a stage).
-DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const Tensor4& tensor,
-                            uint32 offset) {
+DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const TensorMap& pieces,
+                            const Tensor4& tensor, uint32 offset) {
   const bool signals = threadIdx.x % 32 == 0;
   Ring<2> work_ring;
   Ring<STAGES> ring;
@@ -167,7 +187,6 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
     if (!exists) break;
     work_ring.advance();
 
-    const Element* head = tensor.at(work.batch, work.head);
     Cursor cursor(p.layout, work.group);
     for (int column = 0; column < work.columns; column += COLUMNS) {
       const uint32 tile = shared.k(ring.place) + offset, full = shared.full(ring.place);
@@ -181,7 +200,7 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
           }
         }
       } else {
-        copy_columns<D>(p.layout, work.group, cursor, COLUMNS, tile, head, tensor.token);
+        load_pieces<D, COLUMNS>(p.layout, work, cursor, tile, pieces, tensor, full);
         copy_wait();
         proxy_fence();
         __syncwarp();
@@ -193,106 +212,122 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
   }
 }
 
-// Scores of 64 rows and a tile of columns become weights; `sum` and `maximum` belong to the thread's two rows.
-struct Softmax {
-  float sum[2];
 #if defined(ONLINE)
-  float maximum[2]; // of the unscaled scores
+constexpr float SLACK = 8.0f; // in units of log2
+
+// Scores in units of log2.
+DEVICE float in_log2(float x, float scale) { return SCALED_Q ? x : x * scale; }
 #endif
 
-  DEVICE_MEMBER void reset() {
-    sum[0] = sum[1] = 0.0f;
-#if defined(ONLINE)
-    maximum[0] = maximum[1] = -__int_as_float(0x7f800000);
-#endif
-  }
-
-  // Hide the columns from `columns` on.
-  DEVICE_MEMBER void hide(float (&s)[SCORES], int columns) const {
-    const int first = 2 * (threadIdx.x % 4);
+// Hide the columns from `columns` on.
+DEVICE void hide(float (&s)[SCORES], int columns) {
+  const int first = 2 * (threadIdx.x % 4);
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i) {
-      if (8 * (i / 4) + first + i % 2 >= columns) s[i] = -__int_as_float(0x7f800000);
-    }
-  }
-
-  // Returns by what the output so far shrinks, for each of the two rows.
-  DEVICE_MEMBER float2 apply(float (&s)[SCORES], float scale) {
-    float2 shrink = {1.0f, 1.0f};
-#if defined(ONLINE)
-    float shift[2], largest[2] = {maximum[0], maximum[1]};
-#pragma unroll
-    for (int i = 0; i < SCORES; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      largest[row] = fmaxf(largest[row], __shfl_xor_sync(0xffffffff, largest[row], 1));
-      largest[row] = fmaxf(largest[row], __shfl_xor_sync(0xffffffff, largest[row], 2));
-      shift[row] = largest[row] * scale;
-      (row == 0 ? shrink.x : shrink.y) = exp2_approx(maximum[row] * scale - shift[row]);
-      maximum[row] = largest[row];
-    }
-    sum[0] *= shrink.x;
-    sum[1] *= shrink.y;
-#endif
-#pragma unroll
-    for (int i = 0; i < SCORES; ++i) {
-#if defined(ONLINE)
-      s[i] = fmaf(s[i], scale, -shift[i / 2 % 2]);
-#endif
-      s[i] = exp2_approx(s[i]);
-      sum[i / 2 % 2] += s[i];
-    }
-    return shrink;
-  }
-
-  DEVICE_MEMBER void finish() {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 1);
-      sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 2);
-    }
-  }
-
-  DEVICE_MEMBER float log_sum(int row, float scale) const {
-#if defined(ONLINE)
-    return (log2_approx(sum[row]) + maximum[row] * scale) * LN_2;
-#else
-    return log2_approx(sum[row]) * LN_2;
-#endif
-  }
-};
-
-DEVICE void start_scores(float (&s)[SCORES], uint64 q, uint64 k) {
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    const uint64 a = q + (step / 4) * (Q_PANEL >> 4) + (step % 4) * ALONG_D;
-    const uint64 b = k + (step / 4) * (PANEL >> 4) + (step % 4) * ALONG_D;
-    if (step == 0) {
-      wgmma_along_d<false>(s, a, b);
-    } else {
-      wgmma_along_d<true>(s, a, b);
-    }
-  }
-}
-
-DEVICE void start_output(float (&out)[32 * PANELS], const uint32 (&weights)[SCORES / 2], uint64 v) {
-#pragma unroll
-  for (int step = 0; step < COLUMNS / 16; ++step) {
-#pragma unroll
-    for (int i = 0; i < PANELS; ++i) {
-      wgmma_64x64(out + 32 * i, weights + 4 * step, v + i * (PANEL >> 4) + step * ALONG_TOKENS);
-    }
+  for (int i = 0; i < SCORES; ++i) {
+    if (8 * (i / 4) + first + i % 2 >= columns) s[i] = -infinity();
   }
 }
 
 // What a consumer warpgroup carries from tile to tile of one row tile.
 struct State {
   float s[SCORES];
-  float out[32 * PANELS];
+  float out[OUT];
   uint32 weights[SCORES / 2];
-  float2 shrink;
-  Softmax softmax;
+  uint32 q[Q_IN_REGISTERS ? D / 4 : 1];
+#if defined(ONLINE)
+  float maximum[2]; // about that of the scores of the thread's two rows: none so far is more than 2^SLACK larger
+  float shrink[2];  // by what the output so far must be multiplied
+  bool shrinks;     // whether for any row of the warp it must
+#endif
+
+  DEVICE_MEMBER void reset() {
+#pragma unroll
+    for (int i = 0; i < OUT; ++i) out[i] = 0.0f;
+#if defined(ONLINE)
+    maximum[0] = maximum[1] = -infinity();
+#endif
+  }
+
+  // Scores of 64 rows and a tile of columns become weights.
+  DEVICE_MEMBER void softmax(float scale) {
+#if defined(ONLINE)
+    float largest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+    const bool grew = in_log2(largest[0] - maximum[0], scale) > SLACK || in_log2(largest[1] - maximum[1], scale) > SLACK;
+    shrinks = __any_sync(0xffffffff, grew);
+    if (shrinks) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        largest[row] = fmaxf(largest[row], __shfl_xor_sync(0xffffffff, largest[row], 1));
+        largest[row] = fmaxf(largest[row], __shfl_xor_sync(0xffffffff, largest[row], 2));
+        shrink[row] = exp2_approx(in_log2(maximum[row] - largest[row], scale));
+        maximum[row] = largest[row];
+      }
+    }
+    const float shift[2] = {in_log2(maximum[0], scale), in_log2(maximum[1], scale)};
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) {
+      s[i] = SCALED_Q ? s[i] - shift[i / 2 % 2] : fmaf(s[i], scale, -shift[i / 2 % 2]);
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) s[i] = exp2_approx(s[i]);
+  }
+
+  DEVICE_MEMBER float sum(int row) const { return out[OUT - 4 + 2 * row]; }
+
+  DEVICE_MEMBER float log_sum(int row, float scale) const {
+#if defined(ONLINE)
+    return (log2_approx(sum(row)) + in_log2(maximum[row], scale)) * LN_2;
+#else
+    return log2_approx(sum(row)) * LN_2;
+#endif
+  }
 };
+
+// Read the A operand of the scores; lane l addresses row l % 16.
+DEVICE void load_q(uint32 (&q)[D / 4], uint32 q_rows) {
+  const int row = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 16, half = threadIdx.x % 32 / 16;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    load_matrices(q + 4 * step, q_rows + step / 4 * Q_PANEL + swizzled(row, step % 4 * 2 + half));
+  }
+}
+
+DEVICE void load_q(uint32 (&)[1], uint32) {} // it stays in shared memory
+
+// Columns 16 step to 16 step + 15 of Q, in registers or in shared memory.
+DEVICE auto q_operand(const State& state, uint64 q, int step) {
+  if constexpr (Q_IN_REGISTERS) return state.q + 4 * step;
+  else return q + step / 4 * (Q_PANEL >> 4) + step % 4 * ALONG_D;
+}
+
+// S = Q K^T.
+DEVICE void start_scores(State& state, uint64 q, uint64 k) {
+  wgmma_along_d<false>(state.s, q_operand(state, q, 0), k);
+#pragma unroll
+  for (int step = 1; step < D / 16; ++step) {
+    wgmma_along_d<true>(state.s, q_operand(state, q, step), k + step / 4 * (PANEL >> 4) + step % 4 * ALONG_D);
+  }
+}
+
+// The descriptor of a tile of V moves by this; as it moves, its distance to the ones shrinks.
+DEVICE constexpr uint64 moved(uint64 by) { return by - (by << LEADING_SHIFT); }
+
+// O += P V, and the row sums with the last panel.
+DEVICE void start_output(State& state, uint64 v) {
+#pragma unroll
+  for (int step = 0; step < COLUMNS / 16; ++step) {
+    const uint32* weights = state.weights + 4 * step;
+#pragma unroll
+    for (int i = 0; i < PANELS - 1; ++i) {
+      wgmma_64x64(state.out + 32 * i, weights, v + moved(i * (PANEL >> 4) + step * ALONG_TOKENS));
+    }
+    constexpr int LAST = PANELS - 1;
+    wgmma_64x72(state.out + 32 * LAST, weights, v + moved(LAST * (PANEL >> 4) + step * ALONG_TOKENS));
+  }
+}
 
 // Wait for the last O += P V, release its stage, and turn S into the next P.
 DEVICE void finish_output(State& state, uint32 empty) {
@@ -301,8 +336,10 @@ DEVICE void finish_output(State& state, uint32 empty) {
   hold(state.out);
   if (empty != 0 && threadIdx.x % 32 == 0) barrier_arrive(empty);
 #if defined(ONLINE)
+  if (state.shrinks) {
 #pragma unroll
-  for (int i = 0; i < 32 * PANELS; ++i) state.out[i] *= i / 2 % 2 == 0 ? state.shrink.x : state.shrink.y;
+    for (int i = 0; i < OUT; ++i) state.out[i] *= state.shrink[i / 2 % 2];
+  }
 #endif
 #pragma unroll
   for (int i = 0; i < SCORES / 2; ++i) state.weights[i] = pack(state.s[2 * i], state.s[2 * i + 1]);
@@ -310,45 +347,116 @@ DEVICE void finish_output(State& state, uint32 empty) {
   hold(state.out);
 }
 
-// All tiles of columns of one row tile, `left` columns in all.
-DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left) {
-  const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0)), v = descriptor(shared.v(0));
+// Leave a tile of columns to others.
+DEVICE void skip(const Shared& shared, Ring<STAGES>& ring) {
+  barrier_wait(shared.full(ring.place), ring.parity);
+  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.place));
+  ring.advance();
+}
+
+// The tiles of columns of one row tile from here on, `left` columns in all; with `halves` only every other tile.
+DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left,
+                  bool halves) {
   constexpr int STAGE = 2 * TILE_BYTES >> 4; // from descriptor to descriptor
+  const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0));
+  const uint64 v = descriptor(shared.v(0), shared.ones() - shared.v(0));
+  const int step = halves ? 2 * COLUMNS : COLUMNS;
+  load_q(state.q, q_rows);
   barrier_wait(shared.full(ring.place), ring.parity);
   wgmma_fence();
-  start_scores(state.s, q, k + ring.place * STAGE);
+  start_scores(state, q, k + ring.place * STAGE);
   wgmma_commit();
   wgmma_wait<0>();
   hold(state.s);
-  if (left < COLUMNS) state.softmax.hide(state.s, left);
-  state.shrink = state.softmax.apply(state.s, p.scale);
+  if (left < COLUMNS) hide(state.s, left);
+  state.softmax(p.scale);
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
   uint32 empty = 0;
-  for (left -= COLUMNS; left > 0; left -= COLUMNS) {
+  for (left -= step; left > 0; left -= step) {
     const int stage = ring.place;
     ring.advance();
     finish_output(state, empty);
+    if (halves) skip(shared, ring);
     barrier_wait(shared.full(ring.place), ring.parity);
     wgmma_fence();
-    start_scores(state.s, q, k + ring.place * STAGE);
+    start_scores(state, q, k + ring.place * STAGE);
     wgmma_commit();
-    start_output(state.out, state.weights, v + stage * STAGE);
+    start_output(state, v + stage * moved(STAGE));
     wgmma_commit();
     empty = shared.empty(stage);
     wgmma_wait<1>();
     hold(state.s);
-    if (left < COLUMNS) state.softmax.hide(state.s, left);
-    state.shrink = state.softmax.apply(state.s, p.scale);
+    if (left < COLUMNS) hide(state.s, left);
+    state.softmax(p.scale);
   }
   finish_output(state, empty);
   wgmma_fence();
-  start_output(state.out, state.weights, v + ring.place * STAGE);
+  start_output(state, v + ring.place * moved(STAGE));
   wgmma_commit();
   wgmma_wait<0>();
   hold(state.weights);
   hold(state.out);
   if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.place));
   ring.advance();
+  if (halves && left + COLUMNS > 0) skip(shared, ring);
+}
+
+// Which part of a tile of rows a consumer takes: 64 of its rows, and with `halves` every other tile of columns. A tile
+// so short that half of the consumers would idle has each of its units done by two: the first, and one that helps it.
+struct Role {
+  int units, unit;
+  bool halves, helps, idle;
+
+  DEVICE_MEMBER Role(const Work& work, int consumer) {
+    units = (work.length + 63) / 64;
+    halves = 2 * units <= CONSUMERS;
+    helps = halves && consumer >= units && consumer < 2 * units;
+    idle = consumer >= units && !helps;
+    unit = helps ? consumer - units : consumer;
+  }
+};
+
+// Add the helper's half of the columns to the first's. It goes through the tile of Q, of which both have their 64 rows.
+DEVICE void merge(const Shared& shared, const Role& role, uint32 q, float scale, State& state) {
+  const int thread = threadIdx.x % WARPGROUP, barrier = 1 + CONSUMERS + role.unit;
+  const uint32 sums = shared.sums(role.unit) + 8 * (thread / 32 * 16 + thread % 32 / 4);
+  const uint32 halves[2] = {q + role.unit * 64 * SWIZZLE_ROW + 4 * thread,
+                            q + (role.unit + role.units) * 64 * SWIZZLE_ROW + 4 * thread};
+  named_sync(barrier, 2 * WARPGROUP); // both have read Q
+  if (role.helps) {
+#pragma unroll
+    for (int i = 0; i < 32 * PANELS; ++i) {
+      store_shared(halves[i / 16 % 2] + i / 32 * Q_PANEL + i % 16 * (4 * WARPGROUP), __float_as_uint(state.out[i]));
+    }
+#pragma unroll
+    for (int row = 0; thread % 4 == 0 && row < 2; ++row) {
+      store_shared(sums + 64 * row, __float_as_uint(state.sum(row)));
+#if defined(ONLINE)
+      store_shared(sums + 64 * row + 4, __float_as_uint(state.maximum[row]));
+#endif
+    }
+  }
+  named_sync(barrier, 2 * WARPGROUP);
+  if (!role.helps) {
+    float mine[2] = {1.0f, 1.0f}, others[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#if defined(ONLINE)
+      const float maximum = __uint_as_float(load_word(sums + 64 * row + 4));
+      const float largest = fmaxf(state.maximum[row], maximum);
+      mine[row] = exp2_approx(in_log2(state.maximum[row] - largest, scale));
+      others[row] = exp2_approx(in_log2(maximum - largest, scale));
+      state.maximum[row] = largest;
+#endif
+      float& sum = state.out[OUT - 4 + 2 * row];
+      sum = sum * mine[row] + __uint_as_float(load_word(sums + 64 * row)) * others[row];
+    }
+#pragma unroll
+    for (int i = 0; i < 32 * PANELS; ++i) {
+      const float other = __uint_as_float(load_word(halves[i / 16 % 2] + i / 32 * Q_PANEL + i % 16 * (4 * WARPGROUP)));
+      state.out[i] = state.out[i] * mine[i / 2 % 2] + other * others[i / 2 % 2];
+    }
+  }
 }
 
 DEVICE void consume(const Parameters& p, const Shared& shared) {
@@ -365,42 +473,37 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     int item;
     if (!read_work(shared, q_ring.place, work, item)) break;
     barrier_wait(shared.q_full(q_ring.place), q_ring.parity);
-    const uint32 q_rows = shared.q(q_ring.place) + consumer * 64 * SWIZZLE_ROW;
-    state.softmax.reset();
-#pragma unroll
-    for (int i = 0; i < 32 * PANELS; ++i) state.out[i] = 0.0f;
+    const Role role(work, consumer);
+    const uint32 q_rows = shared.q(q_ring.place) + role.unit * 64 * SWIZZLE_ROW;
+    state.reset();
 
-    if (work.length <= 64 * consumer) {
-      for (int column = 0; column < work.columns; column += COLUMNS) {
-        barrier_wait(shared.full(ring.place), ring.parity);
-        if (signals) barrier_arrive(shared.empty(ring.place));
-        ring.advance();
-      }
-    } else if (work.columns > 0) {
-      sweep(p, shared, q_rows, state, ring, work.columns);
+    int left = work.columns;
+    for (const int mine = role.idle ? 0 : role.helps ? left - COLUMNS : left; left > mine; left -= COLUMNS) {
+      if (left > 0) skip(shared, ring);
     }
+    if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.halves);
 
     read_work(shared, q_ring.place, work, item); // again, not to keep it in registers
-    const int num_rows = work.length - 64 * consumer;
-    Softmax& softmax = state.softmax;
-    float(&out)[32 * PANELS] = state.out;
-    softmax.finish();
+    const Role again(work, consumer);
+    if (again.halves && !again.idle) merge(shared, again, shared.q(q_ring.place), p.scale, state);
+    const int num_rows = again.helps ? 0 : work.length - 64 * consumer;
     const bool saw_nothing = work.columns == 0;
+    float(&out)[OUT] = state.out;
 #if !defined(ONLINE)
     // Infinity and NaN times zero is NaN, and NaN stays.
     float zero = 0.0f;
 #pragma unroll
     for (int i = 0; i < 32 * PANELS; ++i) zero = fmaf(out[i], 0.0f, zero);
-#endif
     bool row_failed = false;
+#endif
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int r = 16 * warp + lane / 4 + 8 * row;
 #if !defined(ONLINE)
-      const bool proven = zero == 0.0f && softmax.sum[row] >= SMALLEST && softmax.sum[row] <= LARGEST;
+      const bool proven = zero == 0.0f && state.sum(row) >= SMALLEST && state.sum(row) <= LARGEST;
       row_failed |= r < num_rows && !saw_nothing && !proven;
 #endif
-      const float inverse = saw_nothing ? 0.0f : 1.0f / softmax.sum[row];
+      const float inverse = saw_nothing ? 0.0f : 1.0f / state.sum(row);
 #pragma unroll
       for (int i = 0; i < 32 * PANELS; i += 4) {
         out[i + 2 * row] *= inverse;
@@ -409,7 +512,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
       if (lane % 4 == 0 && r < num_rows) {
         const int64 head = static_cast<int64>(work.batch) * p.layout.heads + work.head;
         p.lse[head * p.tokens + work.token(p.layout, 64 * consumer + r)] =
-            saw_nothing ? -__int_as_float(0x7f800000) : softmax.log_sum(row, p.scale);
+            saw_nothing ? -infinity() : state.log_sum(row, p.scale);
       }
     }
 #if !defined(ONLINE)
@@ -451,11 +554,14 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_constant__ Parameters p) {
-  extern __shared__ uint8 memory[];
-  const Shared shared{(shared_address(memory) + 1023) & ~1023u};
+  extern __shared__ __align__(1024) uint8 memory[];
+  const Shared shared{shared_address(memory)};
+  if (shared.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
 #if defined(ONLINE)
   if (__syncthreads_and(p.flags != nullptr && *p.any_failed == 0)) return;
 #endif
+  for (int i = threadIdx.x; i < ONES_BYTES / 4; i += THREADS) store_shared(shared.ones() + 4 * i, pack(1.0f, 1.0f));
+  proxy_fence();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       barrier_init(shared.work_full(i), 1);
@@ -477,9 +583,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
     if (warp == 0) {
       produce_rows(p, shared);
     } else if (warp == 1) {
-      produce_columns(p, shared, p.k_map, p.k, 0);
+      produce_columns(p, shared, p.k_map, p.k_pieces, p.k, 0);
     } else if (warp == 2) {
-      produce_columns(p, shared, p.v_map, p.v, TILE_BYTES);
+      produce_columns(p, shared, p.v_map, p.v_pieces, p.v, TILE_BYTES);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();

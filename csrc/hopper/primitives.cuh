@@ -14,6 +14,8 @@ constexpr int WARPGROUP = 128;   // threads
 constexpr int SWIZZLE_ROW = 128; // bytes: a tile lies in panels of 64 16-bit columns, rows of 128 bytes, swizzled
 constexpr float LN_2 = 0.69314718055994531f;
 
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
 struct alignas(64) TensorMap {
   uint64 opaque[16];
 };
@@ -41,6 +43,10 @@ DEVICE void barrier_arrive(uint32 barrier) {
 
 DEVICE void barrier_arrive_expect(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+DEVICE void barrier_expect(uint32 barrier, uint32 bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 DEVICE bool barrier_try(uint32 barrier, uint32 parity) {
@@ -108,6 +114,12 @@ DEVICE void store_shared(uint32 shared, uint4 value) {
                : "memory");
 }
 
+DEVICE uint32 load_word(uint32 shared) {
+  uint32 x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(shared) : "memory");
+  return x;
+}
+
 DEVICE uint4 load_shared(uint32 shared) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -115,6 +127,14 @@ DEVICE uint4 load_shared(uint32 shared) {
                : "r"(shared)
                : "memory");
   return value;
+}
+
+// Read four 8 x 8 matrices, the places of an A operand; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void load_matrices(uint32* x, uint32 shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared)
+               : "memory");
 }
 
 // ---- registers ----
@@ -169,11 +189,13 @@ DEVICE uint32 scaled(uint32 pair, float factor) {
 // Accumulator of 64 x N: thread `lane` of warp `w` holds, for each 8-column block i, columns 8 i + 2 (lane % 4) + {0, 1}
 // of rows 16 w + lane / 4 (places 4 i, 4 i + 1) and of 8 rows below (places 4 i + 2, 4 i + 3).
 
-DEVICE uint64 descriptor(uint32 shared) {
+constexpr int LEADING_SHIFT = 16;
+
+// `leading`: bytes from a panel to the next, read along tokens; not used with one panel.
+DEVICE uint64 descriptor(uint32 shared, uint32 leading = 16) {
   constexpr uint64 SWIZZLE_128 = 1ull << 62;
   constexpr uint64 STRIDE = static_cast<uint64>(1024 >> 4) << 32;
-  constexpr uint64 LEADING = 1ull << 16; // not used with one panel
-  return SWIZZLE_128 | STRIDE | LEADING | ((shared & 0x3ffff) >> 4);
+  return SWIZZLE_128 | STRIDE | static_cast<uint64>(leading >> 4) << LEADING_SHIFT | ((shared & 0x3ffff) >> 4);
 }
 
 constexpr uint64 ALONG_D = 32 >> 4;                     // descriptor step of 16 along d
@@ -216,17 +238,12 @@ DEVICE void hold(uint32 (&x)[N]) {
 #define NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_48 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_36 NAMES_32 ", %32, %33, %34, %35"
+#define NAMES_48 NAMES_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_64 NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// x [64, N] (+)= A B^T; A and B in shared memory, both read along d. Without ADD x is overwritten.
+// x [64, N] (+)= A B^T; A in shared memory or in registers, B in shared memory, both read along d. Without ADD x is
+// overwritten.
 template <bool ADD>
 DEVICE void wgmma_along_d(float (&x)[64], uint64 a, uint64 b) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" WGMMA(128) "{" NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
@@ -235,17 +252,25 @@ DEVICE void wgmma_along_d(float (&x)[64], uint64 a, uint64 b) {
 }
 
 template <bool ADD>
-DEVICE void wgmma_along_d(float (&x)[48], uint64 a, uint64 b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %50, 0;\n" WGMMA(96) "{" NAMES_48 "}, %48, %49, add, 1, 1, 0, 0;\n}\n"
-               : ACCUMULATORS_32(x, 0), ACCUMULATORS_16(x, 32)
-               : "l"(a), "l"(b), "n"(ADD ? 1 : 0));
-}
-
-template <bool ADD>
 DEVICE void wgmma_along_d(float (&x)[32], uint64 a, uint64 b) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" WGMMA(64) "{" NAMES_32 "}, %32, %33, add, 1, 1, 0, 0;\n}\n"
                : ACCUMULATORS_32(x, 0)
                : "l"(a), "l"(b), "n"(ADD ? 1 : 0));
+}
+
+template <bool ADD>
+DEVICE void wgmma_along_d(float (&x)[48], const uint32* a, uint64 b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %53, 0;\n" WGMMA(96) "{" NAMES_48 "}, {%48, %49, %50, %51}, %52, add, 1, 1, 0;\n}\n"
+               : ACCUMULATORS_32(x, 0), ACCUMULATORS_16(x, 32)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD ? 1 : 0));
+}
+
+// x [64, 72] += A B; A in registers, B in shared memory, read along tokens; its columns from 64 on lie where the
+// descriptor's leading offset says.
+DEVICE void wgmma_64x72(float* x, const uint32* a, uint64 b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" WGMMA(72) "{" NAMES_36 "}, {%36, %37, %38, %39}, %40, add, 1, 1, 1;\n}\n"
+               : ACCUMULATORS_32(x, 0), ACCUMULATORS_4(x, 32)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // x [64, 64] += A B; A in registers, B in shared memory, read along tokens.

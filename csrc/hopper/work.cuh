@@ -102,20 +102,43 @@ DEVICE void copy_row(uint32 shared, int rows, const Element* head, int64 stride,
   }
 }
 
-// Copy the next `rows` tokens from `cursor` on into panels of `rows` rows, by one warp; zeros behind the last column.
-template <int D>
-DEVICE void copy_columns(const Layout& layout, int group, Cursor cursor, int rows, uint32 shared, const Element* head,
-                         int64 stride) {
+constexpr int PIECE = 8; // tokens: where the swizzle's pattern begins anew
+
+// Load the next TOKENS tokens from `cursor` on into panels of as many rows, by one warp; zeros behind the last column.
+// Pieces whose tokens lie side by side come by the copy engine, `map` having boxes of [64, PIECE], and count towards
+// `barrier`; others are copied row by row.
+template <int D, int TOKENS>
+DEVICE void load_pieces(const Layout& layout, const Work& work, Cursor cursor, uint32 shared, const TensorMap& map,
+                        const Tensor4& tensor, uint32 barrier) {
   const int lane = threadIdx.x % 32;
-  cursor.advance(layout, group, lane);
+  const Element* head = tensor.at(work.batch, work.head);
+  cursor.advance(layout, work.group, lane);
 #pragma unroll 1 // few registers
-  for (int first = 0; first < rows; first += 32) {
-    const int mine = cursor.token(layout);
-    cursor.advance(layout, group, 32);
-#pragma unroll 2
-    for (int pass = 0; pass < 8; ++pass) {
-      const int token = __shfl_sync(0xffffffff, mine, 4 * pass + lane / 8);
-      copy_row<D>(shared, rows, head, stride, first + 4 * pass + lane / 8, token, lane);
+  for (int first = 0; first < TOKENS; first += 32) {
+    const int token = cursor.token(layout);
+    cursor.advance(layout, work.group, 32);
+    const int first_token = __shfl_sync(0xffffffff, token, lane / PIECE * PIECE);
+    const bool follows = first_token < 0 ? token < 0 : token == first_token + lane % PIECE;
+    uint32 split = 0; // a bit for each piece, at its first lane
+    const uint32 following = __ballot_sync(0xffffffff, follows);
+#pragma unroll
+    for (int i = 0; i < 32; i += PIECE) split |= (following >> i & 0xff) == 0xff ? 0 : 1u << i;
+    if (lane == 0) barrier_expect(barrier, (32 / PIECE - __popc(split)) * D / 64 * PIECE * SWIZZLE_ROW);
+    __syncwarp();
+    if (lane % PIECE == 0 && (split >> lane & 1) == 0) {
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) {
+        // Before the first token there are zeros, too.
+        load_box(shared + (panel * TOKENS + first + lane) * SWIZZLE_ROW, &map, barrier, 64 * panel,
+                 token < 0 ? -PIECE : token, work.head, work.batch);
+      }
+    }
+    for (; split != 0; split &= split - 1) {
+      const int piece = __ffs(split) - 1;
+#pragma unroll
+      for (int r = lane / 8; r < PIECE; r += 4) {
+        copy_row<D>(shared, TOKENS, head, tensor.token, first + piece + r, __shfl_sync(0xffffffff, token, piece + r), lane);
+      }
     }
   }
 }

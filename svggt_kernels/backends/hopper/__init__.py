@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from . import backward_pass, forward_pass
+from . import backward_pass, forward_pass, runtime
 from .tables import Tables, make_tables
 
 NAME = "hopper"
@@ -32,8 +34,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"it needs compute capability 9.0 (H100, H200), this device has {capability[0]}.{capability[1]}"
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "cuda-bindings is not installed; torch 2.11 and newer for CUDA bring it: pip install cuda-bindings"
+    if (reason := _without_bindings(str(torch.version.cuda))) is not None:
+        return reason
     if dtype not in DTYPES:
         return f"it takes float16 and bfloat16, got {dtype}"
     if head_size not in HEAD_SIZES:
@@ -41,8 +43,26 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     return None
 
 
+@cache
+def _without_bindings(cuda: str) -> str | None:
+    """Return why there are no cuda-bindings for a torch that was built for CUDA `cuda`, as "13.0", or None."""
+    major = cuda.partition(".")[0]
+    install = f'pip install "cuda-bindings=={major}.*"'
+    try:
+        found = version("cuda-bindings") if find_spec("cuda.bindings") else None
+    except (ImportError, ValueError):  # there is no package `cuda`, or another module has its name
+        found = None
+    if found is None:
+        return f"cuda-bindings cannot be imported; torch 2.11 and newer for CUDA bring it: {install}"
+    if found.partition(".")[0] != major:
+        return f"it needs cuda-bindings of the CUDA that torch was built for, {cuda}, got {found}: {install}"
+    return None
+
+
 def softmax(kind: str) -> contextlib.AbstractContextManager[None]:
     """Choose how the forward kernel computes the softmax while the context lasts.
+
+    The choice holds for the whole process, not for the calling thread alone.
 
     Args:
         kind: "bounded", the default: without a running maximum, and rows that this does not suit again with it;
@@ -57,9 +77,13 @@ def softmax(kind: str) -> contextlib.AbstractContextManager[None]:
 def gradients(kind: str) -> contextlib.AbstractContextManager[None]:
     """Choose how the backward pass computes the gradient of q while the context lasts.
 
+    The choice holds for the whole process, as autograd calls the backward pass in a thread of its own. It acts when the
+    backward pass runs; what was chosen when the forward pass ran does not matter.
+
     Args:
         kind: "deterministic", the default: in a pass of its own, bitwise repeatable; "accumulated": together with the
-            gradients of k and v, by adding in float32 in no fixed order, which is faster.
+            gradients of k and v, by adding in float32, which is faster, but in no fixed order and hence not repeatable
+            bit by bit.
 
     Raises:
         ValueError: If `kind` is neither.
@@ -79,13 +103,52 @@ def _choose(what: str, kind: str) -> Iterator[None]:
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-    """Return the row tiles of the layout and its runs."""
+    """Return the row tiles of the layout and its runs; on a CUDA device also load the kernels that walk them.
+
+    So a CUDA graph can capture the forward pass next. Only the kernels of the softmax that is chosen now are loaded, as
+    each takes about a second, once per process and device.
+    """
+    _load(_forward_kernels(dtype, head_size), layout.device)
     return list(make_tables(layout, forward_pass.CONFIGS[head_size].rows))
 
 
 def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-    """Return the same for the gradient of q, and those of the transposed layout for the gradients of k and v."""
+    """Return the same for the gradient of q, and those of the transposed layout for the gradients of k and v.
+
+    Likewise only the kernels of the gradients that are chosen now are loaded, three of them.
+    """
+    _load(_backward_kernels(dtype, head_size), layout.device)
     return [*make_tables(layout, backward_pass.ROWS), *make_tables(layout.transposed(), backward_pass.ROWS)]
+
+
+def _forward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
+    """Return what the forward pass launches under the chosen softmax."""
+    kinds = (False, True) if _is_bounded(dtype) else (True,)
+    return [forward_pass.kernel(dtype, head_size, online) for online in kinds]
+
+
+def _backward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
+    """Return what the backward pass launches under the chosen gradients."""
+    inner = backward_pass.token_kernel("backward_inner", dtype, head_size)
+    keys = backward_pass.kernel("backward_keys", dtype, head_size, _accumulates())
+    if _accumulates():
+        return [inner, keys, backward_pass.token_kernel("backward_convert", dtype, head_size)]
+    return [inner, keys, backward_pass.kernel("backward_queries", dtype, head_size)]
+
+
+def _load(kernels: Iterable[runtime.Kernel], device: torch.device) -> None:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            for kernel in kernels:
+                runtime.load(kernel, device)
+
+
+def _is_bounded(dtype: torch.dtype) -> bool:
+    return _chosen["softmax"] == "bounded" and dtype == torch.bfloat16
+
+
+def _accumulates() -> bool:
+    return _chosen["gradients"] == "accumulated"
 
 
 def forward(
@@ -97,10 +160,9 @@ def forward(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out `[B, H, N, D]` and LSE `[B, H, N]`."""
-    bounded = _chosen["softmax"] == "bounded" and q.dtype == torch.bfloat16
     with torch.cuda.device(q.device):
         q, k, v = (_readable(x) for x in (q, k, v))
-        out, lse = forward_pass.forward(q, k, v, Tables(*tables), scale, bounded)
+        out, lse = forward_pass.forward(q, k, v, Tables(*tables), scale, _is_bounded(q.dtype))
     return out, lse if need_lse else lse.new_empty(0)
 
 
@@ -121,7 +183,7 @@ def backward(
     with torch.cuda.device(q.device):
         return backward_pass.backward(
             grad, None if grad_lse is None else grad_lse.contiguous(), q, k, v, out, lse.contiguous(),
-            Tables(*tables[:half]), Tables(*tables[half:]), scale, _chosen["gradients"] == "accumulated",
+            Tables(*tables[:half]), Tables(*tables[half:]), scale, _accumulates(),
         )  # fmt: skip
 
 

@@ -11,14 +11,15 @@ from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessor
 from .tables import Layout, Tables
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 ROWS = 128
 COLUMNS = {64: 128, 128: 64}
 """Columns of a step, by head size."""
 
 SHARED_BYTES = {
-    ("backward_keys", False): {64: 135744, 128: 166208},
-    ("backward_keys", True): {64: 201280, 128: 231744},
-    ("backward_queries", False): {64: 163920, 128: 196688},
+    ("backward_keys", False): {64: 201440, 128: 199376},
+    ("backward_keys", True): {64: 201968, 128: 232432},
+    ("backward_queries", False): {64: 199392, 128: 232144},
 }
 """By kernel, whether it adds to dQ, and head size; `Memory::BYTES` of backward.cuh."""
 
@@ -32,13 +33,14 @@ class Parameters(ctypes.Structure):
         ("rows", Tensor4 * 2),
         ("columns", Tensor4 * 2),
         ("gradients", Tensor4 * 2),
-        ("lse", ctypes.c_void_p),
-        ("inner", ctypes.c_void_p),
+        ("shifts", ctypes.c_void_p * 2),
+        ("any_unfolded", ctypes.c_void_p),
+        ("next", ctypes.c_void_p),
         ("dq_sum", ctypes.c_void_p),
         ("layout", Layout),
         ("num_queries", ctypes.c_int),
+        ("score_scale", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("scale_log2", ctypes.c_float),
     )
 
 
@@ -46,15 +48,15 @@ class InnerParameters(ctypes.Structure):
     """`InnerParameters` of backward_tokens.cu."""
 
     _fields_ = (
-        ("out", Tensor4),
-        ("grad", Tensor4),
+        *((name, Tensor4) for name in ("q", "out", "grad", "scaled_q", "folded_grad")),
         ("lse", ctypes.c_void_p),
         ("grad_lse", ctypes.c_void_p),
-        ("lse_log2", ctypes.c_void_p),
-        ("inner", ctypes.c_void_p),
+        ("shifts", ctypes.c_void_p * 2),
+        ("any_unfolded", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("batch_heads", ctypes.c_int),
+        ("scale_log2", ctypes.c_float),
     )
 
 
@@ -73,13 +75,16 @@ class ConvertParameters(ctypes.Structure):
 
 def kernel(name: str, dtype: torch.dtype, head_size: int, accumulate: bool = False) -> Kernel:
     """Return `backward_keys` (with `accumulate` it also adds to dQ) or `backward_queries`."""
-    macros = defines(dtype, head_size) + ((("ACCUMULATE_QUERIES", 1),) if accumulate else ())
-    return Kernel(f"{name}.cu", name, 384, SHARED_BYTES[name, accumulate][head_size], macros)
+    shared_bytes = SHARED_BYTES[name, accumulate][head_size]
+    macros = defines(dtype, head_size, Parameters, shared_bytes) + ((("ACCUMULATE_QUERIES", 1),) if accumulate else ())
+    return Kernel(f"{name}.cu", name, 384, shared_bytes, macros)
 
 
 def token_kernel(name: str, dtype: torch.dtype, head_size: int) -> Kernel:
     """Return `backward_inner` or `backward_convert`."""
-    return Kernel("backward_tokens.cu", name, 256, 0, defines(dtype, head_size))
+    parameters = InnerParameters if name == "backward_inner" else ConvertParameters
+    macros = (*defines(dtype, head_size, parameters, 0), (name.upper(), 1))
+    return Kernel("backward_tokens.cu", name, 256, 0, macros)
 
 
 def backward(
@@ -113,38 +118,46 @@ def backward(
     """
     B, H, N, D = q.shape
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
-    lse_log2, inner = torch.empty_like(lse), torch.empty_like(lse)
+    lse_shift, inner_shift = torch.empty_like(lse), torch.empty_like(lse)
+    shifts = (ctypes.c_void_p * 2)(lse_shift.data_ptr(), inner_shift.data_ptr())
+    # In bfloat16 the scale lies in the queries, as in the forward pass, and exp2(-lse) in the gradient.
+    folds = q.dtype == torch.bfloat16
+    scaled_q, folded_grad = (x.new_empty(B, H, N, D) if folds else x for x in (q, grad_out))
+    score_scale, query_factor = (1.0, LN_2) if folds else (scale * LOG2_E, scale)
+    counters = q.new_zeros(3, dtype=torch.int32)
+    any_unfolded = counters[2:].data_ptr()
     per_token = (N, H, B * H)
     token_blocks = -(-B * H * N * (D // 8) // 256)
     launch(
         token_kernel("backward_inner", q.dtype, D),
         token_blocks,
         InnerParameters(
-            Tensor4.of(out), Tensor4.of(grad_out), lse.data_ptr(),
-            None if grad_lse is None else grad_lse.data_ptr(), lse_log2.data_ptr(), inner.data_ptr(), *per_token,
+            *map(Tensor4.of, (q, out, grad_out, scaled_q, folded_grad)), lse.data_ptr(),
+            None if grad_lse is None else grad_lse.data_ptr(), shifts, any_unfolded, *per_token, scale * LOG2_E,
         ),
         q.device,
     )  # fmt: skip
 
-    def walk(name: str, tables: Tables, rows: tuple, columns: tuple, gradients: tuple, dq_sum: Tensor | None) -> None:
+    def walk(
+        name: str, tables: Tables, rows: tuple, columns: tuple, gradients: tuple, factor: float, counter: Tensor
+    ) -> None:
         layout = Layout.of(tables, ROWS, q)
         launch(
-            kernel(name, q.dtype, D, dq_sum is not None),
+            kernel(name, q.dtype, D, accumulate),
             min(layout.items, multiprocessors(q.device)),
             Parameters(
                 (TensorMap * 2)(*(tensor_map(x, ROWS) for x in rows)),
                 (TensorMap * 2)(*(tensor_map(x, COLUMNS[D]) for x in columns)),
                 *((Tensor4 * 2)(*map(Tensor4.of, pair)) for pair in (rows, columns, gradients)),
-                lse_log2.data_ptr(), inner.data_ptr(), None if dq_sum is None else dq_sum.data_ptr(),
-                layout, N, scale, scale * LOG2_E,
+                shifts, any_unfolded, counter.data_ptr(), dq_sum.data_ptr(), layout, N, score_scale, factor,
             ),
             q.device,
         )  # fmt: skip
 
-    dq_sum = q.new_zeros(B * H * N * D, dtype=torch.float32) if accumulate else None
-    walk("backward_keys", key_tables, (k, v), (q, grad_out), (dk, dv), dq_sum)
-    if dq_sum is None:
-        walk("backward_queries", query_tables, (q, grad_out), (k, v), (dq, dq), None)
+    dq_sum = q.new_zeros(B * H * N * D if accumulate else 0, dtype=torch.float32)
+    walk("backward_keys", key_tables, (k, v), (scaled_q, folded_grad), (dk, dv), query_factor, counters[0:])
+    if not accumulate:
+        walk("backward_queries", query_tables, (scaled_q, folded_grad), (k, v), (dq, dq), scale, counters[1:])
     else:
         convert = ConvertParameters(dq_sum.data_ptr(), Tensor4.of(dq), *per_token, scale)
         launch(token_kernel("backward_convert", q.dtype, D), token_blocks, convert, q.device)

@@ -12,6 +12,8 @@ from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessor
 from .tables import Layout, Tables
 
 LOG2_E = 1.4426950408889634
+PIECE = 8
+"""Tokens that the copy engine loads at a time where a tile spans runs."""
 
 
 class Config(NamedTuple):
@@ -27,16 +29,18 @@ class Config(NamedTuple):
         return 64 * self.consumers
 
 
-CONFIGS = {64: Config(4, 64, 8), 128: Config(3, 64, 4)}
+CONFIGS = {64: Config(3, 96, 7), 128: Config(3, 64, 4)}
 """By head size."""
+
+SHARED_BYTES = {64: 223968, 128: 232112}
+"""By head size; `Shared::BYTES` of forward.cu."""
 
 
 class Parameters(ctypes.Structure):
     """`Parameters` of forward.cu."""
 
     _fields_ = (
-        ("k_map", TensorMap),
-        ("v_map", TensorMap),
+        *((name, TensorMap) for name in ("k_map", "v_map", "k_pieces", "v_pieces")),
         ("q", Tensor4),
         ("k", Tensor4),
         ("v", Tensor4),
@@ -54,11 +58,9 @@ class Parameters(ctypes.Structure):
 def kernel(dtype: torch.dtype, head_size: int, online: bool) -> Kernel:
     """Return the kernel for a dtype and a head size, with or without a running maximum."""
     config = CONFIGS[head_size]
-    macros = defines(dtype, head_size) + ((("ONLINE", 1),) if online else ())
+    macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size]) + ((("ONLINE", 1),) if online else ())
     macros += tuple((name.upper(), value) for name, value in config._asdict().items())
-    # Two tiles of queries, the ring of keys and values, barriers, and what aligning to 1024 bytes may take.
-    tokens = 2 * config.rows + 2 * config.columns * config.stages
-    return Kernel("forward.cu", "forward", 128 * (config.consumers + 1), 2 * head_size * tokens + 256 + 1024, macros)
+    return Kernel("forward.cu", "forward", 128 * (config.consumers + 1), SHARED_BYTES[head_size], macros)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
@@ -72,9 +74,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     counters = q.new_zeros(3, dtype=torch.int32)
     flags = q.new_empty(4 * config.consumers * layout.items if bounded else 0, dtype=torch.uint8)
     parameters = Parameters(
-        tensor_map(k, config.columns), tensor_map(v, config.columns), *map(Tensor4.of, (q, k, v, out)),
-        lse.data_ptr(), counters[0:].data_ptr(), counters[2:].data_ptr(), flags.data_ptr() if bounded else None,
-        layout, N, scale * LOG2_E,
+        *(tensor_map(x, tokens) for tokens in (config.columns, PIECE) for x in (k, v)),
+        *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(), counters[2:].data_ptr(),
+        flags.data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip
     blocks = min(layout.items, multiprocessors(q.device))
     if bounded:

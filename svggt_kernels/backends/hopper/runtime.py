@@ -60,9 +60,18 @@ class Tensor4(ctypes.Structure):
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
-def defines(dtype: torch.dtype, head_size: int) -> tuple[tuple[str, int], ...]:
-    """Return the macros that every kernel takes."""
-    return (("HEAD_SIZE", head_size), *((("BFLOAT16", 1),) if dtype == torch.bfloat16 else ()))
+def defines(
+    dtype: torch.dtype, head_size: int, parameters: type[ctypes.Structure], shared_bytes: int
+) -> tuple[tuple[str, int], ...]:
+    """Return the macros that every kernel takes; it checks its own sizes of parameters and shared memory by them."""
+    sizes = (("PARAMETER_BYTES", parameter_bytes(parameters)), ("SHARED_BYTES", shared_bytes))
+    return (("HEAD_SIZE", head_size), *((("BFLOAT16", 1),) if dtype == torch.bfloat16 else ()), *sizes)
+
+
+def parameter_bytes(parameters: type[ctypes.Structure]) -> int:
+    """Return the size of a kernel's struct of parameters, which is aligned as `TensorMap` is if it has one."""
+    alignment = 64 if any(kind in (TensorMap, TensorMap * 2) for _, kind, *_ in parameters._fields_) else 8
+    return -(-ctypes.sizeof(parameters) // alignment) * alignment
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -105,19 +114,28 @@ def launch(kernel: Kernel, blocks: int, parameters: ctypes.Structure, device: to
     """Launch on the device's current stream."""
     from cuda.bindings import driver
 
-    # The kernel's struct is aligned to 64 bytes, so its size is rounded up; what is passed must be as long.
-    size = -(-ctypes.sizeof(parameters) // 64) * 64
-    passed = ctypes.create_string_buffer(bytes(parameters), size)
+    passed = ctypes.create_string_buffer(bytes(parameters), parameter_bytes(type(parameters)))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(passed))
     stream = torch.cuda.current_stream(device).cuda_stream
-    # A thread that has not called the runtime yet, as autograd's, has no current context.
-    _checked(driver.cuCtxSetCurrent(_context(device.index)))
     _checked(
         driver.cuLaunchKernel(
-            _function(kernel, device.index), blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream,
+            load(kernel, device), blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream,
             ctypes.addressof(pointers), 0,
         )
     )  # fmt: skip
+
+
+def load(kernel: Kernel, device: torch.device) -> Any:
+    """Make the device's context current and return the kernel's function, compiled and loaded at the first call only.
+
+    Raises:
+        RuntimeError: If the first call comes while a CUDA graph captures.
+    """
+    from cuda.bindings import driver
+
+    # A thread that has not called the runtime yet, as autograd's, has no current context.
+    _checked(driver.cuCtxSetCurrent(_context(device.index)))
+    return _function(kernel, device.index)
 
 
 @cache
@@ -131,6 +149,11 @@ def _context(device: int) -> Any:
 def _function(kernel: Kernel, device: int) -> Any:
     from cuda.bindings import driver
 
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a kernel must be loaded before a CUDA graph captures it, {kernel.name} {dict(kernel.defines)} is not; "
+            "call svggt_kernels.prepare with a new layout, or run attention once, under the same softmax and gradients"
+        )
     module = _checked(driver.cuModuleLoadData(compile_to_cubin(kernel.file, dict(kernel.defines))))
     function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -23,10 +23,10 @@ class Tables(NamedTuple):
 
 
 def make_tables(layout: BlockLayout, row_block: int) -> Tables:
-    """Return the tables for row tiles of at most `row_block` tokens, cut at multiples of a warpgroup's 64."""
+    """Return the tables for row tiles of `row_block` tokens, the last of a group with fewer."""
     runs = layout.runs
     return Tables(
-        layout.row_tiles(row_block, unit=64),
+        layout.row_tiles(row_block),
         runs.columns,
         runs.offsets,
         runs.start,
@@ -51,8 +51,17 @@ class Layout(ctypes.Structure):
 
     @classmethod
     def of(cls, tables: Tables, row_block: int, q: Tensor) -> Layout:
-        """Describe the tables for q `[B, H, N, D]`."""
+        """Describe the tables for q `[B, H, N, D]`.
+
+        Raises:
+            ValueError: If there are 2^29 row tiles of all heads or more, which the kernels could not count.
+        """
         B, H = q.shape[:2]
+        if len(tables.rows) * B * H >= 2**29:
+            raise ValueError(
+                f"there must be fewer than 2^29 row tiles of all heads, got {len(tables.rows)} for each of {B * H} "
+                "heads; call with fewer heads at a time"
+            )
         num_tiles, num_dense_tiles = len(tables.rows), -(-len(tables.dense_rows) // row_block)
         # About the tiles that the layout puts first are worked on for all heads before the others.
         num_first = num_dense_tiles + -(-(num_tiles - num_dense_tiles) // 16)
