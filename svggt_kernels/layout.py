@@ -281,12 +281,17 @@ class BlockLayout:
             dense_columns=_on_device(self.keys.dense, device).int(),
         )
 
-    def row_tiles(self, row_block: int) -> Tensor:
+    def row_tiles(self, row_block: int, rest_block: int | None = None) -> Tensor:
         """Return the rows cut into tiles of at most `row_block` tokens, int32 `[T, 3]`: group, start, length.
 
         Tiles of the dense group and of the sixteenth of the frames that see most come first, so that a launch in order
         does not end on one long row; the others follow in frame order, which keeps neighbours in cache. start counts
-        tokens, or entries of `dense_rows` for the dense group. Every tile but a group's last is full.
+        tokens, or entries of `dense_rows` for the dense group.
+
+        Args:
+            row_block: The most tokens of a tile; every tile of a group is full but what is left at its end.
+            rest_block: If given, a divisor of `row_block`: what is left is cut into tiles of this size, unless that
+                would take as many as a full tile has.
         """
         runs, num_frames = self.runs, self.graph.num_frames
         by_columns = runs.columns[:-1].argsort(descending=True, stable=True)
@@ -294,13 +299,18 @@ class BlockLayout:
         order = torch.cat([by_columns[:num_first], by_columns[num_first:].sort().values])
         # Both on the host, where the number of tiles must be known, and on the device.
         lengths = np.append(self.queries.ordinary[1], len(self.queries.dense))
-        counts = -(-lengths // row_block)
-        row_length, row_tiles = _on_device(lengths, self.device), _on_device(counts, self.device)
+        rest_block = rest_block or row_block
+        full, rest_tiles = lengths // row_block, -(-(lengths % row_block) // rest_block)
+        rest_tiles[rest_tiles == row_block // rest_block] = 1
+        counts = full + rest_tiles
+        row_length, row_tiles, full_tiles = (_on_device(x, self.device) for x in (lengths, counts, full))
         group_order = torch.nn.functional.pad(order, (1, 0), value=num_frames)
         owner, tile = _owners(row_tiles[group_order], int(counts.sum()))
         group = group_order[owner]
-        begin = tile * row_block
-        end = (begin + row_block).minimum(row_length[group])
+        in_rest = tile - full_tiles[group]
+        begin = tile * row_block - in_rest.clamp(min=0) * (row_block - rest_block)
+        is_cut = (in_rest >= 0) & (row_tiles - full_tiles > 1)[group]
+        end = (begin + torch.where(is_cut, rest_block, row_block)).minimum(row_length[group])
         return torch.stack([group, runs.row_start[group] + begin, end - begin], dim=1).int()
 
     def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:

@@ -68,6 +68,27 @@ def test_tiles_visit_every_visible_pair_once_and_nothing_else(seed: int, blocks:
         assert bool((rows == 1).all())
 
 
+@pytest.mark.parametrize("rest_block", [None, 64])
+@pytest.mark.parametrize("seed", range(20))
+def test_row_tiles_hold_every_row_once(seed: int, rest_block: int | None):
+    layout = random_layout(seed, max_tokens=700)
+    runs = layout.runs
+    rows = []
+    for group, start, length in layout.row_tiles(192, rest_block).tolist():
+        assert 1 <= length <= 192
+        is_dense = group == len(runs.columns) - 1
+        rows += runs.dense_rows[start : start + length].tolist() if is_dense else range(start, start + length)
+    assert sorted(rows) == list(range(layout.num_tokens))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths"), [(192, [192]), (250, [192, 58]), (320, [192, 64, 64]), (321, [192, 129])]
+)
+def test_what_a_row_tile_leaves_is_cut_smaller(tokens: int, lengths: list[int]):
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(1, 0), tokens)
+    assert layout.row_tiles(192, rest_block=64)[:, 2].tolist() == lengths
+
+
 def test_adjacent_frames_merge_into_one_run():
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(10, 2), 7)
     runs = layout.runs

@@ -1,5 +1,5 @@
-// Forward pass: one persistent block per multiprocessor. Macros: HEAD_SIZE; CONSUMERS, warpgroups of 64 rows; COLUMNS of a
-// tile; STAGES of the ring; BFLOAT16, or it is float16; ONLINE.
+// Forward pass: one persistent block per multiprocessor. Macros: HEAD_SIZE; COLUMNS of a tile; STAGES of
+// the ring; BFLOAT16, or it is float16; ONLINE.
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
 // stream, by the copy engine where they lie side by side, row by row where a tile spans runs or dense tokens: every tile
@@ -19,11 +19,11 @@
 constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
 static_assert(COLUMNS % 32 == 0, "load_pieces takes 32 at a time");
+constexpr int CONSUMERS = 3; // warpgroups of 64 rows
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int SCORES = COLUMNS / 2; // of a thread
-constexpr int PRODUCER_REGISTERS = CONSUMERS >= 3 ? 32 : 24;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 4 ? 112 : CONSUMERS == 3 ? 160 : 240;
+constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160; // 128 each at launch
 
 constexpr int Q_BYTES = ROWS * D * 2;
 constexpr int TILE_BYTES = COLUMNS * D * 2;
@@ -60,7 +60,7 @@ struct Shared {
   static constexpr uint32 BARRIERS_AT = 2 * Q_BYTES + STAGES * 2 * TILE_BYTES + ONES_BYTES;
   static constexpr uint32 WORK_AT = BARRIERS_AT + 8 * (6 + 2 * STAGES);
   static constexpr uint32 SUMS_AT = WORK_AT + 2 * 32;
-  static constexpr uint32 BYTES = SUMS_AT + CONSUMERS / 2 * 512;
+  static constexpr uint32 BYTES = SUMS_AT + 64 * 8;
 
   uint32 base;
 
@@ -75,7 +75,7 @@ struct Shared {
   DEVICE_MEMBER uint32 full(int stage) const { return barriers() + 8 * (6 + stage); }
   DEVICE_MEMBER uint32 empty(int stage) const { return barriers() + 8 * (6 + STAGES + stage); }
   DEVICE_MEMBER uint32 work(int buffer) const { return base + WORK_AT + 32 * buffer; }
-  DEVICE_MEMBER uint32 sums(int unit) const { return base + SUMS_AT + 512 * unit; } // of a row: sum, maximum
+  DEVICE_MEMBER uint32 sums() const { return base + SUMS_AT; } // of 64 rows: sum, maximum
 };
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && Shared::BYTES == SHARED_BYTES, "as in forward_pass.py");
@@ -354,13 +354,12 @@ DEVICE void skip(const Shared& shared, Ring<STAGES>& ring) {
   ring.advance();
 }
 
-// The tiles of columns of one row tile from here on, `left` columns in all; with `halves` only every other tile.
+// The tiles of columns of one row tile from here on, `left` columns in all; only every `parts`-th.
 DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left,
-                  bool halves) {
+                  int parts) {
   constexpr int STAGE = 2 * TILE_BYTES >> 4; // from descriptor to descriptor
   const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0));
   const uint64 v = descriptor(shared.v(0), shared.ones() - shared.v(0));
-  const int step = halves ? 2 * COLUMNS : COLUMNS;
   load_q(state.q, q_rows);
   barrier_wait(shared.full(ring.place), ring.parity);
   wgmma_fence();
@@ -372,11 +371,11 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   state.softmax(p.scale);
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
   uint32 empty = 0;
-  for (left -= step; left > 0; left -= step) {
+  for (left -= parts * COLUMNS; left > 0; left -= parts * COLUMNS) {
     const int stage = ring.place;
     ring.advance();
     finish_output(state, empty);
-    if (halves) skip(shared, ring);
+    for (int i = 1; i < parts; ++i) skip(shared, ring);
     barrier_wait(shared.full(ring.place), ring.parity);
     wgmma_fence();
     start_scores(state, q, k + ring.place * STAGE);
@@ -398,63 +397,65 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   hold(state.out);
   if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.place));
   ring.advance();
-  if (halves && left + COLUMNS > 0) skip(shared, ring);
+  for (int i = parts - 1; i > 0 && left + i * COLUMNS > 0; --i) skip(shared, ring);
 }
 
-// Which part of a tile of rows a consumer takes: 64 of its rows, and with `halves` every other tile of columns. A tile
-// so short that half of the consumers would idle has each of its units done by two: the first, and one that helps it.
+// What a consumer takes of a tile of rows: 64 of them, and of the tiles of columns every `parts`-th from `part` on. Where
+// there are only 64 rows, all consumers share them.
 struct Role {
-  int units, unit;
-  bool halves, helps, idle;
+  int unit, part, parts;
+  bool idle;
 
   DEVICE_MEMBER Role(const Work& work, int consumer) {
-    units = (work.length + 63) / 64;
-    halves = 2 * units <= CONSUMERS;
-    helps = halves && consumer >= units && consumer < 2 * units;
-    idle = consumer >= units && !helps;
-    unit = helps ? consumer - units : consumer;
+    const bool shares = work.length <= 64;
+    unit = shares ? 0 : consumer;
+    part = shares ? consumer : 0;
+    parts = shares ? CONSUMERS : 1;
+    idle = work.length <= 64 * unit;
   }
 };
 
-// Add the helper's half of the columns to the first's. It goes through the tile of Q, of which both have their 64 rows.
-DEVICE void merge(const Shared& shared, const Role& role, uint32 q, float scale, State& state) {
-  const int thread = threadIdx.x % WARPGROUP, barrier = 1 + CONSUMERS + role.unit;
-  const uint32 sums = shared.sums(role.unit) + 8 * (thread / 32 * 16 + thread % 32 / 4);
-  const uint32 halves[2] = {q + role.unit * 64 * SWIZZLE_ROW + 4 * thread,
-                            q + (role.unit + role.units) * 64 * SWIZZLE_ROW + 4 * thread};
-  named_sync(barrier, 2 * WARPGROUP); // both have read Q
-  if (role.helps) {
+// Add all parts of the columns to the first, one after the other; they pass through the tile of Q.
+DEVICE void merge(const Shared& shared, int part, uint32 q, float scale, State& state) {
+  static_assert(CONSUMERS >= 2, "a part is 32 KB, for 64 columns of d, and so are 128 rows of Q");
+  const int thread = threadIdx.x % WARPGROUP;
+  const uint32 sums = shared.sums() + 8 * (thread / 32 * 16 + thread % 32 / 4);
+  // Of each panel of Q the first 128 rows hold 32 accumulators of each thread.
+  const uint32 panels = q + 4 * thread;
+  const auto place = [=](int i) { return panels + i / 32 * Q_PANEL + i % 32 * (4 * WARPGROUP); };
+#pragma unroll 1
+  for (int giver = 1; giver < CONSUMERS; ++giver) {
+    named_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP); // all have read Q, or the first what was there before
+    if (part == giver) {
 #pragma unroll
-    for (int i = 0; i < 32 * PANELS; ++i) {
-      store_shared(halves[i / 16 % 2] + i / 32 * Q_PANEL + i % 16 * (4 * WARPGROUP), __float_as_uint(state.out[i]));
-    }
+      for (int i = 0; i < 32 * PANELS; ++i) store_shared(place(i), __float_as_uint(state.out[i]));
 #pragma unroll
-    for (int row = 0; thread % 4 == 0 && row < 2; ++row) {
-      store_shared(sums + 64 * row, __float_as_uint(state.sum(row)));
+      for (int row = 0; row < 2; ++row) {
+        if (thread % 4 == 0) store_shared(sums + 64 * row, __float_as_uint(state.sum(row)));
 #if defined(ONLINE)
-      store_shared(sums + 64 * row + 4, __float_as_uint(state.maximum[row]));
+        if (thread % 4 == 0) store_shared(sums + 64 * row + 4, __float_as_uint(state.maximum[row]));
 #endif
+      }
     }
-  }
-  named_sync(barrier, 2 * WARPGROUP);
-  if (!role.helps) {
-    float mine[2] = {1.0f, 1.0f}, others[2] = {1.0f, 1.0f};
+    named_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
+    if (part == 0) {
+      float mine[2] = {1.0f, 1.0f}, theirs[2] = {1.0f, 1.0f};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
+      for (int row = 0; row < 2; ++row) {
 #if defined(ONLINE)
-      const float maximum = __uint_as_float(load_word(sums + 64 * row + 4));
-      const float largest = fmaxf(state.maximum[row], maximum);
-      mine[row] = exp2_approx(in_log2(state.maximum[row] - largest, scale));
-      others[row] = exp2_approx(in_log2(maximum - largest, scale));
-      state.maximum[row] = largest;
+        const float maximum = __uint_as_float(load_word(sums + 64 * row + 4));
+        const float largest = fmaxf(state.maximum[row], maximum);
+        mine[row] = exp2_approx(in_log2(state.maximum[row] - largest, scale));
+        theirs[row] = exp2_approx(in_log2(maximum - largest, scale));
+        state.maximum[row] = largest;
 #endif
-      float& sum = state.out[OUT - 4 + 2 * row];
-      sum = sum * mine[row] + __uint_as_float(load_word(sums + 64 * row)) * others[row];
-    }
+        float& sum = state.out[OUT - 4 + 2 * row];
+        sum = sum * mine[row] + __uint_as_float(load_word(sums + 64 * row)) * theirs[row];
+      }
 #pragma unroll
-    for (int i = 0; i < 32 * PANELS; ++i) {
-      const float other = __uint_as_float(load_word(halves[i / 16 % 2] + i / 32 * Q_PANEL + i % 16 * (4 * WARPGROUP)));
-      state.out[i] = state.out[i] * mine[i / 2 % 2] + other * others[i / 2 % 2];
+      for (int i = 0; i < 32 * PANELS; ++i) {
+        state.out[i] = state.out[i] * mine[i / 2 % 2] + __uint_as_float(load_word(place(i))) * theirs[i / 2 % 2];
+      }
     }
   }
 }
@@ -478,15 +479,12 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     state.reset();
 
     int left = work.columns;
-    for (const int mine = role.idle ? 0 : role.helps ? left - COLUMNS : left; left > mine; left -= COLUMNS) {
-      if (left > 0) skip(shared, ring);
-    }
-    if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.halves);
+    for (int tile = 0; left > 0 && (role.idle || tile < role.part); ++tile, left -= COLUMNS) skip(shared, ring);
+    if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.parts);
 
     read_work(shared, q_ring.place, work, item); // again, not to keep it in registers
-    const Role again(work, consumer);
-    if (again.halves && !again.idle) merge(shared, again, shared.q(q_ring.place), p.scale, state);
-    const int num_rows = again.helps ? 0 : work.length - 64 * consumer;
+    if (Role(work, consumer).parts > 1) merge(shared, consumer, shared.q(q_ring.place), p.scale, state);
+    const int num_rows = work.length - 64 * consumer;
     const bool saw_nothing = work.columns == 0;
     float(&out)[OUT] = state.out;
 #if !defined(ONLINE)

@@ -17,19 +17,19 @@ PIECE = 8
 
 
 class Config(NamedTuple):
-    """Shape of the kernel: consumer warpgroups of 64 rows, columns of a tile, tiles of the ring."""
+    """Shape of the kernel: columns of a tile, tiles of the ring."""
 
-    consumers: int
     columns: int
     stages: int
 
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return 64 * self.consumers
 
+CONSUMERS = 3
+"""Warpgroups of 64 rows."""
 
-CONFIGS = {64: Config(3, 96, 7), 128: Config(3, 64, 4)}
+ROWS = 64 * CONSUMERS
+"""Rows of a tile; where fewer are left, 64."""
+
+CONFIGS = {64: Config(96, 7), 128: Config(64, 4)}
 """By head size."""
 
 SHARED_BYTES = {64: 223968, 128: 232112}
@@ -60,7 +60,7 @@ def kernel(dtype: torch.dtype, head_size: int, online: bool) -> Kernel:
     config = CONFIGS[head_size]
     macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size]) + ((("ONLINE", 1),) if online else ())
     macros += tuple((name.upper(), value) for name, value in config._asdict().items())
-    return Kernel("forward.cu", "forward", 128 * (config.consumers + 1), SHARED_BYTES[head_size], macros)
+    return Kernel("forward.cu", "forward", 128 * (CONSUMERS + 1), SHARED_BYTES[head_size], macros)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
@@ -69,10 +69,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     config = CONFIGS[D]
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
-    layout = Layout.of(tables, config.rows, q)
+    layout = Layout.of(tables, ROWS, q)
     # The next item of each launch, and whether any row failed; a byte for each warp that may report failed rows.
     counters = q.new_zeros(3, dtype=torch.int32)
-    flags = q.new_empty(4 * config.consumers * layout.items if bounded else 0, dtype=torch.uint8)
+    flags = q.new_empty(4 * CONSUMERS * layout.items if bounded else 0, dtype=torch.uint8)
     parameters = Parameters(
         *(tensor_map(x, tokens) for tokens in (config.columns, PIECE) for x in (k, v)),
         *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(), counters[2:].data_ptr(),

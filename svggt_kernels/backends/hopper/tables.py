@@ -22,11 +22,11 @@ class Tables(NamedTuple):
     dense_columns: Tensor
 
 
-def make_tables(layout: BlockLayout, row_block: int) -> Tables:
-    """Return the tables for row tiles of `row_block` tokens, the last of a group with fewer."""
+def make_tables(layout: BlockLayout, row_block: int, rest_block: int | None = None) -> Tables:
+    """Return the tables for such row tiles as `BlockLayout.row_tiles` makes."""
     runs = layout.runs
     return Tables(
-        layout.row_tiles(row_block),
+        layout.row_tiles(row_block, rest_block),
         runs.columns,
         runs.offsets,
         runs.start,
