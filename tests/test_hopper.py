@@ -209,6 +209,26 @@ class TestOnHopper:
             assert bool(torch.isfinite(mine).all())
             assert (mine.double() - reference).abs().max() <= allowed
 
+    @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    @pytest.mark.parametrize("factor", [1.0, 40.0], ids=["inside the proof", "beyond"])
+    def test_the_backward_pass_has_the_weights_of_the_forward_pass(
+        self, factor: float, head_size: int, kinds: tuple[str, str]
+    ):
+        """Both round Q with the scale in it; were they to differ, a row's weights would not add up to 1.
+
+        With a gradient of ones, dV of a key is the sum of its weights, and all of dV the number of rows. The scores are
+        large because some channels have a bias, as they do in trained models.
+        """
+        torch.manual_seed(0)
+        layout = band(4, 300)
+        q, k, v = inputs(layout, heads=4, head_size=head_size)
+        q[:, :, :, :4] += 5 * factor**0.5
+        k[:, :, :, :4] += 5 * factor**0.5
+        with hopper.softmax(kinds[0]), hopper.gradients(kinds[1]):
+            dv = run(layout, q, k, v, torch.ones_like(q))[3]
+        assert float((dv.float().sum(2) / layout.num_tokens - 1).abs().max()) <= 2e-3
+
     @pytest.mark.parametrize("kind", GRADIENTS)
     def test_blind_rows_give_zero_and_unseen_keys_zero_gradients(self, kind: str):
         graph = CovisibilityGraph.from_pairs(3, [(0, 0), (2, 0), (2, 1)], num_key_frames=3).to("cuda")

@@ -116,16 +116,6 @@ DEVICE void load_tile(uint32 shared, const TensorMap* map, uint32 barrier, const
 // to shared memory of bank conflicts.
 DEVICE int workspace_piece(int i, int token) { return i ^ (token & 3); }
 
-// A place in a ring of stages, or of one buffer.
-template <int STAGES>
-struct Ring {
-  uint32 index = 0, parity = 0;
-
-  DEVICE_MEMBER void next() {
-    if (++index == STAGES) index = 0, parity ^= 1;
-  }
-};
-
 // -lse and -inner: of columns if rows are keys, else of rows. A thread needs, of an 8-column block, columns
 // c, c + 1 of rows r, r + 8. Folded, -inner lies as these four accumulators want it.
 // Otherwise the tile's -lse lie before its -inner.

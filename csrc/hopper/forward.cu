@@ -80,20 +80,6 @@ struct Shared {
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && Shared::BYTES == SHARED_BYTES, "as in forward_pass.py");
 
-// Position in a ring of N places, and the parity of its round.
-template <int N>
-struct Ring {
-  int place = 0;
-  uint32 parity = 0;
-
-  DEVICE_MEMBER void advance() {
-    if (++place == N) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 #if defined(ONLINE)
 DEVICE bool failed(const Parameters& p, int item) {
   const uint32* flags = reinterpret_cast<const uint32*>(p.flags) + item * CONSUMERS;
@@ -135,27 +121,27 @@ DEVICE void scale_rows(uint32 q, float scale) {
 // The first of three loading warps: takes items, tells all others what they are, and loads the rows of Q.
 DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
   const bool signals = threadIdx.x % 32 == 0;
-  for (Ring<2> ring;; ring.advance()) {
+  for (Ring<2> ring;; ring.next()) {
     const int item = next_item(p);
     const bool exists = item < num_items(p);
     const Work work = exists ? Work(p.layout, item) : Work();
-    barrier_wait(shared.q_empty(ring.place), ring.parity ^ 1);
+    barrier_wait(shared.q_empty(ring.index), ring.parity ^ 1);
     if (signals) {
-      const uint32 record = shared.work(ring.place);
+      const uint32 record = shared.work(ring.index);
       store_shared(record, make_uint4(exists ? item : -1, work.group, work.start, work.length));
       store_shared(record + 16, make_uint4(work.batch, work.head, work.columns, 0));
-      barrier_arrive(shared.work_full(ring.place));
+      barrier_arrive(shared.work_full(ring.index));
     }
     if (!exists) break;
-    copy_rows<D>(p.layout, work, ROWS, shared.q(ring.place), p.q.at(work.batch, work.head), p.q.token);
+    copy_rows<D>(p.layout, work, ROWS, shared.q(ring.index), p.q.at(work.batch, work.head), p.q.token);
     copy_wait();
 #if defined(BFLOAT16)
     __syncwarp();
-    scale_rows(shared.q(ring.place), p.scale);
+    scale_rows(shared.q(ring.index), p.scale);
 #endif
     proxy_fence();
     __syncwarp();
-    if (signals) barrier_arrive(shared.q_full(ring.place));
+    if (signals) barrier_arrive(shared.q_full(ring.index));
   }
 }
 
@@ -181,16 +167,16 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
   Work work;
   int item;
   while (true) {
-    barrier_wait(shared.work_full(work_ring.place), work_ring.parity);
-    const bool exists = read_work(shared, work_ring.place, work, item);
-    if (signals) barrier_arrive(shared.q_empty(work_ring.place));
+    barrier_wait(shared.work_full(work_ring.index), work_ring.parity);
+    const bool exists = read_work(shared, work_ring.index, work, item);
+    if (signals) barrier_arrive(shared.q_empty(work_ring.index));
     if (!exists) break;
-    work_ring.advance();
+    work_ring.next();
 
     Cursor cursor(p.layout, work.group);
     for (int column = 0; column < work.columns; column += COLUMNS) {
-      const uint32 tile = shared.k(ring.place) + offset, full = shared.full(ring.place);
-      barrier_wait(shared.empty(ring.place), ring.parity ^ 1);
+      const uint32 tile = shared.k(ring.index) + offset, full = shared.full(ring.index);
+      barrier_wait(shared.empty(ring.index), ring.parity ^ 1);
       if (cursor.is_contiguous(COLUMNS)) {
         if (signals) {
           barrier_arrive_expect(full, TILE_BYTES);
@@ -207,7 +193,7 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
         if (signals) barrier_arrive(full);
       }
       cursor.advance(p.layout, work.group, COLUMNS);
-      ring.advance();
+      ring.next();
     }
   }
 }
@@ -349,9 +335,9 @@ DEVICE void finish_output(State& state, uint32 empty) {
 
 // Leave a tile of columns to others.
 DEVICE void skip(const Shared& shared, Ring<STAGES>& ring) {
-  barrier_wait(shared.full(ring.place), ring.parity);
-  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.place));
-  ring.advance();
+  barrier_wait(shared.full(ring.index), ring.parity);
+  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.index));
+  ring.next();
 }
 
 // The tiles of columns of one row tile from here on, `left` columns in all; only every `parts`-th.
@@ -361,9 +347,9 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0));
   const uint64 v = descriptor(shared.v(0), shared.ones() - shared.v(0));
   load_q(state.q, q_rows);
-  barrier_wait(shared.full(ring.place), ring.parity);
+  barrier_wait(shared.full(ring.index), ring.parity);
   wgmma_fence();
-  start_scores(state, q, k + ring.place * STAGE);
+  start_scores(state, q, k + ring.index * STAGE);
   wgmma_commit();
   wgmma_wait<0>();
   hold(state.s);
@@ -372,13 +358,13 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
   uint32 empty = 0;
   for (left -= parts * COLUMNS; left > 0; left -= parts * COLUMNS) {
-    const int stage = ring.place;
-    ring.advance();
+    const int stage = ring.index;
+    ring.next();
     finish_output(state, empty);
     for (int i = 1; i < parts; ++i) skip(shared, ring);
-    barrier_wait(shared.full(ring.place), ring.parity);
+    barrier_wait(shared.full(ring.index), ring.parity);
     wgmma_fence();
-    start_scores(state, q, k + ring.place * STAGE);
+    start_scores(state, q, k + ring.index * STAGE);
     wgmma_commit();
     start_output(state, v + stage * moved(STAGE));
     wgmma_commit();
@@ -390,13 +376,13 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   }
   finish_output(state, empty);
   wgmma_fence();
-  start_output(state, v + ring.place * moved(STAGE));
+  start_output(state, v + ring.index * moved(STAGE));
   wgmma_commit();
   wgmma_wait<0>();
   hold(state.weights);
   hold(state.out);
-  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.place));
-  ring.advance();
+  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.index));
+  ring.next();
   for (int i = parts - 1; i > 0 && left + i * COLUMNS > 0; --i) skip(shared, ring);
 }
 
@@ -469,21 +455,21 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
   State state;
 
   while (true) {
-    barrier_wait(shared.work_full(q_ring.place), q_ring.parity);
+    barrier_wait(shared.work_full(q_ring.index), q_ring.parity);
     Work work;
     int item;
-    if (!read_work(shared, q_ring.place, work, item)) break;
-    barrier_wait(shared.q_full(q_ring.place), q_ring.parity);
+    if (!read_work(shared, q_ring.index, work, item)) break;
+    barrier_wait(shared.q_full(q_ring.index), q_ring.parity);
     const Role role(work, consumer);
-    const uint32 q_rows = shared.q(q_ring.place) + role.unit * 64 * SWIZZLE_ROW;
+    const uint32 q_rows = shared.q(q_ring.index) + role.unit * 64 * SWIZZLE_ROW;
     state.reset();
 
     int left = work.columns;
     for (int tile = 0; left > 0 && (role.idle || tile < role.part); ++tile, left -= COLUMNS) skip(shared, ring);
     if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.parts);
 
-    read_work(shared, q_ring.place, work, item); // again, not to keep it in registers
-    if (Role(work, consumer).parts > 1) merge(shared, consumer, shared.q(q_ring.place), p.scale, state);
+    read_work(shared, q_ring.index, work, item); // again, not to keep it in registers
+    if (Role(work, consumer).parts > 1) merge(shared, consumer, shared.q(q_ring.index), p.scale, state);
     const int num_rows = work.length - 64 * consumer;
     const bool saw_nothing = work.columns == 0;
     float(&out)[OUT] = state.out;
@@ -546,8 +532,8 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
       }
       __syncwarp();
     }
-    if (signals) barrier_arrive(shared.q_empty(q_ring.place));
-    q_ring.advance();
+    if (signals) barrier_arrive(shared.q_empty(q_ring.index));
+    q_ring.next();
   }
 }
 

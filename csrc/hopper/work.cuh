@@ -25,6 +25,16 @@ struct Layout {
   int num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads;
 };
 
+// A place in a ring of N, and the parity of its round.
+template <int N>
+struct Ring {
+  uint32 index = 0, parity = 0;
+
+  DEVICE_MEMBER void next() {
+    if (++index == N) index = 0, parity ^= 1;
+  }
+};
+
 // One row tile of one head. The first tiles, the longest, come for all heads before the others, head after head.
 struct Work {
   int group, start, length, batch, head, columns;
