@@ -22,25 +22,20 @@ FORWARD = [
     for head_size in forward_pass.CONFIGS
     for dtype, online in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True))
 ]
-BACKWARD = [
-    kernel
+BACKWARD = {
+    kernel: None  # each once
     for head_size in forward_pass.CONFIGS
-    for dtype in (torch.bfloat16, torch.float16)
-    for kernel in (
-        backward_pass.kernel("backward_keys", dtype, head_size),
-        backward_pass.kernel("backward_keys", dtype, head_size, accumulate=True),
-        backward_pass.kernel("backward_queries", dtype, head_size),
-        backward_pass.token_kernel("backward_inner", dtype, head_size),
-        backward_pass.token_kernel("backward_convert", dtype, head_size),
-    )
-]
+    for dtype, folds in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False))
+    for accumulate in (False, True)
+    for kernel in backward_pass.kernels(dtype, head_size, folds, accumulate)
+}
 
 
 def name(kernel: runtime.Kernel) -> str:
     return "-".join([kernel.name, *(f"{key}{value}".lower() for key, value in kernel.defines)])
 
 
-@pytest.mark.parametrize("kernel", FORWARD + BACKWARD, ids=name)
+@pytest.mark.parametrize("kernel", [*FORWARD, *BACKWARD], ids=name)
 def test_compiles_without_spills(kernel: runtime.Kernel, tmp_path: Path):
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(runtime.compile_to_cubin(kernel.file, dict(kernel.defines)))

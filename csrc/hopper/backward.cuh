@@ -7,16 +7,22 @@
 // so that in both scores = rows[0] columns[0]^T - lse, dP = rows[1] columns[1]^T - inner, p = exp2(scores), dS = p dP.
 //
 // Ordinary instructions are what the tensor cores wait for, so an element costs little more than its exponential. The
-// accumulators of dP start at -inner. In bfloat16 Q comes multiplied by the scale and rounded, as the forward pass saw
-// it, and dO and inner come multiplied by exp2(-lse): with p = exp2(scores) that makes p dO and p (dP - inner) what they
-// were, so that lse is not needed. If any lse is far from 0, and in float16, scores are scaled and lse subtracted one
-// by one.
+// accumulators of dP start at -inner. FOLDED, Q comes multiplied by the scale and rounded, as the forward pass saw it, and
+// dO and inner come multiplied by exp2(-lse): with p = exp2(scores) that makes p dO and p (dP - inner) what they were, so
+// that lse is not needed. Heads with an lse that is not moderate are left to a second launch, which scales scores and
+// subtracts lse one by one; so is all in float16, and where the forward pass was told to do without that rounding.
 //
 // Of the first warpgroup one warp loads, and the three others copy the tiles that do not lie side by side. Two
 // warpgroups compute 64 rows each.
 #pragma once
 
 #include "work.cuh"
+
+#if defined(FOLDS)
+constexpr bool FOLDED = true;
+#else
+constexpr bool FOLDED = false;
+#endif
 
 constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
@@ -34,12 +40,12 @@ struct Parameters {
   Tensor4 rows[2], columns[2];
   Tensor4 gradients[2];     // dK, dV, or dQ
   const float* shifts[2];   // [batch_heads, num_queries]: -lse in units of log2, and -inner
-  const int* any_unfolded;  // whether lse must be subtracted after all
+  const int* unfolded;      // heads whose scores are scaled and lse subtracted after all, then whether any is; null: all
   int* next;                // the next item to be taken, 0 at first
   float* dq_sum;            // [batch_heads, PANELS, num_queries, 64], see `workspace_piece`
   Layout layout;
   int num_queries;
-  float score_scale;        // what turns a product of rows[0] and columns[0] into a score in units of log2
+  float scale_log2;         // of scores, unless FOLDED
   float scale;              // of gradients[0]
 };
 
@@ -140,7 +146,7 @@ struct Shift {
 };
 
 // Shared memory: buffers of row tiles, stages of column tiles, what the kernel adds; shifts; the tokens of a stage's
-// columns, or behind them just the first of columns side by side; tokens to be copied; what to work on, what to copy;
+// columns, and the first token of columns side by side, else -1; tokens to be copied; what to work on, what to copy;
 // barriers.
 template <int STAGES_, int ROW_BUFFERS_, Shifts SHIFTS, bool STAGE_TOKENS, uint32 EXTRA>
 struct Memory {
@@ -152,12 +158,12 @@ struct Memory {
   static constexpr uint32 EXTRA_AT = COLUMNS_AT + STAGES * STAGE;
   static constexpr uint32 SHIFTS_AT = EXTRA_AT + EXTRA;
   static constexpr uint32 TOKENS_AT = SHIFTS_AT + (Shift::OF_ROWS ? ROW_BUFFERS : STAGES) * Shift::BYTES;
-  static constexpr uint32 STAGE_TOKENS_BYTES = STAGE_TOKENS ? 4 * COLUMNS + 16 : 0;
-  static constexpr uint32 COPIED_TOKENS_AT = TOKENS_AT + STAGES * STAGE_TOKENS_BYTES;
+  static constexpr uint32 FIRST_TOKENS_AT = TOKENS_AT + (STAGE_TOKENS ? STAGES * 4 * COLUMNS : 0);
+  static constexpr uint32 COPIED_TOKENS_AT = FIRST_TOKENS_AT + (STAGE_TOKENS ? 16 : 0);
   static constexpr uint32 WORK_AT = COPIED_TOKENS_AT + 4 * ROWS;
   static constexpr uint32 COPY_AT = WORK_AT + 2 * 32;
   static constexpr uint32 BARRIERS_AT = COPY_AT + 32;
-  static constexpr uint32 BYTES = BARRIERS_AT + 8 * (2 * STAGES + 2 * ROW_BUFFERS + 4);
+  static constexpr uint32 BYTES = BARRIERS_AT + 8 * (2 * STAGES + 2 * ROW_BUFFERS + (STAGE_TOKENS ? 8 : 4));
   static_assert(BYTES <= 227 * 1024);
 
   uint32 base;
@@ -168,8 +174,8 @@ struct Memory {
   }
   DEVICE_MEMBER uint32 extra() const { return base + EXTRA_AT; }
   DEVICE_MEMBER uint32 shifts(uint32 i) const { return base + SHIFTS_AT + i * Shift::BYTES; } // a buffer or stage
-  DEVICE_MEMBER uint32 tokens(uint32 stage) const { return base + TOKENS_AT + stage * STAGE_TOKENS_BYTES; }
-  DEVICE_MEMBER uint32 first_token(uint32 stage) const { return tokens(stage) + 4 * COLUMNS; }
+  DEVICE_MEMBER uint32 tokens(uint32 stage) const { return base + TOKENS_AT + stage * 4 * COLUMNS; }
+  DEVICE_MEMBER uint32 first_token(uint32 stage) const { return base + FIRST_TOKENS_AT + 4 * stage; }
   DEVICE_MEMBER uint32 copied_tokens() const { return base + COPIED_TOKENS_AT; }
   DEVICE_MEMBER uint32 work(uint32 i) const { return base + WORK_AT + i * 32; }
   DEVICE_MEMBER uint32 copy() const { return base + COPY_AT; }
@@ -180,6 +186,8 @@ struct Memory {
   DEVICE_MEMBER uint32 work_empty(uint32 i) const { return full(2 * STAGES + 2 * ROW_BUFFERS + i); }
   DEVICE_MEMBER uint32 copy_full() const { return work_empty(2); }
   DEVICE_MEMBER uint32 copy_empty() const { return work_empty(3); }
+  DEVICE_MEMBER uint32 scores_full(uint32 i) const { return work_empty(4 + i); }
+  DEVICE_MEMBER uint32 scores_empty(uint32 i) const { return work_empty(6 + i); }
 
   DEVICE_MEMBER void initialize() const {
     if (threadIdx.x == 0) {
@@ -191,7 +199,13 @@ struct Memory {
         barrier_init(rows_full(buffer), Shift::OF_ROWS ? 1 + 32 : 1);
         barrier_init(rows_empty(buffer), COMPUTING_WARPS);
       }
-      for (uint32 i = 0; i < 2; ++i) barrier_init(work_empty(i), COMPUTING_WARPS);
+      for (uint32 i = 0; i < 2; ++i) {
+        barrier_init(work_empty(i), COMPUTING_WARPS);
+        if (STAGE_TOKENS) {
+          barrier_init(scores_full(i), COMPUTING_WARPS);
+          barrier_init(scores_empty(i), COMPUTING_WARPS);
+        }
+      }
       barrier_init(copy_full(), 1);
       barrier_init(copy_empty(), COPYING_WARPS);
       barrier_init_fence();
@@ -200,17 +214,14 @@ struct Memory {
   }
 };
 
-DEVICE bool is_folded(const int* any_unfolded) {
-#if defined(BFLOAT16)
-  return *any_unfolded == 0;
-#else
-  return false;
-#endif
+// Whether the launch has nothing to do.
+DEVICE bool is_idle(const Parameters& p) {
+  return !FOLDED && p.unfolded != nullptr && __syncthreads_and(p.unfolded[p.layout.batch_heads] == 0);
 }
 
 // ---- the loading warpgroup ----
 
-enum NamedBarrier { COPIED = 1, WARPGROUP_DONE = 2, SCORES_WRITTEN = 4 };
+enum NamedBarrier { COPIED = 1, WARPGROUP_DONE = 2 };
 
 // The warp that takes items, starts all loads, and tells the others what they are to do.
 template <class Memory>
@@ -221,20 +232,15 @@ struct Loader {
   const Parameters& p;
   const Memory memory;
   const int lane;
-  const bool folded;
   Ring<Memory::STAGES> stage;
   uint32 items = 0, copies = 0; // so far
 
   DEVICE_MEMBER Loader(const Parameters& p, Memory memory)
-      : p(p), memory(memory), lane(threadIdx.x % 32), folded(is_folded(p.any_unfolded)) {}
+      : p(p), memory(memory), lane(threadIdx.x % 32) {}
 
   DEVICE_MEMBER uint32 buffer() const { return items % Memory::ROW_BUFFERS; }
 
-  // -1 if there are no more.
-  DEVICE_MEMBER int next_item() const {
-    const int item = warp_uniform(lane == 0 ? atomicAdd(p.next, 1) : 0);
-    return item < p.layout.num_row_tiles * p.layout.batch_heads ? item : -1;
-  }
+  DEVICE_MEMBER int next_item() const { return take_item(p.layout, p.next, p.unfolded, !FOLDED); }
 
   DEVICE_MEMBER void run() {
     int item = next_item();
@@ -263,11 +269,7 @@ struct Loader {
   DEVICE_MEMBER void tell_work(const Work& work) {
     barrier_wait(memory.work_empty(items % 2), items / 2 % 2 ^ 1);
     barrier_wait(memory.rows_empty(buffer()), items / Memory::ROW_BUFFERS % 2 ^ 1);
-    if (lane == 0) {
-      const uint32 to = memory.work(items % 2);
-      store_shared(to, make_uint4(work.columns, work.length, work.batch, work.head));
-      store_shared(to + 16, make_uint4(work.group, work.start, 0, 0));
-    }
+    if (lane == 0) store_work(memory.work(items % 2), work);
   }
 
   // Have the tokens in memory.copied_tokens() copied; nothing to copy is the end.
@@ -356,7 +358,7 @@ struct Loader {
   // Copy the shifts at `at` for row or column i. Without a token they are 0, as are its tiles: then dP = dS = 0.
   DEVICE_MEMBER void copy_shifts(uint32 shifts, int i, int64 at, bool exists) const {
     using Shift = typename Memory::Shift;
-    if (folded) {
+    if (FOLDED) {
       copy_word(shifts + Shift::folded(i), p.shifts[1] + at, exists);
       copy_word(shifts + Shift::folded(i) + Shift::TWIN, p.shifts[1] + at, exists);
     } else {
@@ -403,19 +405,6 @@ DEVICE void load(const Parameters& p, const Memory memory) {
 }
 
 // ---- the computing warpgroups ----
-
-template <class Memory>
-DEVICE Work read_work(const Memory& memory, uint32 i) {
-  const uint4 x = load_shared(memory.work(i)), y = load_shared(memory.work(i) + 16);
-  Work work;
-  work.columns = warp_uniform(x.x);
-  work.length = warp_uniform(x.y);
-  work.batch = warp_uniform(x.z);
-  work.head = warp_uniform(x.w);
-  work.group = warp_uniform(y.x);
-  work.start = warp_uniform(y.y);
-  return work;
-}
 
 // This warp has done with what the barrier guards.
 DEVICE void release(uint32 barrier) {

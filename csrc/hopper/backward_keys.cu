@@ -2,7 +2,8 @@
 // S^T = K Q^T and dP^T = V dO^T, whose accumulators are, rounded, the A operands of dV += P^T dO and dK += dS^T Q.
 //
 // With ACCUMULATE_QUERIES the pass also adds to dQ, 5 products in place of 7 in two passes, in no fixed order.
-// For dQ = dS K the two warpgroups exchange dS^T through shared memory; each then takes half of dQ.
+// For dQ = dS K the two warpgroups exchange dS^T through shared memory; each takes half of dQ, a step late, so that
+// they need not be in step: one computes exponentials while the tensor cores are the other's.
 #include "backward.cuh"
 
 #if defined(ACCUMULATE_QUERIES)
@@ -14,13 +15,16 @@ constexpr bool ACCUMULATE = false;
 constexpr uint32 SCORES_PANEL = ROWS * SWIZZLE_ROW;    // dS^T of 64 queries
 constexpr uint32 SCORES = COLUMNS / 64 * SCORES_PANEL; // one of two buffers
 constexpr uint32 SUMS = 64 * 64 * sizeof(float);       // dQ of one warpgroup
-constexpr uint32 EXTRA = ACCUMULATE ? 2 * SCORES + (D == 64 ? 0 : 2 * SUMS) : 0;
+constexpr uint32 SUMS_ROW = 64 * sizeof(float);
+constexpr uint32 SCATTERED = 1u << 31; // joined to tokens that do not lie side by side; with it, -1 is none
+constexpr bool IN_PLACE = D == 64; // dQ leaves through where the half of dS^T was that it came from
+constexpr uint32 EXTRA = ACCUMULATE ? 2 * SCORES + (IN_PLACE ? 0 : 2 * SUMS) : 0;
+constexpr int STAGES = ACCUMULATE ? 3 : 4;
 
-using KeysMemory = Memory<ACCUMULATE ? 3 : 4, ACCUMULATE || D == 128 ? 1 : 2, Shifts::OF_COLUMNS, ACCUMULATE, EXTRA>;
+using KeysMemory = Memory<STAGES, ACCUMULATE || D == 128 ? 1 : 2, Shifts::OF_COLUMNS, ACCUMULATE, EXTRA>;
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && KeysMemory::BYTES == SHARED_BYTES, "as in backward_pass.py");
 
-template <bool FOLDED>
 struct Consumer {
   const Parameters& p;
   const KeysMemory memory;
@@ -28,22 +32,27 @@ struct Consumer {
   Ring<KeysMemory::STAGES> stage;
   Ring<KeysMemory::ROW_BUFFERS> tile;
   Ring<2> record;
-  uint32 buffer = 0;
-  int length, batch_head; // of the tile
+  int length; // of the tile
+  // Only with ACCUMULATE_QUERIES:
+  const uint32 scores_to; // where this lane writes dS^T first, but for the buffer
+  Ring<2> scores;         // buffers of dS^T
+  float* dq_sum;          // of the tile's head
+  uint32 token;           // of row lane % 16 of this warp's part of dQ of the step before, see `SCATTERED`
   float dk[D / 2], dv[D / 2], s[COLUMNS / 2], dp[COLUMNS / 2];
 
   DEVICE_MEMBER Consumer(const Parameters& p, KeysMemory memory)
-      : p(p), memory(memory), index(warp_uniform(threadIdx.x / WARPGROUP - 1)) {}
+      : p(p), memory(memory), index(warp_uniform(threadIdx.x / WARPGROUP - 1)), scores_to(scores_row()) {}
 
   DEVICE_MEMBER uint32 rows(int i) const { return memory.row_tile(tile.index, i) + index * 64 * SWIZZLE_ROW; }
 
   DEVICE_MEMBER void run() {
     while (true) {
       barrier_wait(memory.rows_full(tile.index), tile.parity);
-      const Work work = read_work(memory, record.index);
+      const Work work = load_work(memory.work(record.index));
       if (work.columns < 0) break;
       length = work.length;
-      batch_head = work.batch * p.layout.heads + work.head;
+      const int panel = (work.batch * p.layout.heads + work.head) * PANELS + (D == 64 ? 0 : index);
+      dq_sum = p.dq_sum + static_cast<int64>(panel) * p.num_queries * 64;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
       int columns = work.columns;
@@ -51,18 +60,20 @@ struct Consumer {
         barrier_wait(memory.full(stage.index), stage.parity);
         hold(dk);
         hold(dv);
+        token = ~0u;
         start_dp();
         multiply_scores();
         multiply_dp();
         wgmma_wait<1>();
         for (; columns > COLUMNS; columns -= COLUMNS) step<true>();
         step<false>();
+        if (ACCUMULATE) add_last();
         hold(dk);
         hold(dv);
       }
       release(memory.rows_empty(tile.index));
       tile.next();
-      const Work again = read_work(memory, record.index); // not to keep it in registers
+      const Work again = load_work(memory.work(record.index)); // not to keep it in registers
       store_gradients(p.gradients[0], dk, p.scale, p.layout, again, index * 64);
       store_gradients(p.gradients[1], dv, 1, p.layout, again, index * 64);
       __syncwarp();
@@ -111,11 +122,14 @@ struct Consumer {
       const float4 x = load_floats(shifts + 64 * k);
       const float shift[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) s[8 * k + i] = fmaf(s[8 * k + i], p.score_scale, shift[i / 4 * 2 + i % 2]);
+      for (int i = 0; i < 8; ++i) s[8 * k + i] = fmaf(s[8 * k + i], p.scale_log2, shift[i / 4 * 2 + i % 2]);
     }
   }
 
   // The scores of this stage are done and dP is under way; with MORE so are those of the next when it returns.
+  //
+  // dQ is that of the step before. At a tile's first step that is none of this tile: the product is formed even so, as
+  // the assembler serializes products that are not always issued, and, without a token, added to nothing.
   template <bool MORE>
   DEVICE_MEMBER void step() {
     const uint32 now = stage.index;
@@ -139,39 +153,42 @@ struct Consumer {
 
     hold(probabilities);
     hold(ds);
+    float dq[32];
     wgmma_fence();
     multiply_add(dv, probabilities, memory.column_tile(now, 1));
     wgmma_commit();
     multiply_add(dk, ds, memory.column_tile(now, 0));
     wgmma_commit();
-    float dq[32];
-    int first = 0, token = 0;
     if (ACCUMULATE) {
       write_scores(ds);
-      bulk_wait_read(); // of the step before: from here on the other buffer is free
-      proxy_fence();
-      named_sync(SCORES_WRITTEN, 2 * WARPGROUP);
-      multiply_ds(dq);
-      wgmma_commit();
-      const int row = first_query() + threadIdx.x % 16;
-      first = warp_uniform(load_word(memory.first_token(now)));
-      token = first < 0 ? load_word(memory.tokens(now) + 4 * row) : first + row;
+      start_dq(dq);
     }
-    wgmma_wait<1>();
+    wgmma_wait<1>(); // for dv, and dk if dq is behind it
     hold(probabilities);
     if (MORE) multiply_scores();
-    wgmma_wait<MORE ? 1 : 0>();
-    hold(ds);
-    release(memory.empty(now));
     if (ACCUMULATE) {
+      hold(ds);
+      const uint32 next = read_token(now);
+      release(memory.empty(now));
+      wgmma_wait<MORE ? 1 : 0>();
       hold(dq);
-      add_to_queries(dq, token, first >= 0);
-      buffer ^= 1;
+      if (!IN_PLACE) release(memory.scores_empty(scores.index));
+      add_dq(dq, scores.index);
+      token = next;
+    } else {
+      wgmma_wait<MORE ? 1 : 0>();
+      hold(ds);
+      release(memory.empty(now));
     }
     if (MORE) {
       start_dp();
       multiply_dp();
       wgmma_wait<1>();
+    }
+    if (ACCUMULATE && IN_PLACE) {
+      bulk_wait_read();
+      __syncwarp();
+      release(memory.scores_empty(scores.index));
     }
   }
 
@@ -184,69 +201,104 @@ struct Consumer {
     }
   }
 
-  DEVICE_MEMBER uint32 scores() const { return memory.extra() + buffer * SCORES; }
-
-  DEVICE_MEMBER void write_scores(const uint32 (&ds)[COLUMNS / 4]) const {
+  DEVICE_MEMBER uint32 scores_row() const {
     const int lane = threadIdx.x % 32, row = index * 64 + threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
-    const uint32 first = scores() + swizzled(row, lane / 16);
-#pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) {
-      store_matrices((first ^ (k % 4 * 32)) + k / 4 * SCORES_PANEL, &ds[4 * k]);
-    }
+    return memory.extra() + swizzled(row, lane / 16);
   }
 
-  // dq = dS K: 64 queries, all of d, or at head size 128 all queries, 64 of d.
-  DEVICE_MEMBER void multiply_ds(float (&dq)[32]) const {
-    const uint64 a = descriptor(scores() + (D == 64 ? index * SCORES_PANEL : 0));
+  // Tell dS^T of this step to the other warpgroup, when both have done with what was in the buffer. Each step frees the
+  // buffer of the one before, the very first step too, so the phases of buffer 1 are one ahead.
+  DEVICE_MEMBER void write_scores(const uint32 (&ds)[COLUMNS / 4]) {
+    const uint32 to = (D == 64 ? scores_to : scores_row()) + scores.index * SCORES; // 128 leaves no register
+    barrier_wait(memory.scores_empty(scores.index), scores.parity ^ scores.index ^ 1);
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 16; ++k) store_matrices((to ^ (k % 4 * 32)) + k / 4 * SCORES_PANEL, &ds[4 * k]);
+    proxy_fence();
+    __syncwarp();
+    release(memory.scores_full(scores.index));
+    scores.next();
+  }
+
+  // dq = dS K of the step before the one just written: 64 queries, all of d, or at head size 128 all queries, 64 of d.
+  DEVICE_MEMBER void start_dq(float (&dq)[32]) const {
+    barrier_wait(memory.scores_full(scores.index), scores.parity ^ 1);
+    multiply_dq(dq, scores.index);
+  }
+
+  DEVICE_MEMBER void multiply_dq(float (&dq)[32], uint32 buffer) const {
+    const uint64 a = descriptor(memory.extra() + buffer * SCORES + (D == 64 ? index * SCORES_PANEL : 0));
     const uint64 b = descriptor(memory.row_tile(tile.index, 0) + (D == 64 ? 0 : index * ROWS * SWIZZLE_ROW));
     wgmma_fence();
     wgmma_along_tokens<false>(dq, a, b);
 #pragma unroll
     for (int k = 1; k < ROWS / 16; ++k) wgmma_along_tokens<true>(dq, a + k * ALONG_TOKENS, b + k * ALONG_TOKENS);
+    wgmma_commit();
   }
 
-  // Of this warp's part of dq.
-  DEVICE_MEMBER int first_query() const { return (D == 64 ? index * 64 : 0) + threadIdx.x % WARPGROUP / 32 * 16; }
+  DEVICE_MEMBER uint32 read_token(uint32 now) const {
+    const int row = (D == 64 ? index * 64 : 0) + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 16;
+    const int first = warp_uniform(load_word(memory.first_token(now)));
+    const uint32 token = first >= 0 ? first + row : load_word(memory.tokens(now) + 4 * row) | SCATTERED;
+    __syncwarp();
+    return token;
+  }
 
-  // Lane l knows the token of row l % 16. The sums leave through shared memory: at head size 64 where this warpgroup's
-  // half of dS^T was.
-  DEVICE_MEMBER void add_to_queries(const float (&dq)[32], int token, bool is_contiguous) const {
-    const int lane = threadIdx.x % 32, quad = lane / 4;
-    const uint32 rows = (D == 64 ? scores() : memory.extra() + 2 * SCORES) + index * SUMS +
-                        threadIdx.x % WARPGROUP / 32 * (16 * 256);
-    if (D == 64) named_sync(WARPGROUP_DONE + index, WARPGROUP);
+  // Where this warp's part of dq leaves through, 16 rows.
+  DEVICE_MEMBER uint32 sums(uint32 buffer) const {
+    const uint32 all = memory.extra() + (IN_PLACE ? buffer : 2) * SCORES;
+    return all + index * SUMS + threadIdx.x % WARPGROUP / 32 * (16 * SUMS_ROW);
+  }
+
+  DEVICE_MEMBER void add_dq(const float (&dq)[32], uint32 buffer) const {
+    const uint32 lane = threadIdx.x % 32;
+    const uint32 first = sums(buffer) + lane / 4 * SUMS_ROW + lane % 4 * 8;
+    bulk_wait_read(); // of the sums before
+    if (IN_PLACE) named_sync(WARPGROUP_DONE + index, WARPGROUP);
+    else __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = 8 * half + quad, owner = __shfl_sync(0xffffffff, token, row);
+      const int owner = __shfl_sync(0xffffffff, token, 8 * half + lane / 4);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        store_shared(rows + row * 256 + workspace_piece(i, owner) * 32 + lane % 4 * 8, dq[4 * i + 2 * half],
-                     dq[4 * i + 2 * half + 1]);
+        const uint32 to = (first ^ workspace_piece(i % 4, owner) * 32) + i / 4 * 128 + half * 8 * SUMS_ROW;
+        store_shared(to, dq[4 * i + 2 * half], dq[4 * i + 2 * half + 1]);
       }
     }
     proxy_fence();
-    const int64 panel = static_cast<int64>(batch_head) * PANELS + (D == 64 ? 0 : index);
-    float* sum = p.dq_sum + (panel * p.num_queries + token) * 64;
-    if (is_contiguous) {
-      if (lane == 0) reduce_bulk(sum, rows, 16 * 256);
-    } else if (lane < 16 && token >= 0) {
-      reduce_bulk(sum, rows + lane * 256, 256);
+    __syncwarp();
+    float* to = dq_sum + static_cast<int64>(token & ~SCATTERED) * 64;
+    if (token < SCATTERED) {
+      if (lane == 0) reduce_bulk(to, sums(buffer), 16 * SUMS_ROW);
+    } else if (lane < 16 && token != ~0u) {
+      reduce_bulk(to, sums(buffer) + lane * SUMS_ROW, SUMS_ROW);
     }
     bulk_commit();
+  }
+
+  // dQ of the tile's last step. The next tile's first step frees the buffer.
+  DEVICE_MEMBER void add_last() const {
+    const uint32 last = scores.index ^ 1;
+    barrier_wait(memory.scores_full(last), scores.parity ^ last);
+    float dq[32];
+    multiply_dq(dq, last);
+    wgmma_wait<0>();
+    hold(dq);
+    add_dq(dq, last);
   }
 };
 
 extern "C" __global__ void __launch_bounds__(384, 1) backward_keys(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const KeysMemory memory{shared_address(shared)};
+  if (memory.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
+  if (is_idle(p)) return;
   memory.initialize();
   if (threadIdx.x < WARPGROUP) {
     give_registers<LOADING_REGISTERS>();
     load(p, memory);
   } else {
     take_registers<COMPUTING_REGISTERS>();
-    if (is_folded(p.any_unfolded)) Consumer<true>(p, memory).run();
-    else Consumer<false>(p, memory).run();
+    Consumer(p, memory).run();
     if (ACCUMULATE) bulk_wait_read();
   }
 }

@@ -6,7 +6,6 @@ using QueriesMemory = Memory<D == 64 ? 4 : 3, 2, Shifts::OF_ROWS, false, 0>;
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && QueriesMemory::BYTES == SHARED_BYTES, "as in backward_pass.py");
 
-template <bool FOLDED>
 struct Consumer {
   const Parameters& p;
   const QueriesMemory memory;
@@ -25,7 +24,7 @@ struct Consumer {
   DEVICE_MEMBER void run() {
     while (true) {
       barrier_wait(memory.rows_full(tile.index), tile.parity);
-      columns = read_work(memory, record.index).columns;
+      columns = load_work(memory.work(record.index)).columns;
       if (columns < 0) break;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dq[i] = 0;
@@ -44,7 +43,7 @@ struct Consumer {
       }
       release(memory.rows_empty(tile.index));
       tile.next();
-      store_gradients(p.gradients[0], dq, p.scale, p.layout, read_work(memory, record.index), index * 64);
+      store_gradients(p.gradients[0], dq, p.scale, p.layout, load_work(memory.work(record.index)), index * 64);
       __syncwarp();
       release(memory.work_empty(record.index));
       record.next();
@@ -94,7 +93,7 @@ struct Consumer {
     if (!FOLDED) {
       const float x[2] = {shift(0, 0), shift(0, 1)};
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 2; ++i) s[i] = fmaf(s[i], p.score_scale, x[i / 2 % 2]);
+      for (int i = 0; i < COLUMNS / 2; ++i) s[i] = fmaf(s[i], p.scale_log2, x[i / 2 % 2]);
     }
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i]);
@@ -150,13 +149,14 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(384, 1) backward_queries(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const QueriesMemory memory{shared_address(shared)};
+  if (memory.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
+  if (is_idle(p)) return;
   memory.initialize();
   if (threadIdx.x < WARPGROUP) {
     give_registers<LOADING_REGISTERS>();
     load(p, memory);
   } else {
     take_registers<COMPUTING_REGISTERS>();
-    if (is_folded(p.any_unfolded)) Consumer<true>(p, memory).run();
-    else Consumer<false>(p, memory).run();
+    Consumer(p, memory).run();
   }
 }

@@ -7,11 +7,11 @@ constexpr int LANES = D / 8; // of one token, 16 bytes each
 
 struct InnerParameters {
   Tensor4 q, out, grad;
-  Tensor4 scaled_q, folded_grad; // written, in bfloat16 only: Q scale log2(e), dO exp2(-lse)
+  Tensor4 scaled_q, folded_grad; // written if FOLDED: Q scale log2(e), dO exp2(-lse)
   const float* lse;              // [batch_heads, tokens], natural logarithm
   const float* grad_lse;         // the same, or null
   float* shifts[2];              // as in Parameters
-  int* any_unfolded;             // 0 at first
+  int* unfolded;                 // as in Parameters, 0 at first
   int tokens, heads, batch_heads;
   float scale_log2;
 };
@@ -70,7 +70,7 @@ DEVICE float high(uint32 pair) {
 #endif
 }
 
-#if defined(BFLOAT16)
+#if defined(FOLDS)
 DEVICE uint4 scaled(uint4 x, float factor) {
   return make_uint4(scaled(x.x, factor), scaled(x.y, factor), scaled(x.z, factor), scaled(x.w, factor));
 }
@@ -78,28 +78,23 @@ DEVICE uint4 scaled(uint4 x, float factor) {
 
 DEVICE float dot(uint32 x, uint32 y) { return low(x) * low(y) + high(x) * high(y); }
 
-#if defined(BFLOAT16)
-// Where neither exp2(-lse), nor exp2(score) of a score that matters, comes near overflow; as in the forward.
-constexpr float SMALLEST_LSE = -40, LARGEST_LSE = 60;
-#endif
-
 // -inner = dLSE - dO . out, and -lse in units of log2 unless it is folded into dO and inner; of a row that sees nothing,
 // whatever makes its p dP zero.
 extern "C" __global__ void backward_inner(const __grid_constant__ InnerParameters p) {
   const Place place(p.tokens, p.heads, p.batch_heads);
   const uint4 x = *place.piece(p.out);
   uint4 y = *place.piece(p.grad);
-  const float lse = p.lse[place.row] * LOG2_E;
+  const float lse = p.lse[place.row];
   const bool sees_nothing = lse == -infinity();
-  float factor = 1, shift = sees_nothing ? lse : -lse;
-#if defined(BFLOAT16)
+  float factor = 1, shift = sees_nothing ? lse : -lse * LOG2_E;
+#if defined(FOLDS)
   if (sees_nothing) factor = shift = 0;
-  if (SMALLEST_LSE <= lse && lse <= LARGEST_LSE) factor = exp2_approx(-lse), shift = 0;
+  if (is_moderate(lse)) factor = exp2_approx(-lse * LOG2_E), shift = 0;
   y = scaled(y, factor);
   if (place.exists) {
     *place.piece(p.scaled_q) = scaled(*place.piece(p.q), p.scale_log2);
     *place.piece(p.folded_grad) = y;
-    if (shift != 0) *p.any_unfolded = 1;
+    if (shift != 0) p.unfolded[place.batch_head] = p.unfolded[p.batch_heads] = 1;
   }
 #endif
   float sum = dot(x.x, y.x) + dot(x.y, y.y) + dot(x.z, y.z) + dot(x.w, y.w);

@@ -6,13 +6,13 @@
 // is full but the last. A consumer warpgroup starts S = Q K^T of a tile together with O += P V of the tile before, and
 // turns S into P while that second product runs.
 //
-// Ordinary instructions are what the tensor cores wait for, so a score costs little more than its exponential. In
-// bfloat16 the scale is multiplied into Q, which is rounded once more; the backward pass rounds it in the same way, so
-// what both compute is exact attention of that Q. The sum of a row is a column of the output: P times ones behind V.
-//
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
-// with no maximum at all, and the proof comes after: a row whose sum lies between SMALLEST and LARGEST lost nothing to
-// overflow or underflow. Tiles with rows that fail are flagged, and done again by the ONLINE kernel.
+// with no maximum at all, and the proof comes after: a row with moderate LSE lost nothing to overflow or underflow. Heads
+// of which any row fails are flagged, and done again by the ONLINE kernel.
+//
+// Ordinary instructions are what the tensor cores wait for, so a score costs little more than its exponential. The sum of
+// a row is a column of the output: P times ones behind V. Without ONLINE the scale is multiplied into Q, which is rounded
+// once more; the backward pass rounds it likewise, so that both compute exact attention of that Q.
 
 #include "work.cuh"
 
@@ -32,24 +32,14 @@ constexpr int PANEL = COLUMNS * SWIZZLE_ROW;
 constexpr int OUT = 32 * PANELS + 4; // of a thread: the output, and the sum of its two rows, each twice
 constexpr int ONES_BYTES = 16 * SWIZZLE_ROW;
 constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products then read half as much shared memory
-#if defined(BFLOAT16)
-constexpr bool SCALED_Q = true;
-#else
-constexpr bool SCALED_Q = false;
-#endif
-
-// What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
-constexpr float SMALLEST = 9.094947017729282e-13f; // 2^-40
-constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
 
 struct Parameters {
   TensorMap k_map, v_map;       // boxes of [64, COLUMNS]
   TensorMap k_pieces, v_pieces; // boxes of [64, PIECE]
   Tensor4 q, k, v, out;
-  float* lse;      // [B, H, N]
-  int* next;       // the next item to be taken, 0 at first
-  int* any_failed; // 0 at first
-  uint8* flags;    // [items, 4 CONSUMERS]: warps whose rows failed; null to do all items
+  float* lse;  // [B, H, N]
+  int* next;   // the next item to be taken, 0 at first
+  int* failed; // [batch_heads], then one for any of them; 0 at first. With ONLINE null to do all
   Layout layout;
   int tokens;
   float scale; // with log2(e)
@@ -80,30 +70,7 @@ struct Shared {
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && Shared::BYTES == SHARED_BYTES, "as in forward_pass.py");
 
-#if defined(ONLINE)
-DEVICE bool failed(const Parameters& p, int item) {
-  const uint32* flags = reinterpret_cast<const uint32*>(p.flags) + item * CONSUMERS;
-  uint32 any = 0;
-#pragma unroll
-  for (int i = 0; i < CONSUMERS; ++i) any |= flags[i];
-  return any != 0;
-}
-#endif
-
-DEVICE int num_items(const Parameters& p) { return p.layout.num_row_tiles * p.layout.batch_heads; }
-
-// The next item to work on, for a whole warp; num_items if there is none.
-DEVICE int next_item(const Parameters& p) {
-  while (true) {
-    const int item = min(warp_uniform(threadIdx.x % 32 == 0 ? atomicAdd(p.next, 1) : 0), num_items(p));
-#if defined(ONLINE)
-    if (item < num_items(p) && p.flags != nullptr && !failed(p, item)) continue;
-#endif
-    return item;
-  }
-}
-
-#if defined(BFLOAT16)
+#if defined(BFLOAT16) && !defined(ONLINE)
 // Multiply a tile of Q by the scale, so that scores need no multiplication: it is rounded to 16 bits as Q itself was.
 DEVICE void scale_rows(uint32 q, float scale) {
 #pragma unroll 2
@@ -122,20 +89,23 @@ DEVICE void scale_rows(uint32 q, float scale) {
 DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
   const bool signals = threadIdx.x % 32 == 0;
   for (Ring<2> ring;; ring.next()) {
-    const int item = next_item(p);
-    const bool exists = item < num_items(p);
-    const Work work = exists ? Work(p.layout, item) : Work();
+#if defined(ONLINE)
+    const int item = take_item(p.layout, p.next, p.failed, true);
+#else
+    const int item = take_item(p.layout, p.next, nullptr, true);
+#endif
+    Work work;
+    if (item >= 0) work = Work(p.layout, item);
+    else work.columns = -1;
     barrier_wait(shared.q_empty(ring.index), ring.parity ^ 1);
     if (signals) {
-      const uint32 record = shared.work(ring.index);
-      store_shared(record, make_uint4(exists ? item : -1, work.group, work.start, work.length));
-      store_shared(record + 16, make_uint4(work.batch, work.head, work.columns, 0));
+      store_work(shared.work(ring.index), work);
       barrier_arrive(shared.work_full(ring.index));
     }
-    if (!exists) break;
+    if (item < 0) break;
     copy_rows<D>(p.layout, work, ROWS, shared.q(ring.index), p.q.at(work.batch, work.head), p.q.token);
     copy_wait();
-#if defined(BFLOAT16)
+#if defined(BFLOAT16) && !defined(ONLINE)
     __syncwarp();
     scale_rows(shared.q(ring.index), p.scale);
 #endif
@@ -145,32 +115,17 @@ DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
   }
 }
 
-// Read what produce_rows wrote; false if there is no more work.
-DEVICE bool read_work(const Shared& shared, int buffer, Work& work, int& item) {
-  const uint4 a = load_shared(shared.work(buffer)), b = load_shared(shared.work(buffer) + 16);
-  item = warp_uniform(a.x);
-  work.group = warp_uniform(a.y);
-  work.start = warp_uniform(a.z);
-  work.length = warp_uniform(a.w);
-  work.batch = warp_uniform(b.x);
-  work.head = warp_uniform(b.y);
-  work.columns = warp_uniform(b.z);
-  return item >= 0;
-}
-
 // The second and third loading warps: stream the tiles of K, and of V (`offset` behind K in a stage).
 DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const TensorMap& pieces,
                             const Tensor4& tensor, uint32 offset) {
   const bool signals = threadIdx.x % 32 == 0;
   Ring<2> work_ring;
   Ring<STAGES> ring;
-  Work work;
-  int item;
   while (true) {
     barrier_wait(shared.work_full(work_ring.index), work_ring.parity);
-    const bool exists = read_work(shared, work_ring.index, work, item);
+    const Work work = load_work(shared.work(work_ring.index));
     if (signals) barrier_arrive(shared.q_empty(work_ring.index));
-    if (!exists) break;
+    if (work.columns < 0) break;
     work_ring.next();
 
     Cursor cursor(p.layout, work.group);
@@ -202,7 +157,7 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
 constexpr float SLACK = 8.0f; // in units of log2
 
 // Scores in units of log2.
-DEVICE float in_log2(float x, float scale) { return SCALED_Q ? x : x * scale; }
+DEVICE float in_log2(float x, float scale) { return x * scale; }
 #endif
 
 // Hide the columns from `columns` on.
@@ -254,7 +209,7 @@ struct State {
     const float shift[2] = {in_log2(maximum[0], scale), in_log2(maximum[1], scale)};
 #pragma unroll
     for (int i = 0; i < SCORES; ++i) {
-      s[i] = SCALED_Q ? s[i] - shift[i / 2 % 2] : fmaf(s[i], scale, -shift[i / 2 % 2]);
+      s[i] = fmaf(s[i], scale, -shift[i / 2 % 2]);
     }
 #endif
 #pragma unroll
@@ -456,9 +411,8 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
 
   while (true) {
     barrier_wait(shared.work_full(q_ring.index), q_ring.parity);
-    Work work;
-    int item;
-    if (!read_work(shared, q_ring.index, work, item)) break;
+    Work work = load_work(shared.work(q_ring.index));
+    if (work.columns < 0) break;
     barrier_wait(shared.q_full(q_ring.index), q_ring.parity);
     const Role role(work, consumer);
     const uint32 q_rows = shared.q(q_ring.index) + role.unit * 64 * SWIZZLE_ROW;
@@ -468,7 +422,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     for (int tile = 0; left > 0 && (role.idle || tile < role.part); ++tile, left -= COLUMNS) skip(shared, ring);
     if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.parts);
 
-    read_work(shared, q_ring.index, work, item); // again, not to keep it in registers
+    work = load_work(shared.work(q_ring.index)); // again, not to keep it in registers
     if (Role(work, consumer).parts > 1) merge(shared, consumer, shared.q(q_ring.index), p.scale, state);
     const int num_rows = work.length - 64 * consumer;
     const bool saw_nothing = work.columns == 0;
@@ -484,7 +438,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     for (int row = 0; row < 2; ++row) {
       const int r = 16 * warp + lane / 4 + 8 * row;
 #if !defined(ONLINE)
-      const bool proven = zero == 0.0f && state.sum(row) >= SMALLEST && state.sum(row) <= LARGEST;
+      const bool proven = zero == 0.0f && is_moderate(state.log_sum(row, p.scale));
       row_failed |= r < num_rows && !saw_nothing && !proven;
 #endif
       const float inverse = saw_nothing ? 0.0f : 1.0f / state.sum(row);
@@ -500,10 +454,9 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
       }
     }
 #if !defined(ONLINE)
-    const bool any_failed = __any_sync(0xffffffff, row_failed);
-    if (signals) {
-      p.flags[(static_cast<int64>(item) * CONSUMERS + consumer) * 4 + warp] = any_failed;
-      if (any_failed) *p.any_failed = 1;
+    if (__any_sync(0xffffffff, row_failed) && signals) {
+      p.failed[work.batch_head(p.layout)] = 1;
+      p.failed[p.layout.batch_heads] = 1;
     }
 #endif
 
@@ -542,7 +495,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   const Shared shared{shared_address(memory)};
   if (shared.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
 #if defined(ONLINE)
-  if (__syncthreads_and(p.flags != nullptr && *p.any_failed == 0)) return;
+  if (__syncthreads_and(p.failed != nullptr && p.failed[p.layout.batch_heads] == 0)) return;
 #endif
   for (int i = threadIdx.x; i < ONES_BYTES / 4; i += THREADS) store_shared(shared.ones() + 4 * i, pack(1.0f, 1.0f));
   proxy_fence();

@@ -75,10 +75,6 @@ DEVICE void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-DEVICE void named_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 // ---- copies to and from shared memory ----
 
 // Make this thread's ordinary writes to shared memory visible to wgmma and to the copy engine.

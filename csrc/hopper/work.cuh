@@ -23,6 +23,19 @@ struct Layout {
   const int* dense_rows;    // tokens of the rows of the dense group
   const int* dense_columns; // tokens
   int num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads;
+
+  // Items are row tiles of a head. The first tiles, the longest, come for all heads before the others, head after head.
+  DEVICE_MEMBER int num_items() const { return num_row_tiles * batch_heads; }
+
+  DEVICE_MEMBER int batch_head(int item) const {
+    const int beyond = item - num_first * batch_heads;
+    return beyond < 0 ? item % batch_heads : beyond / (num_row_tiles - num_first);
+  }
+
+  DEVICE_MEMBER int row_tile(int item) const {
+    const int beyond = item - num_first * batch_heads;
+    return beyond < 0 ? item / batch_heads : num_first + beyond % (num_row_tiles - num_first);
+  }
 };
 
 // A place in a ring of N, and the parity of its round.
@@ -35,18 +48,14 @@ struct Ring {
   }
 };
 
-// One row tile of one head. The first tiles, the longest, come for all heads before the others, head after head.
+// One row tile of one head.
 struct Work {
   int group, start, length, batch, head, columns;
 
   DEVICE_MEMBER Work() {}
 
   DEVICE_MEMBER Work(const Layout& layout, int item) {
-    const int others = layout.num_row_tiles - layout.num_first;
-    const int beyond = item - layout.num_first * layout.batch_heads;
-    const bool is_first = beyond < 0;
-    const int tile = is_first ? item / layout.batch_heads : layout.num_first + beyond % others;
-    const int batch_head = is_first ? item % layout.batch_heads : beyond / others;
+    const int tile = layout.row_tile(item), batch_head = layout.batch_head(item);
     group = layout.rows[3 * tile];
     start = layout.rows[3 * tile + 1];
     length = layout.rows[3 * tile + 2];
@@ -55,11 +64,45 @@ struct Work {
     columns = layout.columns[group];
   }
 
+  DEVICE_MEMBER int batch_head(const Layout& layout) const { return batch * layout.heads + head; }
+
   // Token of row r < length.
   DEVICE_MEMBER int token(const Layout& layout, int r) const {
     return group == layout.dense_group ? layout.dense_rows[start + r] : start + r;
   }
 };
+
+// Take the next item, with a whole warp; -1 if there is none. With `marks`, a number for each head, only of heads whose mark
+// is set, or is not.
+DEVICE int take_item(const Layout& layout, int* next, const int* marks, bool set) {
+  while (true) {
+    const int item = warp_uniform(threadIdx.x % 32 == 0 ? atomicAdd(next, 1) : 0);
+    if (item >= layout.num_items()) return -1;
+    if (marks == nullptr || (marks[layout.batch_head(item)] != 0) == set) return item;
+  }
+}
+
+// Work passes from the warp that takes it to the others through 32 bytes of shared memory.
+DEVICE void store_work(uint32 shared, const Work& work) {
+  store_shared(shared, make_uint4(work.columns, work.length, work.batch, work.head));
+  store_shared(shared + 16, make_uint4(work.group, work.start, 0, 0));
+}
+
+DEVICE Work load_work(uint32 shared) {
+  const uint4 x = load_shared(shared), y = load_shared(shared + 16);
+  Work work;
+  work.columns = warp_uniform(x.x);
+  work.length = warp_uniform(x.y);
+  work.batch = warp_uniform(x.z);
+  work.head = warp_uniform(x.w);
+  work.group = warp_uniform(y.x);
+  work.start = warp_uniform(y.y);
+  return work;
+}
+
+// Whether a row of this LSE needs no maximum: its weights exp2(score) add up to between 2^-40 and 2^60, so that none is
+// infinite and all that are flushed to zero, at most 2^31 of 2^-126, are below 2^-55 of the sum.
+DEVICE bool is_moderate(float lse) { return -40 * LN_2 <= lse && lse <= 60 * LN_2; }
 
 // A place in the stream of columns of one group.
 struct Cursor {

@@ -128,12 +128,8 @@ def _forward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]
 
 
 def _backward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
-    """Return what the backward pass launches under the chosen gradients."""
-    inner = backward_pass.token_kernel("backward_inner", dtype, head_size)
-    keys = backward_pass.kernel("backward_keys", dtype, head_size, _accumulates())
-    if _accumulates():
-        return [inner, keys, backward_pass.token_kernel("backward_convert", dtype, head_size)]
-    return [inner, keys, backward_pass.kernel("backward_queries", dtype, head_size)]
+    """Return what the backward pass launches under what is chosen."""
+    return backward_pass.kernels(dtype, head_size, _is_bounded(dtype), _accumulates())
 
 
 def _load(kernels: Iterable[runtime.Kernel], device: torch.device) -> None:
@@ -183,7 +179,7 @@ def backward(
     with torch.cuda.device(q.device):
         return backward_pass.backward(
             grad, None if grad_lse is None else grad_lse.contiguous(), q, k, v, out, lse.contiguous(),
-            Tables(*tables[:half]), Tables(*tables[half:]), scale, _accumulates(),
+            Tables(*tables[:half]), Tables(*tables[half:]), scale, _is_bounded(q.dtype), _accumulates(),
         )  # fmt: skip
 
 

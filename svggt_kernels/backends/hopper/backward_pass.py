@@ -34,12 +34,12 @@ class Parameters(ctypes.Structure):
         ("columns", Tensor4 * 2),
         ("gradients", Tensor4 * 2),
         ("shifts", ctypes.c_void_p * 2),
-        ("any_unfolded", ctypes.c_void_p),
+        ("unfolded", ctypes.c_void_p),
         ("next", ctypes.c_void_p),
         ("dq_sum", ctypes.c_void_p),
         ("layout", Layout),
         ("num_queries", ctypes.c_int),
-        ("score_scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
         ("scale", ctypes.c_float),
     )
 
@@ -52,7 +52,7 @@ class InnerParameters(ctypes.Structure):
         ("lse", ctypes.c_void_p),
         ("grad_lse", ctypes.c_void_p),
         ("shifts", ctypes.c_void_p * 2),
-        ("any_unfolded", ctypes.c_void_p),
+        ("unfolded", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("batch_heads", ctypes.c_int),
@@ -73,18 +73,28 @@ class ConvertParameters(ctypes.Structure):
     )
 
 
-def kernel(name: str, dtype: torch.dtype, head_size: int, accumulate: bool = False) -> Kernel:
-    """Return `backward_keys` (with `accumulate` it also adds to dQ) or `backward_queries`."""
+def kernel(name: str, dtype: torch.dtype, head_size: int, folds: bool, accumulate: bool = False) -> Kernel:
+    """Return `backward_keys` (with `accumulate` it also adds to dQ) or `backward_queries`, see backward.cuh."""
     shared_bytes = SHARED_BYTES[name, accumulate][head_size]
     macros = defines(dtype, head_size, Parameters, shared_bytes) + ((("ACCUMULATE_QUERIES", 1),) if accumulate else ())
-    return Kernel(f"{name}.cu", name, 384, shared_bytes, macros)
+    return Kernel(f"{name}.cu", name, 384, shared_bytes, macros + ((("FOLDS", 1),) if folds else ()))
 
 
-def token_kernel(name: str, dtype: torch.dtype, head_size: int) -> Kernel:
+def token_kernel(name: str, dtype: torch.dtype, head_size: int, folds: bool = False) -> Kernel:
     """Return `backward_inner` or `backward_convert`."""
     parameters = InnerParameters if name == "backward_inner" else ConvertParameters
-    macros = (*defines(dtype, head_size, parameters, 0), (name.upper(), 1))
+    macros = (*defines(dtype, head_size, parameters, 0), (name.upper(), 1), *((("FOLDS", 1),) if folds else ()))
     return Kernel("backward_tokens.cu", name, 256, 0, macros)
+
+
+def kernels(dtype: torch.dtype, head_size: int, folds: bool, accumulate: bool) -> list[Kernel]:
+    """Return all that `backward` launches."""
+    walks = [("backward_keys", accumulate)] + ([] if accumulate else [("backward_queries", False)])
+    return [
+        token_kernel("backward_inner", dtype, head_size, folds),
+        *(kernel(name, dtype, head_size, f, a) for f in ((True, False) if folds else (False,)) for name, a in walks),
+        *([token_kernel("backward_convert", dtype, head_size)] if accumulate else []),
+    ]
 
 
 def backward(
@@ -98,6 +108,7 @@ def backward(
     query_tables: Tables,
     key_tables: Tables,
     scale: float,
+    folds: bool,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, laid out as `[B, N, H, D]`; tensors as `readable` gives them.
@@ -113,6 +124,7 @@ def backward(
         query_tables: Of the layout, in row tiles of `ROWS`.
         key_tables: Of the transposed layout, likewise.
         scale: Factor on the scores.
+        folds: Whether the forward pass scaled and rounded Q where scores are moderate; bfloat16 only.
         accumulate: Whether dQ is added up in float32 in one pass (5 products, no fixed order) and not in a second pass
             of its own (7 products, bitwise repeatable).
     """
@@ -120,45 +132,49 @@ def backward(
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     lse_shift, inner_shift = torch.empty_like(lse), torch.empty_like(lse)
     shifts = (ctypes.c_void_p * 2)(lse_shift.data_ptr(), inner_shift.data_ptr())
-    # In bfloat16 the scale lies in the queries, as in the forward pass, and exp2(-lse) in the gradient.
-    folds = q.dtype == torch.bfloat16
     scaled_q, folded_grad = (x.new_empty(B, H, N, D) if folds else x for x in (q, grad_out))
-    score_scale, query_factor = (1.0, LN_2) if folds else (scale * LOG2_E, scale)
-    counters = q.new_zeros(3, dtype=torch.int32)
-    any_unfolded = counters[2:].data_ptr()
+    # The next item of each launch; heads that are not folded after all, and whether any is.
+    counters = q.new_zeros(4 + B * H + 1, dtype=torch.int32)
+    unfolded = counters[4:].data_ptr() if folds else None
     per_token = (N, H, B * H)
     token_blocks = -(-B * H * N * (D // 8) // 256)
     launch(
-        token_kernel("backward_inner", q.dtype, D),
+        token_kernel("backward_inner", q.dtype, D, folds),
         token_blocks,
         InnerParameters(
             *map(Tensor4.of, (q, out, grad_out, scaled_q, folded_grad)), lse.data_ptr(),
-            None if grad_lse is None else grad_lse.data_ptr(), shifts, any_unfolded, *per_token, scale * LOG2_E,
+            None if grad_lse is None else grad_lse.data_ptr(), shifts, unfolded, *per_token, scale * LOG2_E,
         ),
         q.device,
     )  # fmt: skip
+    dq_sum = q.new_zeros(B * H * N * D if accumulate else 0, dtype=torch.float32)
+    launches = 0
 
     def walk(
-        name: str, tables: Tables, rows: tuple, columns: tuple, gradients: tuple, factor: float, counter: Tensor
+        name: str, tables: Tables, rows: tuple, columns: tuple, gradients: tuple, factor: float, folded: bool
     ) -> None:
+        nonlocal launches
         layout = Layout.of(tables, ROWS, q)
         launch(
-            kernel(name, q.dtype, D, accumulate),
+            kernel(name, q.dtype, D, folded, accumulate),
             min(layout.items, multiprocessors(q.device)),
             Parameters(
                 (TensorMap * 2)(*(tensor_map(x, ROWS) for x in rows)),
                 (TensorMap * 2)(*(tensor_map(x, COLUMNS[D]) for x in columns)),
                 *((Tensor4 * 2)(*map(Tensor4.of, pair)) for pair in (rows, columns, gradients)),
-                shifts, any_unfolded, counter.data_ptr(), dq_sum.data_ptr(), layout, N, score_scale, factor,
+                shifts, unfolded, counters[launches:].data_ptr(), dq_sum.data_ptr(), layout, N, scale * LOG2_E, factor,
             ),
             q.device,
         )  # fmt: skip
+        launches += 1
 
-    dq_sum = q.new_zeros(B * H * N * D if accumulate else 0, dtype=torch.float32)
-    walk("backward_keys", key_tables, (k, v), (scaled_q, folded_grad), (dk, dv), query_factor, counters[0:])
-    if not accumulate:
-        walk("backward_queries", query_tables, (scaled_q, folded_grad), (k, v), (dq, dq), scale, counters[1:])
-    else:
+    for folded in (True, False) if folds else (False,):
+        # Q that was scaled comes back as its gradient times 1 / log2(e).
+        queries, factor = (scaled_q, LN_2) if folded else (q, scale)
+        walk("backward_keys", key_tables, (k, v), (queries, folded_grad), (dk, dv), factor, folded)
+        if not accumulate:
+            walk("backward_queries", query_tables, (queries, folded_grad), (k, v), (dq, dq), scale, folded)
+    if accumulate:
         convert = ConvertParameters(dq_sum.data_ptr(), Tensor4.of(dq), *per_token, scale)
         launch(token_kernel("backward_convert", q.dtype, D), token_blocks, convert, q.device)
     return dq, dk, dv

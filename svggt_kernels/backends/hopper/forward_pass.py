@@ -47,8 +47,7 @@ class Parameters(ctypes.Structure):
         ("out", Tensor4),
         ("lse", ctypes.c_void_p),
         ("next", ctypes.c_void_p),
-        ("any_failed", ctypes.c_void_p),
-        ("flags", ctypes.c_void_p),
+        ("failed", ctypes.c_void_p),
         ("layout", Layout),
         ("tokens", ctypes.c_int),
         ("scale", ctypes.c_float),
@@ -70,13 +69,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     layout = Layout.of(tables, ROWS, q)
-    # The next item of each launch, and whether any row failed; a byte for each warp that may report failed rows.
-    counters = q.new_zeros(3, dtype=torch.int32)
-    flags = q.new_empty(4 * CONSUMERS * layout.items if bounded else 0, dtype=torch.uint8)
+    # The next item of each launch; which heads have rows that failed, and whether any has.
+    counters = q.new_zeros(2 + B * H + 1, dtype=torch.int32)
     parameters = Parameters(
         *(tensor_map(x, tokens) for tokens in (config.columns, PIECE) for x in (k, v)),
-        *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(), counters[2:].data_ptr(),
-        flags.data_ptr() if bounded else None, layout, N, scale * LOG2_E,
+        *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(),
+        counters[2:].data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip
     blocks = min(layout.items, multiprocessors(q.device))
     if bounded:
