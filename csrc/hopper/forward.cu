@@ -423,7 +423,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.parts);
 
     work = load_work(shared.work(q_ring.index)); // again, not to keep it in registers
-    if (Role(work, consumer).parts > 1) merge(shared, consumer, shared.q(q_ring.index), p.scale, state);
+    if (Role(work, consumer).parts > 1 && work.columns > 0) merge(shared, consumer, shared.q(q_ring.index), p.scale, state);
     const int num_rows = work.length - 64 * consumer;
     const bool saw_nothing = work.columns == 0;
     float(&out)[OUT] = state.out;
