@@ -150,6 +150,14 @@ class TestOnHopper:
                 )
             assert within_budget(ratios), (seed, ratios)
 
+    @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_rows_that_see_many_tiles(self, head_size: int, kinds: tuple[str, str]):
+        """Row sums are taken out of the accumulators after some tiles; 3000 columns are more than 31 of them."""
+        with hopper.softmax(kinds[0]), hopper.gradients(kinds[1]):
+            layout = band(10, 300, reach=10)
+            assert within_budget(error_ratios(layout, torch.bfloat16, head_size=head_size, backend="hopper"))
+
     @pytest.mark.parametrize("head_size", [64, 128])
     def test_scores_that_come_in_units_of_log2(self, head_size: int):
         for seed in range(20):

@@ -31,6 +31,7 @@ constexpr int Q_PANEL = ROWS * SWIZZLE_ROW;
 constexpr int PANEL = COLUMNS * SWIZZLE_ROW;
 constexpr int OUT = 32 * PANELS + 4; // of a thread: the output, and the sum of its two rows, each twice
 constexpr int ONES_BYTES = 16 * SWIZZLE_ROW;
+constexpr int TILES_OF_A_SUM = 8; // that the tensor cores add up
 constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products then read half as much shared memory
 
 // What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
@@ -313,11 +314,11 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   if (left < COLUMNS) hide(state.s, left);
   state.softmax(p.scale);
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
-  uint32 empty = 0;
+  uint32 empty = 0, tiles = 0;
   for (left -= parts * COLUMNS; left > 0; left -= parts * COLUMNS) {
     const int stage = ring.index;
     ring.next();
-    finish_output(state, empty, ring.index == 0);
+    finish_output(state, empty, ++tiles % TILES_OF_A_SUM == 0); // not by the ring, whose place depends on other work
     for (int i = 1; i < parts; ++i) skip(shared, ring);
     barrier_wait(shared.full(ring.index), ring.parity);
     wgmma_fence();
