@@ -17,7 +17,7 @@ PACKAGE = ROOT / "svggt_kernels"
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
     {"covisibility", "models", "toy", "scenes", "photos"},
-    {"layout"},
+    {"layout", "lean"},
     {"backends"},
     {"attention"},
     {"verify", "patching"},

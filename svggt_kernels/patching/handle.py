@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from .. import backends
 from ..attention import block_sparse_attention, choose_backend, prepare
 from ..covisibility import CovisibilityGraph, GraphSummary
 from ..layout import BlockLayout
+from ..lean.model import Lean, Outputs, Precision
+from ..lean.outputs import STAGES, kept, widened
 from ..models import ForwardInputs, find_model, stated_record
 from .interception import Answering, StandIn, uncompiled
 from .planning import Covisibility, Forward, Planner, require_redundant
@@ -33,6 +35,9 @@ def patch(
     covisibility: Covisibility = "tokens",
     special_tokens: Literal["dense", "masked"] = "dense",
     backend: str | None = None,
+    lean: bool = True,
+    precision: Precision = "upstream",
+    outputs: Outputs = "read",
     modules: Iterable[str | nn.Module] | None = None,
     tokens_per_frame: int | None = None,
     num_special_tokens: int | tuple[int, int] = 0,
@@ -60,6 +65,12 @@ def patch(
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
+        lean: At inference also run the blocks in few passes over memory where they have VGGT's shape. What is computed
+            is the same up to rounding; each class of block is compared with its own forward once before it runs so.
+        precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
+            which halves them and deviates (docs/whole-model.md). Needs `lean`.
+        outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
+            holes in the list that say so when read; "all": all, as upstream. Needs `lean` too.
         modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
         tokens_per_frame: With `modules`, the tokens P of a frame, special ones included. Not needed if `covisibility`
             gives graphs, whose number of frames tells.
@@ -78,6 +89,13 @@ def patch(
     """
     if special_tokens not in ("dense", "masked"):
         raise ValueError(f'special_tokens must be "dense" or "masked", got {special_tokens!r}')
+    if precision not in ("upstream", "bf16") or outputs not in ("read", "all"):
+        raise ValueError(
+            'precision must be "upstream" or "bf16" and outputs "read" or "all", '
+            f"got precision={precision!r}, outputs={outputs!r}"
+        )
+    if precision == "bf16" and not lean:
+        raise ValueError('precision="bf16" is done by the lean blocks; leave lean=True')
     if backend is not None:
         backends.load(backend)
     if modules is None:
@@ -101,7 +119,8 @@ def patch(
             f"{record.name} is causal, and dense special tokens would show it later frames; "
             'use patch(model, special_tokens="masked")'
         )
-    return Patch(root, path, attention, Planner(record, covisibility, special_tokens == "dense"), backend)
+    planner = Planner(record, covisibility, special_tokens == "dense")
+    return Patch(root, path, attention, planner, backend, Lean(model, root, precision, outputs) if lean else None)
 
 
 class Patch:
@@ -113,7 +132,13 @@ class Patch:
     """
 
     def __init__(
-        self, root: nn.Module, path: str, attention: dict[str, nn.Module], planner: Planner, backend: str | None
+        self,
+        root: nn.Module,
+        path: str,
+        attention: dict[str, nn.Module],
+        planner: Planner,
+        backend: str | None,
+        lean: Lean | None,
     ) -> None:
         def full(name: str) -> str:
             return f"{path}.{name}" if path else name
@@ -125,6 +150,12 @@ class Patch:
         self._root = StandIn(root, path or type(root).__name__, self._run_model)
         self._stand_ins = [self._root]
         self._stand_ins += [StandIn(module, full(name), self._attend) for name, module in attention.items()]
+        self._lean = lean
+        if lean is not None:
+            self._stand_ins += [StandIn(block, full(name), self._run_block) for name, block in lean.blocks.items()]
+            self._stand_ins += [StandIn(head, name, self._run_head) for name, head in lean.heads.items()]
+            if lean.layers is not None:
+                self._stand_ins += [StandIn(root, full(stage), self._keep_outputs, stage) for stage in STAGES]
         self._reorders = self.record.reorders_between(root)
         if self._reorders is not None:
             before, after = self._reorders
@@ -211,6 +242,9 @@ class Patch:
             backend=chosen,
             passed_over=passed_over,
             planning_seconds=forward.seconds,
+            lean_blocks=0 if self._lean is None else self._lean.runs,
+            not_lean={} if self._lean is None else dict(self._lean.not_lean),
+            layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
         )
 
     def __repr__(self) -> str:
@@ -264,6 +298,8 @@ class Patch:
             seconds=time.perf_counter() - start,
         )
         self._active = forward
+        if self._lean is not None:
+            self._lean.runs = 0
         try:
             output = stand_in.original(*args, **kwargs)
         finally:
@@ -278,6 +314,30 @@ class Patch:
         if forward.recomputable:
             self._history.append(forward)
         return output
+
+    @uncompiled(recursive=True)
+    def _run_block(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run a block lean where that is possible."""
+        lean, block, name = self._lean, stand_in.module, f"{stand_in.name}.attn"
+        assert lean is not None
+        x, pos = (*args, *kwargs.values(), None)[:2]
+        attend = self._attend_lean(name, x) if name in self.modules else None
+        out = lean.run(block, x, pos, attend, stand_in.original) if self._active is not None else None
+        return stand_in.original(*args, **kwargs) if out is None else out
+
+    def _attend_lean(self, name: str, x: Tensor) -> Callable[..., Tensor]:
+        return lambda q, k, v, scale: self._answer(name, (x,), q, k, v, scale=scale)
+
+    def _run_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run a head on layer outputs in bfloat16."""
+        (layers, *others) = args or (kwargs.pop("aggregated_tokens_list"),)
+        return widened(stand_in.original, stand_in.module, layers, *others, **kwargs)
+
+    def _keep_outputs(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run a stage of the aggregator and keep the outputs that are read."""
+        tokens, after, outputs = stand_in.original(*args, **kwargs)
+        assert self._lean is not None and self._lean.layers is not None
+        return tokens, after, kept(outputs, after, self._lean.layers)
 
     @uncompiled(recursive=True)
     def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
@@ -415,6 +475,9 @@ class PatchReport:
         backend: The backend that ran; None before the first forward.
         passed_over: Each better backend and why it did not run.
         planning_seconds: Time spent on graph, layout and tables in the last forward, on the host.
+        lean_blocks: Blocks run lean in the last forward.
+        not_lean: Why blocks did not, by name of their class.
+        layers_kept: The layers whose outputs are kept; None for all.
     """
 
     model: str
@@ -428,6 +491,9 @@ class PatchReport:
     backend: str | None
     passed_over: dict[str, str]
     planning_seconds: float
+    lean_blocks: int
+    not_lean: dict[str, str]
+    layers_kept: tuple[int, ...] | None
 
     @property
     def token_density(self) -> float | None:
@@ -451,6 +517,10 @@ class PatchReport:
         lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
         lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms")
+        lines.append(f"lean blocks: {self.lean_blocks}")
+        lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
+        if self.layers_kept is not None:
+            lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
         lines.append(f"backend: {self.backend}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
         return "\n".join(lines)

@@ -19,7 +19,7 @@ __all__ = ["Answering", "StandIn", "uncompiled"]
 
 
 class StandIn:
-    """Stands in for `module.forward` on this instance alone, from `install` to `remove`.
+    """Stands in for `module.forward`, or another method, on this instance alone, from `install` to `remove`.
 
     It is an object that holds the module and not a closure around its forward, so a deep copy of the module runs the
     copy's weights and a pickled module comes back with its stand-in.
@@ -28,40 +28,42 @@ class StandIn:
         module: The module whose forward is replaced.
         name: What messages call the module.
         around: Called with this object and the arguments of forward; a method that can be pickled.
+        method: What is replaced, if not its forward.
     """
 
-    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any], method: str = "forward") -> None:
         self.module = module
         self.name = name
         self.around = around
+        self.method = method
         # Other tools (offloading hooks) put forwards on instances too; theirs runs inside ours.
-        self.replaced = module.__dict__.get("forward")
+        self.replaced = module.__dict__.get(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the module's forward."""
         return self.around(self, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that this object stands in for."""
+        """Run what this object stands in for."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def install(self) -> None:
-        """Put this object in the place of the module's forward."""
-        self.module.__dict__["forward"] = self
+        """Put this object in the place of the module's method."""
+        self.module.__dict__[self.method] = self
 
     @property
     def installed(self) -> bool:
-        """Whether the module's forward is this object."""
-        return self.module.__dict__.get("forward") is self
+        """Whether the module's method is this object."""
+        return self.module.__dict__.get(self.method) is self
 
     def remove(self) -> None:
-        """Give the module the forward that it had."""
+        """Give the module the method that it had."""
         if self.replaced is None:
-            del self.module.__dict__["forward"]
+            del self.module.__dict__[self.method]
         else:
-            self.module.__dict__["forward"] = self.replaced
+            self.module.__dict__[self.method] = self.replaced
 
 
 class Answering(TorchFunctionMode):

@@ -1,0 +1,211 @@
+"""The lean blocks: their arithmetic against its formulas, and doubles of VGGT run lean against themselves."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vggt_double import VGGT
+
+import svggt_kernels
+from svggt_kernels.lean import arithmetic, blocks
+
+HAS_TRITON = arithmetic._HAS_TRITON
+BASE = 100.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def norm(size: int) -> nn.LayerNorm:
+    layer = nn.LayerNorm(size)
+    with torch.no_grad():
+        layer.weight.normal_(1.0, 0.3)
+        layer.bias.normal_(0.0, 0.3)
+    return layer.requires_grad_(False).to(DEVICE)
+
+
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding in two dimensions as a complex product, float64; x `[B, N, H, D]`."""
+    quarter = x.shape[-1] // 4
+    frequency = BASE ** (-torch.arange(quarter, dtype=torch.float64, device=x.device) / quarter)
+    angles = positions[:, :, None, :, None].double() * frequency
+    turns = torch.polar(torch.ones_like(angles), angles)
+    real, imaginary = x.double().unflatten(-1, (2, 2, quarter)).unbind(-2)
+    z = torch.complex(real, imaginary) * turns
+    return torch.stack([z.real, z.imag], -2).flatten(-3)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kind(request) -> str:
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    if request.param == "torch" and DEVICE == "cuda":
+        pytest.skip("on CUDA the kernels are Triton's")
+    return request.param
+
+
+def implementation(kind: str, name: str, dtype: torch.dtype):
+    if kind == "torch":
+        return getattr(arithmetic, name)
+    from svggt_kernels.lean import triton_kernels
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16 and does not round")
+    return getattr(triton_kernels, name)
+
+
+def rounded_once(actual: Tensor, exact: Tensor) -> None:
+    """Assert that `actual` is `exact` rounded to its dtype, give or take float32's error before."""
+    eps = torch.finfo(actual.dtype).eps
+    error = (actual.double() - exact).abs()
+    assert bool((error <= 0.51 * eps * exact.abs() + 2e-6 * exact.abs().max()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_queries_and_keys_are_normalised_rotated_and_rounded_once(kind: str, dtype: torch.dtype):
+    function = implementation(kind, "normalise_and_rotate_", dtype)
+    torch.manual_seed(0)
+    B, N, H, D = 2, 37, 3, 64
+    qkv = torch.randn(B, N, 3, H, D).to(DEVICE, dtype)
+    before, positions = qkv.clone(), torch.randint(0, 40, (B, N, 2), device=DEVICE)
+    q_norm, k_norm, factor = norm(D), norm(D), D**-0.5 / math.log(2)
+    assert function(qkv, positions, q_norm, k_norm, BASE, factor) is qkv
+    for index, layer, scale in ((0, q_norm, factor), (1, k_norm, 1.0)):
+        normed = F.layer_norm(before[:, :, index].double(), (D,), layer.weight.double(), layer.bias.double(), layer.eps)
+        rounded_once(qkv[:, :, index], rotated(normed, positions) * scale)
+    assert torch.equal(qkv[:, :, 2], before[:, :, 2])
+
+
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_is_rounded_once(kind: str, dtype: torch.dtype, into: torch.dtype):
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 5, 96).to(DEVICE, dtype) * 3 + 2, norm(96)
+    function = implementation(kind, "layer_norm", into)
+    out = function(x, layer.weight, layer.bias, layer.eps, into) if kind == "triton" else function(x, layer, into)
+    assert out.dtype == into
+    rounded_once(out, F.layer_norm(x.double(), (96,), layer.weight.double(), layer.bias.double(), layer.eps))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_sum_is_rounded_once(kind: str, dtype: torch.dtype, in_place: bool):
+    function = implementation(kind, "add_scaled", dtype)
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 700, 64).to(DEVICE, dtype), torch.randn(2, 700, 64).to(DEVICE, torch.bfloat16)
+    gamma = torch.randn(64, device=DEVICE)
+    exact = x.double() + gamma.double() * y.double()
+    out = function(x, y, gamma, x if in_place else torch.empty_like(x))
+    assert (out is x) == in_place
+    rounded_once(out, exact)
+
+
+# The model
+
+
+IMAGES = torch.rand(1, 6, 3, 28, 42, generator=torch.Generator().manual_seed(0))
+
+
+def model(**options: object) -> VGGT:
+    torch.manual_seed(0)
+    return VGGT(**options).eval()
+
+
+def outputs(network: nn.Module, **options: object) -> tuple[dict[str, Tensor], svggt_kernels.Patch]:
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", **options) as handle:
+        return network(IMAGES), handle
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("keep", ["read", "all"])
+def test_full_graph_is_the_unpatched_model(keep: str, cast: bool):
+    network = model()
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(IMAGES.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            plain = network(IMAGES)
+            lean, handle = outputs(network, outputs=keep)
+            again = network(IMAGES)
+    report = handle.report()
+    assert report.lean_blocks == 8 and report.not_lean == {}
+    assert report.layers_kept == ((1, 3) if keep == "read" else None)
+    for name, expected in exact.items():
+        allowed = (plain[name].double() - expected).norm()
+        assert (lean[name].double() - expected).norm() <= 2 * allowed, name
+        assert torch.equal(again[name], plain[name]), name
+
+
+def test_bf16_residuals_and_outputs_stay_near():
+    network = model()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = network(IMAGES)
+        lean, _ = outputs(network, precision="bf16")
+    for name, expected in plain.items():
+        assert lean[name].dtype == expected.dtype
+        assert (lean[name] - expected).norm() <= 0.05 * expected.norm(), name
+
+
+def test_a_layer_that_was_not_kept_says_so():
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all"):
+        layers, _ = network.aggregator(IMAGES)
+        assert len(layers) == 4 and layers[1].shape == layers[3].shape
+        with pytest.raises(RuntimeError, match=r'layer 2 was not kept.*outputs="all"'):
+            layers[2][:, :, 5:]
+        with pytest.raises(RuntimeError, match="layer 0 was not kept"):
+            torch.cat([layers[0], layers[1]])
+    with torch.no_grad(), svggt_kernels.patch(network.aggregator, covisibility="all"):
+        assert all(isinstance(layer, Tensor) for layer in network.aggregator(IMAGES)[0])
+
+
+def test_gradients_hooks_and_training_run_the_blocks_as_they_are():
+    network = model()
+    with svggt_kernels.patch(network, covisibility="all") as handle:
+        network(IMAGES)["pose"].sum().backward()
+        assert handle.report().lean_blocks == 0
+        seen = []
+        hook = network.aggregator.global_blocks[0].norm1.register_forward_hook(lambda *_: seen.append(1))
+        with torch.no_grad():
+            network(IMAGES)
+        assert seen == [1] and handle.report().lean_blocks == 7
+        hook.remove()
+
+
+def test_a_block_that_computes_something_else_runs_as_it_is():
+    network = model(twist=True)
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    assert handle.report().lean_blocks == 0
+    assert "something else" in handle.report().not_lean["Block"]
+    torch.testing.assert_close(lean, plain)
+
+
+def test_without_lean_nothing_but_attention_changes():
+    network = model()
+    _, handle = outputs(network, lean=False)
+    assert handle.report().lean_blocks == 0 and handle.report().layers_kept is None
+    with pytest.raises(ValueError, match="leave lean=True"):
+        svggt_kernels.patch(network, precision="bf16", lean=False)
+    with pytest.raises(ValueError, match='precision must be "upstream" or "bf16"'):
+        svggt_kernels.patch(network, precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block, "norm1", nn.Identity()), "norm1 and norm2"),
+        (lambda block: setattr(block, "ls2", nn.Linear(2, 2)), "ls1 and ls2"),
+        (lambda block: setattr(block.attn, "proj", nn.Identity()), "attn.qkv and attn.proj"),
+        (lambda block: setattr(block.attn, "q_norm", nn.Identity()), "attn.q_norm and attn.k_norm"),
+        (lambda block: delattr(block.attn.rope, "base_frequency"), "base_frequency"),
+    ],
+)
+def test_blocks_of_another_shape_are_told_apart(change, reason: str):
+    block = model().aggregator.frame_blocks[0]
+    assert blocks.obstacle(block) is None
+    change(block)
+    assert reason in str(blocks.obstacle(block))

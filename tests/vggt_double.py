@@ -1,0 +1,133 @@
+"""A double of VGGT down to its blocks and heads: upstream's names and formulas, our own code, tiny."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DIM, HEADS, PATCH, SPECIAL = 128, 2, 14, 5
+DEPTH = 4
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_frequency = 100.0
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        quarter = x.shape[-1] // 4
+        frequency = self.base_frequency ** (-torch.arange(quarter, dtype=x.dtype) / quarter)
+        out = []
+        for half, axis in zip(x.chunk(2, -1), (0, 1), strict=True):
+            angle = (positions[:, None, :, axis, None] * frequency).repeat(1, 1, 1, 2)
+            first, second = half.chunk(2, -1)
+            out.append(half * angle.cos() + torch.cat([-second, first], -1) * angle.sin())
+        return torch.cat(out, -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, rope: Rotary, twist: bool) -> None:
+        super().__init__()
+        self.num_heads, self.rope, self.twist = HEADS, rope, twist
+        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+        self.q_norm, self.k_norm = nn.LayerNorm(DIM // HEADS), nn.LayerNorm(DIM // HEADS)
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.rope(self.q_norm(q), pos), self.rope(self.k_norm(k), pos)
+        if self.twist:
+            q = q.flip(-1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, rope: Rotary, twist: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.ls1, self.ls2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM), LayerScale(), LayerScale()
+        self.attn = Attention(rope, twist)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), pos=pos))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class Aggregator(nn.Module):
+    def __init__(self, twist: bool) -> None:
+        super().__init__()
+        rope = Rotary()
+        self.patch_size, self.patch_start_idx = PATCH, SPECIAL
+        self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
+        self.special = nn.Parameter(torch.randn(1, SPECIAL, DIM))
+        self.frame_blocks = nn.ModuleList(Block(rope, twist) for _ in range(DEPTH))
+        self.global_blocks = nn.ModuleList(Block(rope, twist) for _ in range(DEPTH))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
+        B, S, _, H, W = images.shape
+        patches = self.patch_embed(images.flatten(0, 1)).flatten(2).mT
+        tokens = torch.cat([self.special.expand(B * S, -1, -1), patches], 1)
+        grid = torch.cartesian_prod(torch.arange(H // PATCH), torch.arange(W // PATCH)) + 1
+        pos = torch.cat([torch.zeros(SPECIAL, 2, dtype=grid.dtype), grid]).expand(B * S, -1, -1)
+        layers, index = [], 0
+        for _ in range(DEPTH):
+            tokens, index, frame = self._process_frame_attention(tokens, B, S, len(grid) + SPECIAL, DIM, index, pos=pos)
+            tokens, index, across = self._process_global_attention(
+                tokens, B, S, len(grid) + SPECIAL, DIM, index - 1, pos=pos
+            )
+            layers += [torch.cat([one, other], dim=-1) for one, other in zip(frame, across, strict=True)]
+        return layers, SPECIAL
+
+    def _process_frame_attention(self, tokens, B, S, P, C, frame_idx, pos=None):
+        tokens = self.frame_blocks[frame_idx](tokens.reshape(B * S, P, C), pos=pos)
+        return tokens, frame_idx + 1, [tokens.view(B, S, P, C)]
+
+    def _process_global_attention(self, tokens, B, S, P, C, global_idx, pos=None):
+        tokens = self.global_blocks[global_idx](tokens.reshape(B, S * P, C), pos=pos.reshape(B, S * P, 2))
+        return tokens, global_idx + 1, [tokens.view(B, S, P, C)]
+
+
+class DPTHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.intermediate_layer_idx = [1, 3]
+        self.project = nn.Linear(2 * DIM, 2)
+
+    def forward(
+        self, aggregated_tokens_list: list[Tensor], images: Tensor, patch_start_idx: int, frames_chunk_size: int = 4
+    ) -> tuple[Tensor, Tensor]:
+        read = [aggregated_tokens_list[i][:, :, patch_start_idx:] for i in self.intermediate_layer_idx]
+        depth, confidence = sum(self.project(x) for x in read).chunk(2, -1)
+        assert depth.shape[1] == images.shape[1]
+        return depth, confidence
+
+
+class CameraHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pose = nn.Linear(2 * DIM, 9)
+
+    def forward(self, aggregated_tokens_list: list[Tensor], num_iterations: int = 4) -> Tensor:
+        return self.pose(aggregated_tokens_list[-1][:, :, 0])
+
+
+class VGGT(nn.Module):
+    def __init__(self, twist: bool = False) -> None:
+        super().__init__()
+        self.aggregator, self.depth_head, self.camera_head = Aggregator(twist), DPTHead(), CameraHead()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        layers, first = self.aggregator(images)
+        with torch.autocast(images.device.type, enabled=False):
+            pose = self.camera_head(layers)
+            depth, confidence = self.depth_head(layers, images=images, patch_start_idx=first)
+        return {"pose": pose, "depth": depth, "confidence": confidence}
