@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     two = commands.add_parser("model", help="a whole model, patched and not")
     two.add_argument("--cases", nargs="+", default=["toy-16f-4n"], help="names like vggt-1b-100f-10n, see --list")
-    two.add_argument("--systems", nargs="+", default=list(models.SYSTEMS), choices=[*models.SYSTEMS, *models.FASTVGGT])
+    two.add_argument("--systems", nargs="+", default=["upstream", "svggt"], choices=[*models.SYSTEMS, *models.FASTVGGT])
     two.add_argument("--backend", choices=BACKENDS, help="backend of the patched model; chosen by default")
     two.add_argument("--special-tokens", default="dense", choices=("dense", "masked"))
     two.add_argument("--repeats", type=int, default=3, help="timed runs after one warm-up; the median counts")

@@ -50,7 +50,7 @@ def obstacle(block: Any) -> str | None:
 
 def _obstacle_of_embedding(attn: Any) -> str | None:
     head_size = attn.qkv.in_features // attn.num_heads
-    norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+    norms: list[Any] = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
     if getattr(attn, "rope", None) is None and all(isinstance(norm, nn.Identity) for norm in norms):
         return None
     if not all(_is_affine(norm) and norm.normalized_shape == (head_size,) for norm in norms):

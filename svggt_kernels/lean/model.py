@@ -30,6 +30,9 @@ class Lean:
         heads: With bfloat16 outputs the heads that read them and must be given float32.
         not_lean: Why blocks with an attention cannot, by name of their class.
         runs: Blocks run lean in the last forward.
+
+    Raises:
+        ValueError: If residuals should be bfloat16 and no block can run lean.
     """
 
     def __init__(self, model: nn.Module, root: nn.Module, precision: Precision, keep: Outputs) -> None:
@@ -43,6 +46,12 @@ class Lean:
                     self.blocks[name] = module
                 else:
                     self.not_lean[type(module).__name__] = reason
+        if self.dtype is not None and not self.blocks:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.not_lean.items())
+            raise ValueError(
+                f'precision="bf16" needs blocks of VGGT\'s shape, and {type(root).__name__} has none ({reasons}); '
+                'leave precision="upstream"'
+            )
         staged = outputs.are_upstreams(type(root))
         depth = len(getattr(root, "global_blocks", ()))
         self.layers = outputs.layers_read(model, depth) if staged and keep == "read" else None

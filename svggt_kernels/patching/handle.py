@@ -68,7 +68,7 @@ def patch(
         lean: At inference also run the blocks in few passes over memory where they have VGGT's shape. What is computed
             is the same up to rounding; each class of block is compared with its own forward once before it runs so.
         precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
-            which halves them and deviates (docs/whole-model.md). Needs `lean`.
+            which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
             holes in the list that say so when read; "all": all, as upstream. Needs `lean` too.
         modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
