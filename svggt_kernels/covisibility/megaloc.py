@@ -61,7 +61,7 @@ class MegaLoc(nn.Module):
     gradients: training and evaluation are the same.
     """
 
-    def __init__(self, config: MegaLocConfig = MegaLocConfig()) -> None:  # noqa: B008 - frozen
+    def __init__(self, config: MegaLocConfig = MegaLocConfig()) -> None:
         super().__init__()
         self.config = config
         with torch.device("meta"):
@@ -69,17 +69,13 @@ class MegaLoc(nn.Module):
             self.aggregator = nn.ModuleDict(
                 {
                     "agg": Aggregation(config),
-                    "linear": nn.Linear(
-                        config.token_dim + config.clusters * config.cluster_dim, config.descriptor_dim
-                    ),
+                    "linear": nn.Linear(config.token_dim + config.clusters * config.cluster_dim, config.descriptor_dim),
                 }
             )
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path = PUBLISHED, *, config: MegaLocConfig = MegaLocConfig()  # noqa: B008 - frozen
-    ) -> MegaLoc:
+    def from_pretrained(cls, source: str | Path = PUBLISHED, *, config: MegaLocConfig = MegaLocConfig()) -> MegaLoc:
         """Load published weights, on the CPU in float32.
 
         Args:
@@ -99,7 +95,7 @@ class MegaLoc(nn.Module):
         return model.requires_grad_(False)
 
     @classmethod
-    def random_init(cls, config: MegaLocConfig = MegaLocConfig(), *, seed: int = 0) -> MegaLoc:  # noqa: B008 - frozen
+    def random_init(cls, config: MegaLocConfig = MegaLocConfig(), *, seed: int = 0) -> MegaLoc:
         """Make a MegaLoc with random weights, for tests: its descriptors say nothing about places.
 
         Args:
@@ -114,7 +110,7 @@ class MegaLoc(nn.Module):
             elif parameter.dim() > 1:
                 parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
             else:
-                around = 1.0 if "norm" in name and name.endswith("weight") or name.endswith("gamma") else 0.0
+                around = 1.0 if ("norm" in name and name.endswith("weight")) or name.endswith("gamma") else 0.0
                 parameter.normal_(around, 0.1, generator=generator)
         return model
 

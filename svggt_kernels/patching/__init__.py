@@ -8,7 +8,7 @@ global attention, and shared by all.
 
 from __future__ import annotations
 
-from .graphs import TokenSimilarity
+from .graphs import MegaLocSimilarity, TokenSimilarity
 from .handle import Patch, PatchReport, patch
 
-__all__ = ["Patch", "PatchReport", "TokenSimilarity", "patch"]
+__all__ = ["MegaLocSimilarity", "Patch", "PatchReport", "TokenSimilarity", "patch"]

@@ -1,7 +1,7 @@
 """MegaLoc against its original implementation, with the same random weights.
 
-The original is not part of this repository. Clone https://github.com/gmberton/MegaLoc (written against 1af071c), install
-torchvision, which it resizes with, and name the folder:
+The original is not part of this repository. Clone https://github.com/gmberton/MegaLoc (written against 1af071c),
+install torchvision, which it resizes with, and name the folder:
 
     MEGALOC_ORIGINAL=path/to/MegaLoc python -m pytest tests/parity
 """
