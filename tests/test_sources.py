@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph
 from svggt_kernels.covisibility import CovisibilityReport, from_colmap, from_poses
+from svggt_kernels.covisibility.colmap import shared_features
 from svggt_kernels.covisibility.evaluation import edge_precision
 from svggt_kernels.covisibility.poses import frustum_overlap
 
@@ -81,49 +82,50 @@ class TestPoses:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    """A database and a model of five images, of which only neighbours in a row share what they see."""
+def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, set[int]]]:
+    """A database and a model of five images, and the points that each image sees."""
     pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
     folder = tmp_path_factory.mktemp("colmap")
     options = pycolmap.SyntheticDatasetOptions(num_rigs=1, num_cameras_per_rig=1, num_frames_per_rig=5)
     options.num_points3D = 60
+    options.num_points2D_without_point3D = 3
+    options.track_length = 3
     with pycolmap.Database.open(folder / "database.db") as database:
         model = pycolmap.synthesize_dataset(options, database)
-    names = {image.image_id: image.name for image in model.images.values()}
-    numbers = sorted(names)
-    for number, point in enumerate(list(model.points3D)):
-        seen = {numbers[number % 4], numbers[number % 4 + 1]}
-        for element in list(model.points3D[point].track.elements):
-            if element.image_id not in seen and point in model.points3D:  # gone once few see it
-                model.delete_observation(element.image_id, element.point2D_idx)
     (folder / "sparse").mkdir()
     model.write(folder / "sparse")
-    return folder / "database.db", folder / "sparse", [names[number] for number in numbers]
+    seen = {
+        image.name: {point.point3D_id for point in image.points2D if point.has_point3D()}
+        for image in model.images.values()
+    }
+    return folder / "database.db", folder / "sparse", seen
 
 
 class TestColmap:
-    def test_model_gives_shared_points(self, scene: tuple[Path, Path, list[str]]) -> None:
-        _, model, names = scene
-        expected = CovisibilityGraph.sequential(5, 1)
-        assert_same_graph(from_colmap(model, names, min_shared=10), expected)
-        # In the order of the images given, not of the model.
-        order = [3, 0, 4, 1, 2]
-        graph = from_colmap(model, [Path("photos") / names[i] for i in order], min_shared=10)
-        assert torch.equal(graph.to_dense(), expected.to_dense()[order][:, order])
-        assert from_colmap(model, names, min_shared=16).num_edges == 5
+    def test_model_gives_shared_points(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
+        _, model, seen = scene
+        order = [3, 0, 4, 1, 2]  # that of the images given, not of the model
+        names = [list(seen)[i] for i in order]
+        shared = torch.tensor([[len(seen[a] & seen[b]) for b in names] for a in names]).fill_diagonal_(0)
+        paths = [Path("photos") / name for name in names]
+        assert torch.equal(shared_features(model, paths), shared)
+        middle = int(shared[shared > 0].median())
+        expected = CovisibilityGraph.from_dense(shared >= middle)
+        assert expected.density < 1
+        assert_same_graph(from_colmap(model, paths, min_shared=middle), expected)
 
-    def test_database_gives_verified_inliers(self, scene: tuple[Path, Path, list[str]]) -> None:
-        database, _, names = scene
-        assert from_colmap(database, names).density == 1
-        assert from_colmap(database, names, min_shared=10**6).num_edges == 5
+    def test_database_gives_verified_inliers(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
+        database, _, seen = scene
+        assert from_colmap(database, list(seen)).density == 1
+        assert from_colmap(database, list(seen), min_shared=10**6).num_edges == 5
 
-    def test_unknown_image_sees_itself(self, scene: tuple[Path, Path, list[str]]) -> None:
-        database, _, names = scene
-        graph = from_colmap(database, [*names, "new.jpg"])
+    def test_unknown_image_sees_itself(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
+        database, _, seen = scene
+        graph = from_colmap(database, [*seen, "new.jpg"])
         assert graph.to_dense()[5].tolist() == [False] * 5 + [True]
 
     @pytest.mark.parametrize("kind", [0, 1], ids=["database", "model"])
-    def test_another_image_set(self, scene: tuple[Path, Path, list[str]], kind: int) -> None:
+    def test_another_image_set(self, scene: tuple[Path, Path, dict[str, set[int]]], kind: int) -> None:
         with pytest.raises(ValueError, match=r"knows none of the 2 images \(a\.jpg, b\.jpg.* it is of 5 others"):
             from_colmap(scene[kind], ["a.jpg", "b.jpg"])
 

@@ -36,7 +36,7 @@ def test_near_duplicates_are_left_out(clip: Path):
 
 
 def test_evenly_in_time(clip: Path):
-    frames, times = load_video(clip, frames_per_second=2, min_change=0, long_side=28)
+    _, times = load_video(clip, frames_per_second=2, min_change=0, long_side=28)
     assert times == pytest.approx(np.arange(8) / 2, abs=0.06)
     assert len(load_video(clip, min_change=0, max_frames=3, long_side=28)[0]) == 3
 

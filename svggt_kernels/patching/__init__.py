@@ -10,5 +10,6 @@ from __future__ import annotations
 
 from .graphs import MegaLocSimilarity, TokenSimilarity
 from .handle import Patch, PatchReport, patch
+from .planning import SEQUENTIAL_WINDOW
 
-__all__ = ["MegaLocSimilarity", "Patch", "PatchReport", "TokenSimilarity", "patch"]
+__all__ = ["SEQUENTIAL_WINDOW", "MegaLocSimilarity", "Patch", "PatchReport", "TokenSimilarity", "patch"]
