@@ -17,7 +17,7 @@ import torch
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, backends
 from svggt_kernels.backends import sdpa
-from svggt_kernels.cli import check, compare, comparison, demo, layout, main, models, options, pictures
+from svggt_kernels.cli import check, compare, comparison, demo, layout, main, models, options
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 COMMANDS = ("info", "check", "layout", "compare", "demo")
@@ -269,17 +269,6 @@ class TestLayout:
         words = ["layout", tmp_path / "walk.mp4", "--covisibility", "sequential", "--output", tmp_path, "--json"]
         assert main([str(word) for word in words]) == 0
         assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
-
-    @pytest.mark.parametrize("with_truth", [False, True], ids=["plain", "truth"])
-    def test_neighbours_are_drawn(self, tmp_path: Path, with_truth: bool) -> None:
-        photos, names = torch.rand(30, 3, 20, 30), [str(i) for i in range(30)]
-        pairs = torch.tensor([[0, 1], [1, 0]]) if with_truth else None
-        for graph in (
-            CovisibilityGraph.from_descriptors(torch.rand(30, 4), neighbours=3),
-            CovisibilityGraph.sequential(30, 1),
-        ):
-            pictures.draw_neighbours(tmp_path / "n.png", graph, photos, names, pairs)
-            assert is_png(tmp_path / "n.png")
 
     def test_one_photo(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = [
