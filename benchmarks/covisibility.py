@@ -37,6 +37,13 @@ from .timing import synchronize
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHANNELS = 8448
 DENSITIES = (0.1, 0.2, 0.3, 0.4)
+PROVENANCE = ("device", "torch", "triton", "commit", "command", "run", "date")
+KEYS = {
+    "graph": ("case", "frames", "channels", "edges", "neighbours", "seconds", "peak_gib", *PROVENANCE),
+    "describe": ("case", "images", "size", "dtype", "batch_size", "seconds", "peak_gib", *PROVENANCE),
+    "source": ("case", "photos", "true_pairs", "source", "recall", *PROVENANCE),
+}
+"""What each line holds, by case."""
 GIB = 2**30
 
 

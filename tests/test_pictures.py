@@ -11,14 +11,14 @@ from svggt_kernels import CovisibilityGraph
 from svggt_kernels.cli import pictures
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-FOUND = CovisibilityGraph.from_descriptors(torch.eye(30), neighbours=3)
+FOUND = CovisibilityGraph.from_descriptors(torch.eye(6), neighbours=3)
 
 
 @pytest.mark.parametrize("pairs", [None, torch.tensor([[0, 1], [1, 0]])], ids=["plain", "truth"])
-@pytest.mark.parametrize("graph", [FOUND, CovisibilityGraph.sequential(30, 1)], ids=["descriptors", "sequential"])
+@pytest.mark.parametrize("graph", [FOUND, CovisibilityGraph.sequential(6, 1)], ids=["descriptors", "sequential"])
 def test_neighbours(tmp_path: Path, graph: CovisibilityGraph, pairs: torch.Tensor | None):
-    names = [f"{i}.jpg" for i in range(30)]
-    pictures.draw_neighbours(tmp_path / "n.png", graph, torch.rand(30, 3, 20, 30), names, pairs)
+    names = [f"{i}.jpg" for i in range(6)]
+    pictures.draw_neighbours(tmp_path / "n.png", graph, torch.rand(6, 3, 20, 30), names, pairs)
     assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
 
 
