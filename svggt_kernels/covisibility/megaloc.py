@@ -53,6 +53,9 @@ class MegaLocConfig:
     descriptor_dim: int = 8448
 
 
+STANDARD = MegaLocConfig()
+
+
 class MegaLoc(nn.Module):
     """Images to descriptors of unit length; the more two agree, the likelier their images show one place.
 
@@ -61,7 +64,7 @@ class MegaLoc(nn.Module):
     gradients: training and evaluation are the same.
     """
 
-    def __init__(self, config: MegaLocConfig = MegaLocConfig()) -> None:
+    def __init__(self, config: MegaLocConfig = STANDARD) -> None:
         super().__init__()
         self.config = config
         with torch.device("meta"):
@@ -75,7 +78,7 @@ class MegaLoc(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path = PUBLISHED, *, config: MegaLocConfig = MegaLocConfig()) -> MegaLoc:
+    def from_pretrained(cls, source: str | Path = PUBLISHED, *, config: MegaLocConfig = STANDARD) -> MegaLoc:
         """Load published weights, on the CPU in float32.
 
         Args:
@@ -95,7 +98,7 @@ class MegaLoc(nn.Module):
         return model.requires_grad_(False)
 
     @classmethod
-    def random_init(cls, config: MegaLocConfig = MegaLocConfig(), *, seed: int = 0) -> MegaLoc:
+    def random_init(cls, config: MegaLocConfig = STANDARD, *, seed: int = 0) -> MegaLoc:
         """Make a MegaLoc with random weights, for tests: its descriptors say nothing about places.
 
         Args:
