@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CONFIG, SIZE, megaloc
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svggt_kernels import MegaLoc
 from svggt_kernels.covisibility import CovisibilityGraph, weights
@@ -60,8 +61,12 @@ def test_aggregation_sums_features_by_share():
     class_token, tokens = torch.randn(2, 16), torch.randn(2, 9, 16)
     actual = aggregation(class_token, tokens)
     images = tokens.mT.reshape(2, 16, 3, 3)
-    features = aggregation.cluster_features(images).flatten(2)
-    shares = assign(aggregation.score(images).flatten(2), aggregation.dust_bin)
+
+    def convolved(first: nn.Module, second: nn.Module) -> Tensor:
+        return F.conv2d(F.conv2d(images, first.weight, first.bias).relu(), second.weight, second.bias).flatten(2)
+
+    features = convolved(aggregation.cluster_features[0], aggregation.cluster_features[3])
+    shares = assign(convolved(aggregation.score[0], aggregation.score[3]), aggregation.dust_bin)
     summed = torch.stack([(features * shares[:, k, None]).sum(-1) for k in range(4)], dim=-1)
     parts = [F.normalize(aggregation.token_features(class_token)), F.normalize(summed, dim=1).flatten(1)]
     torch.testing.assert_close(actual, F.normalize(torch.cat(parts, dim=1)))
@@ -126,6 +131,37 @@ def test_callers_modes_do_not_matter():
         described = model.train().describe(pictures(), size=SIZE)
     assert torch.equal(described, expected)
     assert not described.is_inference() and not described.requires_grad
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device: numbers read from a tensor, and tensors made of Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        self.count += func in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_batches_do_not_wait_for_the_device():
+    model, counts = megaloc(), []
+    for number in (2, 8):
+        with Waits() as waits:
+            model.describe(pictures(number, 50, 60), size=SIZE, batch_size=2)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_bytes", [False, True], ids=["numbers", "bytes"])
+def test_images_elsewhere_are_sent_to_the_device(of_bytes: bool):
+    images = (255 * pictures(9)).byte() if of_bytes else pictures(9)
+    described = megaloc().to("cuda").describe(images, size=SIZE, batch_size=2)
+    assert described.device.type == "cuda"
+    torch.testing.assert_close(described.cpu(), megaloc().describe(images, size=SIZE), rtol=0, atol=1e-3)
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]):

@@ -116,11 +116,6 @@ def covisibility(arguments: argparse.Namespace) -> Any:
         return from_images(arguments)
     if name == "megaloc":
         return MegaLocSimilarity(neighbours=arguments.neighbours, window=window, weights=_megaloc(arguments))
-    return TokenSimilarity(neighbours=0, window=window, anchors=0, bridge=False)
-    if name == "thumbnails":
-        return from_images(arguments)
-    if name == "megaloc":
-        return MegaLocSimilarity(neighbours=arguments.neighbours, window=window, weights=arguments.megaloc or PUBLISHED)
     return TokenSimilarity(neighbours=arguments.neighbours, window=window)
 
 

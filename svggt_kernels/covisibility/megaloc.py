@@ -143,8 +143,10 @@ class MegaLoc(nn.Module):
             )
         weight = self.backbone.cls_token
         images = _resampled(images.to(weight.device, torch.float32), sides)
-        mean, deviation = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-        class_token, tokens = self.backbone(((images - mean) / deviation).to(weight.dtype))
+        # Channel by channel: a tensor of three numbers would have to be sent to the device, which waits for it.
+        channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_DEVIATION, strict=True)
+        normalised = torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], dim=1)
+        class_token, tokens = self.backbone(normalised.to(weight.dtype))
         gathered = self.aggregator["agg"](class_token, tokens)
         return F.normalize(self.aggregator["linear"](gathered.to(weight.dtype)).float(), dim=1)
 
@@ -158,8 +160,9 @@ class MegaLoc(nn.Module):
     ) -> Tensor:
         """Return one descriptor per image, `[S, D]` float32 on the device of this model, batch after batch.
 
-        Each image is resampled to `size` x `size` pixels, whatever its aspect ratio. Where they are and the dtype of
-        this model decide device and precision; autocast does not. No gradients are recorded.
+        Each image is resampled to `size` x `size` pixels, whatever its aspect ratio. Where the parameters of this model
+        are and their dtype decide device and precision; autocast does not. No gradients are recorded. The images are
+        checked before the first batch and the descriptors after the last; between them nothing waits for the device.
 
         Args:
             images: RGB, uint8, or floating point in [0, 1]; on any device.
@@ -174,17 +177,16 @@ class MegaLoc(nn.Module):
         _require_rgb(images)
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
+        if images.is_floating_point():
+            _require_unit_range(images)
         device = self.backbone.cls_token.device
-        batches = images.split(batch_size)
         described = []
         # A descriptor outlives the call, so it must not be a tensor of inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for start, batch in zip(range(0, len(images), batch_size), _with_bar(batches, progress), strict=True):
-                batch = batch.to(device)
-                if batch.dtype == torch.uint8:
-                    batch = batch.float() / 255
-                _require_unit_range(batch, start)
-                described.append(self(_resampled(batch.float(), [size, size])))
+            for batch in _with_bar(images.split(batch_size), progress):
+                batch = _sent(batch, device)
+                batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+                described.append(self(_resampled(batch, [size, size])))
             descriptors = torch.cat(described)
             sound = descriptors.isfinite().all(dim=1)
         if not bool(sound.all()):
@@ -213,12 +215,26 @@ class Aggregation(nn.Module):
         tokens: Tensor,  # [B, n, C]
     ) -> Tensor:
         """Return `[B, token_dim + cluster_dim * clusters]` float32 of unit length, clusters running fastest."""
-        as_image = tokens.mT.unsqueeze(-1)
-        features = self.cluster_features(as_image).squeeze(-1).float()
-        shares = assign(self.score(as_image).squeeze(-1).float(), self.dust_bin.float())
-        clusters = torch.einsum("bdn,bmn->bdm", features, shares)
+        shares = assign(self.score(tokens).mT.float(), self.dust_bin.float())
+        clusters = torch.einsum("bnd,bmn->bdm", self.cluster_features(tokens).float(), shares)
         of_image = F.normalize(self.token_features(class_token).float(), dim=1)
         return F.normalize(torch.cat([of_image, F.normalize(clusters, dim=1).flatten(1)], dim=1), dim=1)
+
+
+class PatchLinear(nn.Module):
+    """A linear layer whose weight has the shape in which it was published, that of a 1 x 1 convolution."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, dim, 1, 1))
+        self.bias = nn.Parameter(torch.empty(out))
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, n, C]
+    ) -> Tensor:
+        """Return `[B, n, out]`."""
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
 
 
 def assign(
@@ -236,8 +252,7 @@ def assign(
     """
     batch, clusters, patches = scores.shape
     log_shares = torch.cat([scores, dust_bin.expand(batch, 1, patches)], dim=1)
-    log_mass = scores.new_zeros(clusters + 1, 1)
-    log_mass[-1] = math.log(patches - clusters)
+    log_mass = F.pad(scores.new_zeros(clusters, 1), (0, 0, 0, 1), value=math.log(patches - clusters))
     for _ in range(SINKHORN_ROUNDS):
         log_shares = log_shares.log_softmax(dim=2) + log_mass
         log_shares = log_shares.log_softmax(dim=1)
@@ -245,8 +260,8 @@ def assign(
 
 
 def _per_patch(dim: int, hidden: int, out: int) -> nn.Sequential:
-    """Two linear layers; the third place is that of the dropout with which the weights were trained."""
-    return nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.Identity(), nn.ReLU(), nn.Conv2d(hidden, out, 1))
+    """Two linear layers; the second place is that of the dropout with which the weights were trained."""
+    return nn.Sequential(PatchLinear(dim, hidden), nn.Identity(), nn.ReLU(), PatchLinear(hidden, out))
 
 
 def _resampled(images: Tensor, sides: list[int]) -> Tensor:
@@ -263,11 +278,11 @@ def _require_rgb(images: Tensor) -> None:
         )
 
 
-def _require_unit_range(batch: Tensor, start: int) -> None:
-    low, high = torch.stack(batch.aminmax()).tolist()
-    if math.isnan(low) or math.isnan(high):
-        broken = batch.isnan().flatten(1).any(dim=1)
-        raise ValueError(f"images must not hold NaN, but images {_listed(broken, start)} do; read them again")
+def _require_unit_range(images: Tensor) -> None:
+    low, high = torch.stack(images.aminmax()).tolist()
+    if math.isnan(low):
+        broken = images.isnan().flatten(1).any(dim=1)
+        raise ValueError(f"images must not hold NaN, but images {_listed(broken)} do; read them again")
     if low < -RANGE_MARGIN or high > 1 + RANGE_MARGIN:
         raise ValueError(
             f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}; divide by 255, or undo the "
@@ -275,8 +290,15 @@ def _require_unit_range(batch: Tensor, start: int) -> None:
         )
 
 
-def _listed(chosen: Tensor, start: int = 0) -> str:
-    return ", ".join(str(start + index) for index in chosen.nonzero().flatten().tolist()[:8])
+def _listed(chosen: Tensor) -> str:
+    return ", ".join(map(str, chosen.nonzero().flatten().tolist()[:8]))
+
+
+def _sent(batch: Tensor, device: torch.device) -> Tensor:
+    """Return the batch on the device; to CUDA through pinned memory, from which it is copied while others are seen."""
+    if device.type == "cuda" and batch.device.type == "cpu":
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
 
 
 def _with_bar(batches: tuple[Tensor, ...], progress: bool) -> tuple[Tensor, ...]:
