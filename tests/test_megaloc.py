@@ -204,6 +204,10 @@ def test_too_few_patches():
     with pytest.raises(ValueError, match=r"more than 4 patches .* 28 x 28 pixels hold 4; enlarge"):
         megaloc()(pictures(1, 28, 28))
     assert megaloc().describe(pictures(1, 5, 9), size=SIZE).isfinite().all()
+    with pytest.raises(ValueError, match="28 x 28 pixels hold 4"):
+        megaloc().describe(pictures(), size=28)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        megaloc().describe(pictures(), size=SIZE, batch_size=0)
 
 
 def test_weights_that_overflow_are_found():

@@ -138,8 +138,8 @@ class MegaLoc(nn.Module):
         if patches <= self.config.clusters:
             raise ValueError(
                 f"an image must hold more than {self.config.clusters} patches of {PATCH} x {PATCH} pixels, but "
-                f"{images.shape[-2]} x {images.shape[-1]} pixels hold {patches}; enlarge the images, or use "
-                "describe(), which does"
+                f"{images.shape[-2]} x {images.shape[-1]} pixels hold {patches}; enlarge the images, as "
+                f"describe() does to {SIZE} x {SIZE} unless it is told another size"
             )
         weight = self.backbone.cls_token
         images = _resampled(images.to(weight.device, torch.float32), sides)
@@ -171,12 +171,15 @@ class MegaLoc(nn.Module):
             progress: Whether to show a bar on stderr (needs tqdm).
 
         Raises:
-            ValueError: If images are not `[S, 3, H, W]`, hold NaN, or leave [0, 1]; or if a descriptor is not finite.
+            ValueError: If images are not `[S, 3, H, W]`, hold NaN, or leave [0, 1]; if `size` gives too few patches or
+                `batch_size` is below 1; or if a descriptor is not finite.
             TypeError: If they are neither uint8 nor floating point.
         """
         _require_rgb(images)
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if images.is_floating_point():
             _require_unit_range(images)
         device = self.backbone.cls_token.device
