@@ -81,7 +81,7 @@ def fault_of_graph(graph: CovisibilityGraph, descriptors: Tensor) -> str | None:
     unit = torch.nn.functional.normalize(descriptors[frames].double(), dim=1)
     parts = (torch.nn.functional.normalize(part.double(), dim=1) for part in descriptors.split(1024))
     scores = torch.cat([unit @ part.T for part in parts], dim=1)
-    scores[torch.arange(len(frames)), frames] = -torch.inf
+    scores.scatter_(1, frames[:, None], -torch.inf)
     count = min(NEIGHBOURS, len(descriptors) - 1)
     least = scores.topk(count + 1, dim=1).values[:, count:] + SCORES_TELL_APART
     sampled, nearest = (scores > least).nonzero(as_tuple=True)

@@ -145,7 +145,7 @@ class FrameSimilarity:
         scores = torch.full(labels.shape, -torch.inf, dtype=torch.float64, device=self.device)
         partners = torch.arange(self.num_frames, device=self.device)
         others = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
-        row_parts = rows.split(self.chunk)
+        row_parts = rows.split(self.chunk) if len(rows) else ()
         parts = [*row_parts, *others.split(self.chunk)]
         for at, part in enumerate(row_parts):
             points = self.fixed_point[part].to(torch.float64)
