@@ -85,9 +85,8 @@ def fault_of_graph(graph: CovisibilityGraph, descriptors: Tensor) -> str | None:
     count = min(NEIGHBOURS, len(descriptors) - 1)
     least = scores.topk(count + 1, dim=1).values[:, count:] + SCORES_TELL_APART
     sampled, nearest = (scores > least).nonzero(as_tuple=True)
-    seen = torch.isin(
-        frames[sampled] * len(descriptors) + nearest, graph.rows.long() * len(descriptors) + graph.indices
-    )
+    edges = graph.rows.long() * len(descriptors) + graph.indices
+    seen = torch.isin(frames[sampled] * len(descriptors) + nearest, edges)
     return None if bool(seen.all()) else f"{int((~seen).sum())} of {len(seen)} nearest neighbours are not seen"
 
 
