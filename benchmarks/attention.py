@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -197,6 +198,8 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q, k, v and the gradient of the output, `[B, H, N, D]`, normally distributed, the same at every call.
 
+    Where scores come in units of log2, q has the factor that the scale lacks.
+
     Args:
         case: The problem.
         device: Where they are made.
@@ -209,4 +212,7 @@ def inputs(
         x = torch.randn(case.shape, device=device, dtype=dtype, generator=generator)
         return x.transpose(1, 2).contiguous().transpose(1, 2) if storage == "bnhd" else x
 
-    return draw(), draw(), draw(), draw()
+    q, k, v, grad = draw(), draw(), draw(), draw()
+    if case.log2:
+        q *= case.head_size**-0.5 / math.log(2)
+    return q, k, v, grad

@@ -2,7 +2,8 @@
 
 A name reads `s64-p1374-band2-special5-hd64-h16-b1`: 64 frames of 1374 tokens, a graph, and then, where they differ from
 the default, the special tokens of each frame (dense both ways; default 0), the head size (64), the heads (16) and the
-batch (1). Any size can be asked for by its name; `GROUPS` holds the ones we publish.
+batch (1). With `-log2` at the end q comes multiplied by `D ** -0.5 * log2(e)`, as a fused norm can give it, and the
+scale is ln 2. Any size can be asked for by its name; `GROUPS` holds the ones we publish.
 
 Graphs, all symmetric, all with every frame seeing itself:
 
@@ -15,6 +16,7 @@ Graphs, all symmetric, all with every frame seeing itself:
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +27,7 @@ from torch import Tensor
 from svggt_kernels import BlockLayout, CovisibilityGraph
 
 GRAPH = r"dense|(?:band|loop|star|scattered)\d+"
-NAME = re.compile(rf"s(\d+)-p(\d+)-({GRAPH})((?:-(?:special|hd|h|b)\d+)*)")
+NAME = re.compile(rf"s(\d+)-p(\d+)-({GRAPH})((?:-(?:special|hd|h|b)\d+)*)(-log2)?")
 SUFFIX = re.compile(r"-(special|hd|h|b)(\d+)")
 
 WORK = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
@@ -44,6 +46,7 @@ class Case:
         head_size: D.
         heads: H.
         batch: B.
+        log2: Whether q is such that scores come in units of log2.
     """
 
     frames: int
@@ -53,6 +56,7 @@ class Case:
     head_size: int = 64
     heads: int = 16
     batch: int = 1
+    log2: bool = False
 
     def __post_init__(self) -> None:
         if min(self.frames, self.tokens, self.head_size, self.heads, self.batch) < 1:
@@ -75,12 +79,13 @@ class Case:
                 f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; "
                 "graphs are dense, bandR, loopR, starR and scatteredK"
             )
-        frames, tokens, graph, rest = match.groups()
+        frames, tokens, graph, rest, log2 = match.groups()
         fields = {"special": "special", "hd": "head_size", "h": "heads", "b": "batch"}
         suffixes = SUFFIX.findall(rest)
         if len({key for key, _ in suffixes}) < len(suffixes):
             raise ValueError(f"each suffix may be given once, got {name!r}")
-        return cls(int(frames), int(tokens), graph, **{fields[key]: int(value) for key, value in suffixes})
+        options = {fields[key]: int(value) for key, value in suffixes}
+        return cls(int(frames), int(tokens), graph, **options, log2=log2 is not None)
 
     @property
     def name(self) -> str:
@@ -95,12 +100,17 @@ class Case:
             )
             if value != default
         ]
-        return f"s{self.frames}-p{self.tokens}-{self.graph}{''.join(suffixes)}"
+        return f"s{self.frames}-p{self.tokens}-{self.graph}{''.join(suffixes)}{'-log2' if self.log2 else ''}"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of q, k, v and the output, (B, H, N, D)."""
         return self.batch, self.heads, self.frames * self.tokens, self.head_size
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return math.log(2) if self.log2 else self.head_size**-0.5
 
     @property
     def is_dense(self) -> bool:
@@ -199,6 +209,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         "s64-p1374-dense-hd128",
         "s64-p1374-band2-hd128",
     ),
+    "log2": _cases("s64-p1374-dense-log2", "s64-p1374-band2-log2", "s64-p1374-scattered6-log2"),
     "backward": _cases("s16-p1374-dense", "s16-p1374-band2", "s16-p1374-scattered3"),
     # 2.25e9 elements in each of q, k, v and the output: offsets do not fit into 32 bits.
     "large": _cases("s1600-p1374-band2"),

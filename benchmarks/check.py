@@ -56,7 +56,7 @@ def check_forward(contender: Contender, case: Case, q: Tensor, k: Tensor, v: Ten
             if frame not in sampled:
                 continue
             part = q_[:, rows], k_[:, keys], v_[:, keys]
-            plain, exact = explicit(*part), explicit(*(x.double() for x in part))
+            plain, exact = explicit(*part, case.scale), explicit(*(x.double() for x in part), case.scale)
             budgets["out"].add(actual["out"][:, rows], plain[0], exact[0])
             if "LSE" in actual:
                 budgets["LSE"].add(actual["LSE"][:, rows, None], plain[1][..., None], exact[1][..., None])
@@ -95,8 +95,8 @@ def check_gradients(contender: Contender, case: Case, q: Tensor, k: Tensor, v: T
             if frame not in sampled and len(columns) == 0:
                 continue
             part = q_[:, rows], k_[:, keys], v_[:, keys], grad_[:, rows]
-            plain = explicit_gradients(*part, columns)
-            exact = explicit_gradients(*(x.double() for x in part), columns)
+            plain = explicit_gradients(*part, columns, case.scale)
+            exact = explicit_gradients(*(x.double() for x in part), columns, case.scale)
             if frame in sampled:
                 dq = _sampled_heads(actual[0])[:, rows]
                 budgets[0].add(dq.flatten(1), plain[0].flatten(1), exact[0].flatten(1))
@@ -113,11 +113,12 @@ def explicit(
     q: Tensor,  # [h, m, D]
     k: Tensor,  # [h, n, D]
     v: Tensor,  # [h, n, D]
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return output `[h, m, D]` and LSE `[h, m]` of every row on every key, each intermediate in the inputs' dtype."""
     outs, lses = [], []
     for rows in _chunks(q, k):
-        scores = q[:, rows] @ k.mT * q.shape[-1] ** -0.5
+        scores = q[:, rows] @ k.mT * scale
         outs.append(scores.softmax(-1) @ v)
         lses.append(scores.to(_accumulator(q)).logsumexp(-1))
     return torch.cat(outs, 1), torch.cat(lses, 1)
@@ -129,12 +130,12 @@ def explicit_gradients(
     v: Tensor,  # [h, n, D]
     grad: Tensor,  # [h, m, D]
     columns: Tensor,  # [c]
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what these rows give to the gradients: dQ `[h, m, D]`, dK and dV `[h, c, D]` of the keys `columns`.
 
     Each intermediate is in the inputs' dtype; dK and dV are summed over the rows in float32 or better.
     """
-    scale = q.shape[-1] ** -0.5
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x[:, columns], dtype=_accumulator(q)) for x in (k, v))
     for rows in _chunks(q, k):
@@ -189,7 +190,7 @@ def _check_every_row(contender: Contender, case: Case, q: Tensor, k: Tensor, v: 
     for _, rows, keys in _groups(case, q.device):
         values = v[:, keys]
         zero = torch.zeros_like(values[:, :1])
-        plain, _ = explicit(zero, torch.zeros_like(values), values)
+        plain, _ = explicit(zero, torch.zeros_like(values), values, 1.0)
         exact = values.mean(1, keepdim=True, dtype=torch.float64)
         budget.add(out[:, rows], plain, exact)
     return budget.exceeded()

@@ -33,9 +33,11 @@ def block_sparse_attention(
         k: Keys `[B, H, N', D]`, same dtype and device; N' = N unless the layout is rectangular.
         v: Values `[B, H, N', D]`, likewise.
         layout: Who sees whom, on the device of q.
-        scale: Factor on the scores, by default `D ** -0.5`.
+        scale: Factor on the scores, by default `D ** -0.5`. With ln 2 scores are in units of log2, which saves the
+            hopper backend a multiplication for each: worth it where q is computed anyway and can be multiplied by
+            `D ** -0.5 * log2(e)` before it is rounded.
         return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
-        backend: "triton", "hopper", "sdpa", or None for the first of them that can run these inputs. A named backend
+        backend: "hopper", "triton", "sdpa", or None for the first of them that can run these inputs. A named backend
             runs or raises.
 
     Returns:

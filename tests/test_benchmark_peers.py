@@ -66,16 +66,17 @@ class _BlockLists(NamedTuple):
         return listed.bool()
 
 
-def _flash_attn_fwd(q, k, v, page_table, seqused_k, tile_mn=None):
+def _flash_attn_fwd(q, k, v, page_table, seqused_k, softmax_scale, tile_mn=None):
     """FlashAttention-4's paged forward, [batch, rows, H, D], in plain PyTorch."""
     outs = []
     for query, pages, used in zip(q, page_table.long(), seqused_k.tolist(), strict=True):
         keys, values = (x[pages].flatten(0, 1)[:used].transpose(0, 1) for x in (k, v))
-        outs.append(torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), keys, values))
+        query = query.transpose(0, 1)
+        outs.append(torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=softmax_scale))
     return torch.stack(outs).transpose(1, 2), None
 
 
-def _flash_attn_func(q, k, v, block_sparse_tensors=None, block_sparse_tensors_bwd=None, mask_mod=None):
+def _flash_attn_func(q, k, v, softmax_scale, block_sparse_tensors=None, block_sparse_tensors_bwd=None, mask_mod=None):
     """FlashAttention-4 in plain PyTorch; its backward must be given the transposed blocks."""
     qkv, mask = (x.transpose(1, 2) for x in (q, k, v)), None
     if block_sparse_tensors is not None:
@@ -87,7 +88,8 @@ def _flash_attn_func(q, k, v, block_sparse_tensors=None, block_sparse_tensors_bw
         masked, full = (x.repeat_interleave(128, 0).repeat_interleave(128, 1) for x in (masked, full))
         token = torch.arange(q.shape[1])
         mask = full if mask_mod is None else full | masked & mask_mod(None, None, token[:, None], token, None, None)
-    return torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2), None
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=softmax_scale)
+    return out.transpose(1, 2), None
 
 
 class _BlockSparseAttentionWrapper:
@@ -96,7 +98,8 @@ class _BlockSparseAttentionWrapper:
     def __init__(self, workspace):
         assert workspace.dtype == torch.uint8
 
-    def plan(self, indptr, indices, M, N, R, C, heads, kv_heads, head_dim, q_data_type, o_data_type):
+    def plan(self, indptr, indices, M, N, R, C, heads, kv_heads, head_dim, sm_scale, q_data_type, o_data_type):
+        self.scale = sm_scale
         assert (M, heads, R, q_data_type) == (N, kv_heads, C, o_data_type)
         self.rows, self.block = [x.tolist() for x in indices.tensor_split(indptr[1:-1].long())], R
 
@@ -105,10 +108,10 @@ class _BlockSparseAttentionWrapper:
         queries, keys = (
             torch.tensor(x)[:, None] * self.block + torch.tensor([0, self.block]) for x in zip(*ranges, strict=True)
         )
-        return _flex_flash_attn_func(q, k, v, queries, keys)[0]
+        return _flex_flash_attn_func(q, k, v, queries, keys, softmax_scale=self.scale)[0]
 
 
-def _flex_flash_attn_func(q, k, v, q_ranges, k_ranges, **options):
+def _flex_flash_attn_func(q, k, v, q_ranges, k_ranges, softmax_scale, **options):
     """MagiAttention's function in plain PyTorch; q, k and v are [N, H, D]."""
     mask = torch.zeros(len(q), len(k), dtype=torch.int64)
     for (first, last), (start, end) in zip(q_ranges.tolist(), k_ranges.tolist(), strict=True):
@@ -118,7 +121,8 @@ def _flex_flash_attn_func(q, k, v, q_ranges, k_ranges, **options):
         ends = torch.unique(k_ranges, dim=0)
         assert (ends[1:, 0] >= ends[:-1, 1]).all()
     qkv = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask.bool())[0].transpose(0, 1), None
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask.bool(), scale=softmax_scale)
+    return out[0].transpose(0, 1), None
 
 
 FAKES = {
@@ -146,17 +150,18 @@ def fakes(monkeypatch):
     ("peer", "name"),
     [
         ("fa4-paged", "s6-p7-scattered1-h2"),
-        ("fa4-paged-192x128", "s5-p9-star1-h3"),
-        ("fa4-dense", "s3-p8-dense-h2"),
+        ("fa4-paged-192x128", "s5-p9-star1-h3-log2"),
+        ("fa4-dense", "s3-p8-dense-h2-log2"),
         ("fa4-block-sparse", "s5-p130-scattered1-h2-b2"),
         ("fa4-block-sparse", "s4-p128-band1-h2"),
-        ("fa4-block-sparse", "s6-p50-star1-h2"),
+        ("fa4-block-sparse", "s6-p50-star1-h2-log2"),
         ("flashinfer", "s6-p7-scattered1-h2"),
+        ("flashinfer", "s6-p7-scattered1-h2-log2"),
         ("magi-ffa", "s6-p7-scattered1-h2"),
-        ("magi-ffa", "s5-p9-loop1-h3"),
+        ("magi-ffa", "s5-p9-loop1-h3-log2"),
         ("flex", "s3-p130-band1-h1-hd16"),
         ("flex", "s4-p70-scattered1-special5-h2-hd16"),
-        ("flex-flash", "s3-p130-band1-h1-hd16"),
+        ("flex-flash", "s3-p130-band1-h1-hd16-log2"),
     ],
 )
 def test_peer_for_another_machine_is_wired_right(peer, name, fakes):
@@ -178,10 +183,10 @@ def test_ranges_of_keys_overlap_only_where_no_gradient_is_wanted():
     assert all(end - start == case.tokens for start, end in keys.tolist())
 
 
-def _eager_flex(q, k, v, block_mask, kernel_options):
+def _eager_flex(q, k, v, block_mask, scale, kernel_options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return flex_attention(q, k, v, block_mask=block_mask)
+        return flex_attention(q, k, v, block_mask=block_mask, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +227,10 @@ def choices(monkeypatch):
     """The softmax and gradients chosen whenever backend hopper, here a stand-in, ran forward or backward."""
     seen = {"forward": set(), "backward": set()}
 
-    def attend(q, k, v, layout, backend, return_lse=False):
+    def attend(q, k, v, layout, scale, backend, return_lse=False):
         assert backend == "hopper"
         seen["forward"].add(tuple(hopper._chosen.values()))
-        out = block_sparse_attention(q, k, v, layout, backend="sdpa", return_lse=return_lse)
+        out = block_sparse_attention(q, k, v, layout, scale=scale, backend="sdpa", return_lse=return_lse)
         if not return_lse and out.requires_grad:
             out.register_hook(lambda grad: seen["backward"].add(tuple(hopper._chosen.values())))
         return out

@@ -31,6 +31,7 @@ BAND = Case.parse("s8-p9-band1-h3")
         ("s8-p64-dense", Case(8, 64, "dense")),
         ("s8-p64-scattered3-special5", Case(8, 64, "scattered3", special=5)),
         ("s8-p64-loop1-hd128-h4", Case(8, 64, "loop1", head_size=128, heads=4)),
+        ("s8-p64-dense-h4-log2", Case(8, 64, "dense", heads=4, log2=True)),
         ("s1-p1-star0-special1-hd32-h2-b3", Case(1, 1, "star0", 1, 32, 2, 3)),
     ],
 )
@@ -108,7 +109,7 @@ def test_visible_pairs_are_those_of_the_mask(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["s8-p9-band1-h3", "s5-p20-scattered1-special3-h2", "s3-p33-star0-h1-b2-hd32"])
+@pytest.mark.parametrize("name", ["s8-p9-band1-h3", "s5-p20-scattered1-special3-h2", "s3-p33-star0-h1-b2-hd32-log2"])
 def test_right_contender_passes(name, dtype):
     case = Case.parse(name)
     q, k, v, grad = _trainable(case, dtype)
@@ -118,14 +119,16 @@ def test_right_contender_passes(name, dtype):
     assert check_gradients(contender, case, q, k, v, grad) is None
 
 
-def test_explicit_formula_is_the_reference():
-    case = Case.parse("s3-p7-dense-h2")
+@pytest.mark.parametrize("name", ["s3-p7-dense-h2", "s3-p7-dense-h2-log2"])
+def test_explicit_formula_is_the_reference(name):
+    case = Case.parse(name)
     q, k, v, grad = _trainable(case, torch.float64)
-    out, lse = block_sparse_attention(q, k, v, case.layout(), backend="sdpa", return_lse=True)
+    out, lse = block_sparse_attention(q, k, v, case.layout(), scale=case.scale, backend="sdpa", return_lse=True)
     gradients = torch.autograd.grad(out, (q, k, v), grad)
     every = torch.arange(q.shape[2])
     with torch.no_grad():
-        ours = *explicit(q[0], k[0], v[0]), *explicit_gradients(q[0], k[0], v[0], grad[0], every)
+        gradients_ours = explicit_gradients(q[0], k[0], v[0], grad[0], every, case.scale)
+        ours = *explicit(q[0], k[0], v[0], case.scale), *gradients_ours
     for actual, expected in zip(ours, (out, lse, *gradients), strict=True):
         torch.testing.assert_close(actual, expected[0], rtol=1e-10, atol=1e-12)
 

@@ -18,16 +18,16 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_BYTES_OF_A_BLOCK = 227 * 1024
 
 FORWARD = [
-    forward_pass.kernel(dtype, head_size, online)
+    forward_pass.kernel(dtype, head_size, variant)
     for head_size in forward_pass.CONFIGS
-    for dtype, online in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True))
+    for dtype, variant in (*((torch.bfloat16, kind) for kind in forward_pass.VARIANTS), (torch.float16, "online"))
 ]
 BACKWARD = {
     kernel: None  # each once
     for head_size in forward_pass.CONFIGS
-    for dtype, folds in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False))
+    for dtype in (torch.bfloat16, torch.float16)
     for accumulate in (False, True)
-    for kernel in backward_pass.kernels(dtype, head_size, folds, accumulate)
+    for kernel in backward_pass.kernels(dtype, head_size, accumulate)
 }
 
 

@@ -33,7 +33,7 @@ def _dense_unsupported(case: Case, q: Tensor) -> str | None:
 
 def _dense(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     attention = interface().flash_attn_func
-    return lambda: attention(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
+    return lambda: attention(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=case.scale)[0].transpose(1, 2)
 
 
 def _paged(name: str, tile: tuple[int, int] | None) -> Contender:
@@ -48,7 +48,8 @@ def _paged(name: str, tile: tuple[int, int] | None) -> Contender:
         used = (degree * case.tokens).int().to(q.device)
         # Its batch is the frames; the entries behind a frame's degree are never read.
         paged = [x.transpose(1, 2).reshape(case.frames, case.tokens, case.heads, case.head_size) for x in (q, k, v)]
-        options: dict[str, Any] = {"page_table": _seen_first(case.visible).to(q.device), "seqused_k": used}
+        pages = _seen_first(case.visible).to(q.device)
+        options: dict[str, Any] = {"page_table": pages, "seqused_k": used, "softmax_scale": case.scale}
         if tile:
             options["tile_mn"] = tile
         return lambda: attention(*paged, **options)[0].reshape(1, -1, case.heads, case.head_size).transpose(1, 2)
@@ -69,7 +70,7 @@ def _block_sparse(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], T
     attention = interface().flash_attn_func
     tokens, padded = case.tokens, -(-case.tokens // BLOCK) * BLOCK
     forward, backward = block_lists(case, q.device)
-    options: dict[str, Any] = {"block_sparse_tensors": forward}
+    options: dict[str, Any] = {"block_sparse_tensors": forward, "softmax_scale": case.scale}
     if padded > tokens:
         options["mask_mod"] = _real_keys(tokens, padded)
     if q.requires_grad:

@@ -42,6 +42,7 @@ def _prepare(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor
         case.heads,
         case.heads,
         case.head_size,
+        sm_scale=case.scale,
         q_data_type=q.dtype,
         o_data_type=q.dtype,
     )

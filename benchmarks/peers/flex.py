@@ -72,7 +72,7 @@ def _flash_unsupported(case: Case, q: Tensor) -> str | None:
 def _prepare(backend: str | None, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     attention, mask = compiled(case, backend), flex_mask(case, q.device)
     options = backend and {"BACKEND": backend}
-    return lambda: attention(q, k, v, block_mask=mask, kernel_options=options)
+    return lambda: attention(q, k, v, block_mask=mask, scale=case.scale, kernel_options=options)
 
 
 CONTENDERS = (

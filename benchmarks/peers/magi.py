@@ -51,6 +51,7 @@ def _prepare(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor
             keys,
             auto_range_merge=True,
             max_seqlen_q=case.tokens,
+            softmax_scale=case.scale,
             disable_fwd_atomic_reduction=True,
             disable_bwd_dkv_atomic_reduction=True,
         )

@@ -39,10 +39,11 @@ def backend(name: str) -> Contender:
 
     def prepare(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         layout = case.layout(q.device)
-        return lambda: block_sparse_attention(q, k, v, layout, backend=name)
+        return lambda: block_sparse_attention(q, k, v, layout, scale=case.scale, backend=name)
 
     def lse(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_sparse_attention(q, k, v, case.layout(q.device), backend=name, return_lse=True)[1]
+        layout = case.layout(q.device)
+        return block_sparse_attention(q, k, v, layout, scale=case.scale, backend=name, return_lse=True)[1]
 
     contender = Contender(name, f"svggt_kernels, backend {name}", unsupported, prepare, lse=lse)
     return replace(contender, softmax=_softmax, gradients="deterministic") if name == hopper.NAME else contender

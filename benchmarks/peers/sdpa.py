@@ -22,7 +22,7 @@ def _dense(name: str, kernel: SDPBackend) -> Contender:
     def prepare(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(q, k, v)
+                return F.scaled_dot_product_attention(q, k, v, scale=case.scale)
 
         return call
 
@@ -44,7 +44,9 @@ def _gather(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]
         with sdpa_kernel(kernels, set_priority=True):
             return torch.cat(
                 [
-                    F.scaled_dot_product_attention(query, gathered(k, keys, seen), gathered(v, values, seen))
+                    F.scaled_dot_product_attention(
+                        query, gathered(k, keys, seen), gathered(v, values, seen), scale=case.scale
+                    )
                     for query, seen in zip(queries, visible, strict=True)
                 ],
                 2,

@@ -6,23 +6,14 @@
 //
 // so that in both scores = rows[0] columns[0]^T - lse, dP = rows[1] columns[1]^T - inner, p = exp2(scores), dS = p dP.
 //
-// Ordinary instructions are what the tensor cores wait for, so an element costs little more than its exponential. The
-// accumulators of dP start at -inner. FOLDED, Q comes multiplied by the scale and rounded, as the forward pass saw it, and
-// dO and inner come multiplied by exp2(-lse): with p = exp2(scores) that makes p dO and p (dP - inner) what they were, so
-// that lse is not needed. Heads with an lse that is not moderate are left to a second launch, which scales scores and
-// subtracts lse one by one; so is all in float16, and where the forward pass was told to do without that rounding.
+// Ordinary instructions are what the tensor cores wait for: the accumulators of dP start at -inner, so that an element
+// costs one FFMA, its exponential, a product and half of two conversions.
 //
 // Of the first warpgroup one warp loads, and the three others copy the tiles that do not lie side by side. Two
 // warpgroups compute 64 rows each.
 #pragma once
 
 #include "work.cuh"
-
-#if defined(FOLDS)
-constexpr bool FOLDED = true;
-#else
-constexpr bool FOLDED = false;
-#endif
 
 constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
@@ -40,12 +31,11 @@ struct Parameters {
   Tensor4 rows[2], columns[2];
   Tensor4 gradients[2];     // dK, dV, or dQ
   const float* shifts[2];   // [batch_heads, num_queries]: -lse in units of log2, and -inner
-  const int* unfolded;      // heads whose scores are scaled and lse subtracted after all, then whether any is; null: all
   int* next;                // the next item to be taken, 0 at first
   float* dq_sum;            // [batch_heads, PANELS, num_queries, 64], see `workspace_piece`
   Layout layout;
   int num_queries;
-  float scale_log2;         // of scores, unless FOLDED
+  float scale_log2;         // of scores
   float scale;              // of gradients[0]
 };
 
@@ -68,6 +58,10 @@ DEVICE void store_matrices(uint32 shared, const uint32* x) {
 
 DEVICE void store_shared(uint32 shared, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x), "f"(y) : "memory");
+}
+
+DEVICE void load_floats(uint32 shared, float& x, float& y) {
+  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(shared) : "memory");
 }
 
 DEVICE float4 load_floats(uint32 shared) {
@@ -122,27 +116,17 @@ DEVICE void load_tile(uint32 shared, const TensorMap* map, uint32 barrier, const
 // to shared memory of bank conflicts.
 DEVICE int workspace_piece(int i, int token) { return i ^ (token & 3); }
 
-// -lse and -inner: of columns if rows are keys, else of rows. A thread needs, of an 8-column block, columns
-// c, c + 1 of rows r, r + 8. Folded, -inner lies as these four accumulators want it.
-// Otherwise the tile's -lse lie before its -inner.
+// -lse and -inner. Of columns, if rows are keys, both lie in order. Of rows only -inner does, as the accumulators want it:
+// a thread needs, of each 8-column block, twice that of row r and twice that of r + 8.
 enum class Shifts { OF_ROWS, OF_COLUMNS };
 
 template <Shifts SHIFTS>
 struct Shift {
   static constexpr bool OF_ROWS = SHIFTS == Shifts::OF_ROWS;
-  static constexpr int COUNT = OF_ROWS ? ROWS : COLUMNS;
-  static constexpr uint32 BYTES = 2 * COUNT * sizeof(float);
-  static constexpr uint32 TWIN = OF_ROWS ? 4 : 8;
+  static constexpr uint32 BYTES = 2 * (OF_ROWS ? ROWS : COLUMNS) * sizeof(float);
 
-  // Byte place of row or column i, folded; again TWIN bytes behind.
-  static DEVICE_MEMBER uint32 folded(uint32 i) {
-    return OF_ROWS ? i / 16 * 128 + i % 8 * 16 + i % 16 / 8 * 8 : i / 2 * 16 + i % 2 * 4;
-  }
-
-  // Byte place otherwise: rows in order; columns so that the four that a thread needs of 16 are side by side.
-  static DEVICE_MEMBER uint32 plain(uint32 i) {
-    return 4 * (OF_ROWS ? i : i / 16 * 16 + i % 8 / 2 * 4 + i % 16 / 8 * 2 + i % 2);
-  }
+  // Byte place of the twins of row i.
+  static DEVICE_MEMBER uint32 twins(uint32 i) { return i / 16 * 128 + i % 8 * 16 + i % 16 / 8 * 8; }
 };
 
 // Shared memory: buffers of row tiles, stages of column tiles, what the kernel adds; shifts; the tokens of a stage's
@@ -192,11 +176,11 @@ struct Memory {
   DEVICE_MEMBER void initialize() const {
     if (threadIdx.x == 0) {
       for (uint32 stage = 0; stage < STAGES; ++stage) {
-        barrier_init(full(stage), Shift::OF_ROWS ? 1 : 1 + 32);
+        barrier_init(full(stage), 1, Shift::OF_ROWS ? 0 : 32);
         barrier_init(empty(stage), COMPUTING_WARPS);
       }
       for (uint32 buffer = 0; buffer < ROW_BUFFERS; ++buffer) {
-        barrier_init(rows_full(buffer), Shift::OF_ROWS ? 1 + 32 : 1);
+        barrier_init(rows_full(buffer), 1, Shift::OF_ROWS ? 32 : 0);
         barrier_init(rows_empty(buffer), COMPUTING_WARPS);
       }
       for (uint32 i = 0; i < 2; ++i) {
@@ -213,11 +197,6 @@ struct Memory {
     __syncthreads();
   }
 };
-
-// Whether the launch has nothing to do.
-DEVICE bool is_idle(const Parameters& p) {
-  return !FOLDED && p.unfolded != nullptr && __syncthreads_and(p.unfolded[p.layout.batch_heads] == 0);
-}
 
 // ---- the loading warpgroup ----
 
@@ -240,7 +219,7 @@ struct Loader {
 
   DEVICE_MEMBER uint32 buffer() const { return items % Memory::ROW_BUFFERS; }
 
-  DEVICE_MEMBER int next_item() const { return take_item(p.layout, p.next, p.unfolded, !FOLDED); }
+  DEVICE_MEMBER int next_item() const { return take_item(p.layout, p.next, nullptr); }
 
   DEVICE_MEMBER void run() {
     int item = next_item();
@@ -259,7 +238,8 @@ struct Loader {
     Work end;
     end.columns = -1;
     tell_work(end);
-    if (lane == 0) barrier_arrive(memory.rows_full(buffer()));
+    __syncwarp();
+    warp_arrive(memory.rows_full(buffer()));
     if (Memory::Shift::OF_ROWS) copy_arrive(memory.rows_full(buffer()));
     barrier_wait(memory.copy_empty(), copies % 2 ^ 1);
     tell_copy(0, 0, false, end);
@@ -278,9 +258,9 @@ struct Loader {
     if (lane == 0) {
       store_shared(memory.copy(), make_uint4(shared, barrier, are_columns, work.batch));
       store_shared(memory.copy() + 16, make_uint4(work.head, 0, 0, 0));
-      barrier_arrive(memory.copy_full());
     }
     __syncwarp();
+    warp_arrive(memory.copy_full());
     ++copies;
   }
 
@@ -289,10 +269,13 @@ struct Loader {
     tell_work(work);
     const uint32 shared = memory.row_tile(buffer(), 0), full = memory.rows_full(buffer());
     const bool is_contiguous = work.length == ROWS && work.group != p.layout.dense_group;
-    if (is_contiguous && lane == 0) {
-      barrier_arrive_expect(full, 2 * ROW_TILE);
-      load_tile<ROWS>(shared, &p.row_maps[0], full, work, work.start);
-      load_tile<ROWS>(shared + ROW_TILE, &p.row_maps[1], full, work, work.start);
+    if (is_contiguous) {
+      __syncwarp();
+      warp_arrive_expect(full, 2 * ROW_TILE);
+      if (lane == 0) {
+        load_tile<ROWS>(shared, &p.row_maps[0], full, work, work.start);
+        load_tile<ROWS>(shared + ROW_TILE, &p.row_maps[1], full, work, work.start);
+      }
     }
     if (!is_contiguous) barrier_wait(memory.copy_empty(), copies % 2 ^ 1);
 #pragma unroll 1
@@ -314,9 +297,10 @@ struct Loader {
     barrier_wait(memory.empty(stage.index), stage.parity ^ 1);
     if (cursor.is_contiguous(COLUMNS)) {
       const int token = cursor.start + cursor.place;
+      if (Memory::HAS_STAGE_TOKENS && lane == 0) store_shared(memory.first_token(stage.index), token);
+      __syncwarp();
+      warp_arrive_expect(full, 2 * COLUMN_TILE);
       if (lane == 0) {
-        if (Memory::HAS_STAGE_TOKENS) store_shared(memory.first_token(stage.index), token);
-        barrier_arrive_expect(full, 2 * COLUMN_TILE);
         load_tile<COLUMNS>(shared, &p.column_maps[0], full, work, token);
         load_tile<COLUMNS>(shared + COLUMN_TILE, &p.column_maps[1], full, work, token);
       }
@@ -358,12 +342,12 @@ struct Loader {
   // Copy the shifts at `at` for row or column i. Without a token they are 0, as are its tiles: then dP = dS = 0.
   DEVICE_MEMBER void copy_shifts(uint32 shifts, int i, int64 at, bool exists) const {
     using Shift = typename Memory::Shift;
-    if (FOLDED) {
-      copy_word(shifts + Shift::folded(i), p.shifts[1] + at, exists);
-      copy_word(shifts + Shift::folded(i) + Shift::TWIN, p.shifts[1] + at, exists);
+    if (Shift::OF_ROWS) {
+      copy_word(shifts + Shift::twins(i), p.shifts[1] + at, exists);
+      copy_word(shifts + Shift::twins(i) + 4, p.shifts[1] + at, exists);
     } else {
-      copy_word(shifts + Shift::plain(i), p.shifts[0] + at, exists);
-      copy_word(shifts + Shift::plain(i) + Shift::BYTES / 2, p.shifts[1] + at, exists);
+      copy_word(shifts + 4 * i, p.shifts[0] + at, exists);
+      copy_word(shifts + Shift::BYTES / 2 + 4 * i, p.shifts[1] + at, exists);
     }
   }
 };
@@ -390,11 +374,11 @@ DEVICE void copy_tokens(const Parameters& p, const Memory memory) {
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(memory.copy_empty());
+    warp_arrive(memory.copy_empty());
     copy_wait();
     proxy_fence();
     named_sync(COPIED, 32 * COPYING_WARPS);
-    if (thread == 0) barrier_arrive(barrier);
+    if (thread < 32) warp_arrive(barrier);
   }
 }
 
@@ -405,11 +389,6 @@ DEVICE void load(const Parameters& p, const Memory memory) {
 }
 
 // ---- the computing warpgroups ----
-
-// This warp has done with what the barrier guards.
-DEVICE void release(uint32 barrier) {
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
 
 // x [64, COLUMNS] (+)= A B^T of 64 rows and a column tile.
 template <bool ADD>

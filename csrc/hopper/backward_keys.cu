@@ -71,13 +71,13 @@ struct Consumer {
         hold(dk);
         hold(dv);
       }
-      release(memory.rows_empty(tile.index));
+      warp_arrive(memory.rows_empty(tile.index));
       tile.next();
       const Work again = load_work(memory.work(record.index)); // not to keep it in registers
       store_gradients(p.gradients[0], dk, p.scale, p.layout, again, index * 64);
       store_gradients(p.gradients[1], dv, 1, p.layout, again, index * 64);
       __syncwarp();
-      release(memory.work_empty(record.index));
+      warp_arrive(memory.work_empty(record.index));
       record.next();
     }
   }
@@ -94,35 +94,27 @@ struct Consumer {
     wgmma_commit();
   }
 
+  // -lse, or -inner if `i`, of this thread's first column of a stage.
+  DEVICE_MEMBER uint32 shifts(uint32 stage, int i) const {
+    return memory.shifts(stage) + i * KeysMemory::Shift::BYTES / 2 + threadIdx.x % 4 * 8;
+  }
+
   // The accumulators of dP of this stage start at -inner.
   DEVICE_MEMBER void start_dp() {
-    const uint32 shifts = memory.shifts(stage.index) + threadIdx.x % 4 * 16;
-    if (FOLDED) {
+    const uint32 from = shifts(stage.index, 1);
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 8; ++i) {
-        const float4 x = load_floats(shifts + 64 * i);
-        dp[4 * i] = x.x, dp[4 * i + 1] = x.y, dp[4 * i + 2] = x.z, dp[4 * i + 3] = x.w;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 16; ++i) {
-        const float4 x = load_floats(shifts + KeysMemory::Shift::BYTES / 2 + 64 * i);
-        dp[8 * i] = dp[8 * i + 2] = x.x, dp[8 * i + 1] = dp[8 * i + 3] = x.y;
-        dp[8 * i + 4] = dp[8 * i + 6] = x.z, dp[8 * i + 5] = dp[8 * i + 7] = x.w;
-      }
-    }
+    for (int i = 0; i < COLUMNS / 2; i += 2) load_floats(from + i / 4 * 32, dp[i], dp[i + 1]);
     hold(dp);
   }
 
-  // Scale the scores and subtract lse, if that is not folded.
-  DEVICE_MEMBER void shift_scores(uint32 now) {
-    const uint32 shifts = memory.shifts(now) + threadIdx.x % 4 * 16;
+  DEVICE_MEMBER void probabilities(uint32 now) {
+    const uint32 from = shifts(now, 0);
 #pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) {
-      const float4 x = load_floats(shifts + 64 * k);
-      const float shift[4] = {x.x, x.y, x.z, x.w};
+    for (int i = 0; i < COLUMNS / 2; i += 4) {
+      float x[2];
+      load_floats(from + i * 8, x[0], x[1]);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) s[8 * k + i] = fmaf(s[8 * k + i], p.scale_log2, shift[i / 4 * 2 + i % 2]);
+      for (int k = 0; k < 4; ++k) s[i + k] = exp2_approx(fmaf(s[i + k], p.scale_log2, x[k % 2]));
     }
   }
 
@@ -136,26 +128,24 @@ struct Consumer {
     stage.next();
 
     hold(s);
-    if (!FOLDED) shift_scores(now);
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i]);
+    probabilities(now);
     // The branch in this wait also keeps the assembler from moving the exponentials behind the next.
     if (MORE) barrier_wait(memory.full(stage.index), stage.parity);
     wgmma_wait<0>();
     hold(dp);
-    uint32 probabilities[COLUMNS / 4], ds[COLUMNS / 4];
+    uint32 weights[COLUMNS / 4], ds[COLUMNS / 4];
 #pragma unroll
     for (int i = COLUMNS / 4 - 1; i >= 0; --i) { // this order spares the assembler registers
-      probabilities[i] = pack(s[2 * i], s[2 * i + 1]);
+      weights[i] = pack(s[2 * i], s[2 * i + 1]);
       ds[i] = pack(s[2 * i] * dp[2 * i], s[2 * i + 1] * dp[2 * i + 1]);
     }
-    if (!FOLDED && ACCUMULATE && length < ROWS) hide_rows(ds);
+    if (ACCUMULATE && length < ROWS) hide_rows(ds);
 
-    hold(probabilities);
+    hold(weights);
     hold(ds);
     float dq[32];
     wgmma_fence();
-    multiply_add(dv, probabilities, memory.column_tile(now, 1));
+    multiply_add(dv, weights, memory.column_tile(now, 1));
     wgmma_commit();
     multiply_add(dk, ds, memory.column_tile(now, 0));
     wgmma_commit();
@@ -164,21 +154,21 @@ struct Consumer {
       start_dq(dq);
     }
     wgmma_wait<1>(); // for dv, and dk if dq is behind it
-    hold(probabilities);
+    hold(weights);
     if (MORE) multiply_scores();
     if (ACCUMULATE) {
       hold(ds);
       const uint32 next = read_token(now);
-      release(memory.empty(now));
+      warp_arrive(memory.empty(now));
       wgmma_wait<MORE ? 1 : 0>();
       hold(dq);
-      if (!IN_PLACE) release(memory.scores_empty(scores.index));
+      if (!IN_PLACE) warp_arrive(memory.scores_empty(scores.index));
       add_dq(dq, scores.index);
       token = next;
     } else {
       wgmma_wait<MORE ? 1 : 0>();
       hold(ds);
-      release(memory.empty(now));
+      warp_arrive(memory.empty(now));
     }
     if (MORE) {
       start_dp();
@@ -188,7 +178,7 @@ struct Consumer {
     if (ACCUMULATE && IN_PLACE) {
       bulk_wait_read();
       __syncwarp();
-      release(memory.scores_empty(scores.index));
+      warp_arrive(memory.scores_empty(scores.index));
     }
   }
 
@@ -215,7 +205,7 @@ struct Consumer {
     for (int k = 0; k < COLUMNS / 16; ++k) store_matrices((to ^ (k % 4 * 32)) + k / 4 * SCORES_PANEL, &ds[4 * k]);
     proxy_fence();
     __syncwarp();
-    release(memory.scores_full(scores.index));
+    warp_arrive(memory.scores_full(scores.index));
     scores.next();
   }
 
@@ -291,7 +281,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward_keys(const __grid_
   extern __shared__ __align__(1024) unsigned char shared[];
   const KeysMemory memory{shared_address(shared)};
   if (memory.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
-  if (is_idle(p)) return;
   memory.initialize();
   if (threadIdx.x < WARPGROUP) {
     give_registers<LOADING_REGISTERS>();

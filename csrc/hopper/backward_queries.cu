@@ -14,6 +14,7 @@ struct Consumer {
   Ring<QueriesMemory::ROW_BUFFERS> tile;
   Ring<2> record;
   int columns;             // from this step on
+  float lse_shift[2];      // of this thread's two rows
   float dq[D / 2], s[COLUMNS / 2], dp[COLUMNS / 2];
 
   DEVICE_MEMBER Consumer(const Parameters& p, QueriesMemory memory)
@@ -24,8 +25,10 @@ struct Consumer {
   DEVICE_MEMBER void run() {
     while (true) {
       barrier_wait(memory.rows_full(tile.index), tile.parity);
-      columns = load_work(memory.work(record.index)).columns;
+      const Work work = load_work(memory.work(record.index));
+      columns = work.columns;
       if (columns < 0) break;
+      load_lse(work);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dq[i] = 0;
       if (columns > 0) {
@@ -41,12 +44,21 @@ struct Consumer {
         step<false>();
         hold(dq);
       }
-      release(memory.rows_empty(tile.index));
+      warp_arrive(memory.rows_empty(tile.index));
       tile.next();
       store_gradients(p.gradients[0], dq, p.scale, p.layout, load_work(memory.work(record.index)), index * 64);
       __syncwarp();
-      release(memory.work_empty(record.index));
+      warp_arrive(memory.work_empty(record.index));
       record.next();
+    }
+  }
+
+  DEVICE_MEMBER void load_lse(const Work& work) {
+    const float* lse = p.shifts[0] + static_cast<int64>(work.batch_head(p.layout)) * p.num_queries;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = row() + 8 * i;
+      lse_shift[i] = r < work.length ? lse[work.token(p.layout, r)] : 0;
     }
   }
 
@@ -64,25 +76,13 @@ struct Consumer {
 
   DEVICE_MEMBER int row() const { return index * 64 + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4; }
 
-  // Shift i of one of this thread's rows, if not folded.
-  DEVICE_MEMBER float shift(int i, int half) const {
-    const uint32 at = i * QueriesMemory::Shift::BYTES / 2 + QueriesMemory::Shift::plain(row() + 8 * half);
-    return __uint_as_float(load_word(memory.shifts(tile.index) + at));
-  }
-
   // The accumulators of dP start at -inner. All columns start alike, but one load for four is cheaper than four moves.
   DEVICE_MEMBER void start_dp() {
-    if (FOLDED) {
-      const uint32 shifts = memory.shifts(tile.index) + QueriesMemory::Shift::folded(row());
+    const uint32 shifts = memory.shifts(tile.index) + QueriesMemory::Shift::twins(row());
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 2; i += 4) {
-        const float4 x = load_floats(shifts);
-        dp[i] = x.x, dp[i + 1] = x.y, dp[i + 2] = x.z, dp[i + 3] = x.w;
-      }
-    } else {
-      const float x[2] = {shift(1, 0), shift(1, 1)};
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 2; ++i) dp[i] = x[i / 2 % 2];
+    for (int i = 0; i < COLUMNS / 2; i += 4) {
+      const float4 x = load_floats(shifts);
+      dp[i] = x.x, dp[i + 1] = x.y, dp[i + 2] = x.z, dp[i + 3] = x.w;
     }
     hold(dp);
   }
@@ -90,14 +90,9 @@ struct Consumer {
   // Turn scores into probabilities. Behind the last column keys and scores are 0, but p = exp2(-lse) may be infinite.
   DEVICE_MEMBER void probabilities() {
     hold(s);
-    if (!FOLDED) {
-      const float x[2] = {shift(0, 0), shift(0, 1)};
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 2; ++i) s[i] = fmaf(s[i], p.scale_log2, x[i / 2 % 2]);
-    }
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(s[i]);
-    if (!FOLDED && columns < COLUMNS) {
+    for (int i = 0; i < COLUMNS / 2; ++i) s[i] = exp2_approx(fmaf(s[i], p.scale_log2, lse_shift[i / 2 % 2]));
+    if (columns < COLUMNS) {
       const int first = forget(threadIdx.x) % 4 * 2;
 #pragma unroll
       for (int i = 0; i < COLUMNS / 2; ++i) {
@@ -142,7 +137,7 @@ struct Consumer {
     }
     wgmma_wait<MORE ? 1 : 0>();
     hold(ds);
-    release(memory.empty(now));
+    warp_arrive(memory.empty(now));
   }
 };
 
@@ -150,7 +145,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward_queries(const __gr
   extern __shared__ __align__(1024) unsigned char shared[];
   const QueriesMemory memory{shared_address(shared)};
   if (memory.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
-  if (is_idle(p)) return;
   memory.initialize();
   if (threadIdx.x < WARPGROUP) {
     give_registers<LOADING_REGISTERS>();

@@ -6,14 +6,11 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int LANES = D / 8; // of one token, 16 bytes each
 
 struct InnerParameters {
-  Tensor4 q, out, grad;
-  Tensor4 scaled_q, folded_grad; // written if FOLDED: Q scale log2(e), dO exp2(-lse)
-  const float* lse;              // [batch_heads, tokens], natural logarithm
-  const float* grad_lse;         // the same, or null
-  float* shifts[2];              // as in Parameters
-  int* unfolded;                 // as in Parameters, 0 at first
+  Tensor4 out, grad;
+  const float* lse;      // [batch_heads, tokens], natural logarithm
+  const float* grad_lse; // the same, or null
+  float* shifts[2];      // as in Parameters
   int tokens, heads, batch_heads;
-  float scale_log2;
 };
 
 struct ConvertParameters {
@@ -70,39 +67,19 @@ DEVICE float high(uint32 pair) {
 #endif
 }
 
-#if defined(FOLDS)
-DEVICE uint4 scaled(uint4 x, float factor) {
-  return make_uint4(scaled(x.x, factor), scaled(x.y, factor), scaled(x.z, factor), scaled(x.w, factor));
-}
-#endif
-
 DEVICE float dot(uint32 x, uint32 y) { return low(x) * low(y) + high(x) * high(y); }
 
-// -inner = dLSE - dO . out, and -lse in units of log2 unless it is folded into dO and inner; of a row that sees nothing,
-// whatever makes its p dP zero.
+// -inner = dLSE - dO . out, and -lse in units of log2, such that p is 0 in a row that sees nothing.
 extern "C" __global__ void backward_inner(const __grid_constant__ InnerParameters p) {
   const Place place(p.tokens, p.heads, p.batch_heads);
-  const uint4 x = *place.piece(p.out);
-  uint4 y = *place.piece(p.grad);
-  const float lse = p.lse[place.row];
-  const bool sees_nothing = lse == -infinity();
-  float factor = 1, shift = sees_nothing ? lse : -lse * LOG2_E;
-#if defined(FOLDS)
-  if (sees_nothing) factor = shift = 0;
-  if (is_moderate(lse)) factor = exp2_approx(-lse * LOG2_E), shift = 0;
-  y = scaled(y, factor);
-  if (place.exists) {
-    *place.piece(p.scaled_q) = scaled(*place.piece(p.q), p.scale_log2);
-    *place.piece(p.folded_grad) = y;
-    if (shift != 0) p.unfolded[place.batch_head] = p.unfolded[p.batch_heads] = 1;
-  }
-#endif
+  const uint4 x = *place.piece(p.out), y = *place.piece(p.grad);
   float sum = dot(x.x, y.x) + dot(x.y, y.y) + dot(x.z, y.z) + dot(x.w, y.w);
 #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
   if (place.exists && place.lane == 0) {
-    p.shifts[0][place.row] = shift;
-    p.shifts[1][place.row] = (p.grad_lse ? p.grad_lse[place.row] * factor : 0) - sum;
+    const float lse = p.lse[place.row] * LOG2_E;
+    p.shifts[0][place.row] = lse == -infinity() ? lse : -lse;
+    p.shifts[1][place.row] = (p.grad_lse ? p.grad_lse[place.row] : 0) - sum;
   }
 }
 

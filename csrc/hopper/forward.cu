@@ -1,5 +1,5 @@
 // Forward pass: one persistent block per multiprocessor. Macros: HEAD_SIZE; COLUMNS of a tile; STAGES of
-// the ring; BFLOAT16, or it is float16; ONLINE.
+// the ring; BFLOAT16, or it is float16; ONLINE; or UNIT_SCALE: `scale` is 1.
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
 // stream, by the copy engine where they lie side by side, row by row where a tile spans runs or dense tokens: every tile
@@ -7,12 +7,12 @@
 // turns S into P while that second product runs.
 //
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
-// with no maximum at all, and the proof comes after: a row with moderate LSE lost nothing to overflow or underflow. Heads
-// of which any row fails are flagged, and done again by the ONLINE kernel.
+// with no maximum at all, and the proof comes after: a row whose sum lies between SMALLEST and LARGEST lost nothing to
+// overflow or underflow. Tiles with rows that fail are flagged, and done again by the ONLINE kernel.
 //
-// Ordinary instructions are what the tensor cores wait for, so a score costs little more than its exponential. The sum of
-// a row is a column of the output: P times ones behind V. Without ONLINE the scale is multiplied into Q, which is rounded
-// once more; the backward pass rounds it likewise, so that both compute exact attention of that Q.
+// Ordinary instructions are what the tensor cores wait for, so a score costs little more than its scale and exponential.
+// The sum of a row is a column of the output: P times ones behind V. The tensor cores round sums towards zero, which over
+// thousands of steps would add up, so now and then it is taken out.
 
 #include "work.cuh"
 
@@ -31,7 +31,12 @@ constexpr int Q_PANEL = ROWS * SWIZZLE_ROW;
 constexpr int PANEL = COLUMNS * SWIZZLE_ROW;
 constexpr int OUT = 32 * PANELS + 4; // of a thread: the output, and the sum of its two rows, each twice
 constexpr int ONES_BYTES = 16 * SWIZZLE_ROW;
+constexpr int TILES_OF_A_SUM = 8; // that the tensor cores add up
 constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products then read half as much shared memory
+
+// What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
+constexpr float SMALLEST = 9.094947017729282e-13f; // 2^-40
+constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
 
 struct Parameters {
   TensorMap k_map, v_map;       // boxes of [64, COLUMNS]
@@ -39,7 +44,7 @@ struct Parameters {
   Tensor4 q, k, v, out;
   float* lse;  // [B, H, N]
   int* next;   // the next item to be taken, 0 at first
-  int* failed; // [batch_heads], then one for any of them; 0 at first. With ONLINE null to do all
+  int* failed; // [items], then one for any of them; 0 at first. With ONLINE null to do all
   Layout layout;
   int tokens;
   float scale; // with log2(e)
@@ -70,61 +75,39 @@ struct Shared {
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && Shared::BYTES == SHARED_BYTES, "as in forward_pass.py");
 
-#if defined(BFLOAT16) && !defined(ONLINE)
-// Multiply a tile of Q by the scale, so that scores need no multiplication: it is rounded to 16 bits as Q itself was.
-DEVICE void scale_rows(uint32 q, float scale) {
-#pragma unroll 2
-  for (int i = threadIdx.x % 32; i < Q_BYTES / 16; i += 32) {
-    uint4 x = load_shared(q + 16 * i);
-    x.x = scaled(x.x, scale);
-    x.y = scaled(x.y, scale);
-    x.z = scaled(x.z, scale);
-    x.w = scaled(x.w, scale);
-    store_shared(q + 16 * i, x);
-  }
-}
-#endif
-
 // The first of three loading warps: takes items, tells all others what they are, and loads the rows of Q.
 DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
-  const bool signals = threadIdx.x % 32 == 0;
   for (Ring<2> ring;; ring.next()) {
 #if defined(ONLINE)
-    const int item = take_item(p.layout, p.next, p.failed, true);
+    const int item = take_item(p.layout, p.next, p.failed);
 #else
-    const int item = take_item(p.layout, p.next, nullptr, true);
+    const int item = take_item(p.layout, p.next, nullptr);
 #endif
     Work work;
     if (item >= 0) work = Work(p.layout, item);
     else work.columns = -1;
     barrier_wait(shared.q_empty(ring.index), ring.parity ^ 1);
-    if (signals) {
-      store_work(shared.work(ring.index), work);
-      barrier_arrive(shared.work_full(ring.index));
-    }
+    if (threadIdx.x % 32 == 0) store_work(shared.work(ring.index), work);
+    __syncwarp();
+    warp_arrive(shared.work_full(ring.index));
     if (item < 0) break;
     copy_rows<D>(p.layout, work, ROWS, shared.q(ring.index), p.q.at(work.batch, work.head), p.q.token);
     copy_wait();
-#if defined(BFLOAT16) && !defined(ONLINE)
-    __syncwarp();
-    scale_rows(shared.q(ring.index), p.scale);
-#endif
     proxy_fence();
     __syncwarp();
-    if (signals) barrier_arrive(shared.q_full(ring.index));
+    warp_arrive(shared.q_full(ring.index));
   }
 }
 
 // The second and third loading warps: stream the tiles of K, and of V (`offset` behind K in a stage).
 DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const TensorMap& pieces,
                             const Tensor4& tensor, uint32 offset) {
-  const bool signals = threadIdx.x % 32 == 0;
   Ring<2> work_ring;
   Ring<STAGES> ring;
   while (true) {
     barrier_wait(shared.work_full(work_ring.index), work_ring.parity);
     const Work work = load_work(shared.work(work_ring.index));
-    if (signals) barrier_arrive(shared.q_empty(work_ring.index));
+    warp_arrive(shared.q_empty(work_ring.index));
     if (work.columns < 0) break;
     work_ring.next();
 
@@ -133,8 +116,8 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
       const uint32 tile = shared.k(ring.index) + offset, full = shared.full(ring.index);
       barrier_wait(shared.empty(ring.index), ring.parity ^ 1);
       if (cursor.is_contiguous(COLUMNS)) {
-        if (signals) {
-          barrier_arrive_expect(full, TILE_BYTES);
+        warp_arrive_expect(full, TILE_BYTES);
+        if (threadIdx.x % 32 == 0) {
 #pragma unroll
           for (int i = 0; i < PANELS; ++i) {
             load_box(tile + i * PANEL, &map, full, 64 * i, cursor.start + cursor.place, work.head, work.batch);
@@ -145,7 +128,7 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
         copy_wait();
         proxy_fence();
         __syncwarp();
-        if (signals) barrier_arrive(full);
+        warp_arrive(full);
       }
       cursor.advance(p.layout, work.group, COLUMNS);
       ring.next();
@@ -173,6 +156,7 @@ DEVICE void hide(float (&s)[SCORES], int columns) {
 struct State {
   float s[SCORES];
   float out[OUT];
+  float sum[2]; // of the weights of the thread's two rows, but for what is still in `out`
   uint32 weights[SCORES / 2];
   uint32 q[Q_IN_REGISTERS ? D / 4 : 1];
 #if defined(ONLINE)
@@ -184,6 +168,7 @@ struct State {
   DEVICE_MEMBER void reset() {
 #pragma unroll
     for (int i = 0; i < OUT; ++i) out[i] = 0.0f;
+    sum[0] = sum[1] = 0.0f;
 #if defined(ONLINE)
     maximum[0] = maximum[1] = -infinity();
 #endif
@@ -208,21 +193,36 @@ struct State {
     }
     const float shift[2] = {in_log2(maximum[0], scale), in_log2(maximum[1], scale)};
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i) {
-      s[i] = fmaf(s[i], scale, -shift[i / 2 % 2]);
-    }
-#endif
+    for (int i = 0; i < SCORES; ++i) s[i] = exp2_approx(fmaf(s[i], scale, -shift[i / 2 % 2]));
+#elif defined(UNIT_SCALE)
 #pragma unroll
     for (int i = 0; i < SCORES; ++i) s[i] = exp2_approx(s[i]);
+#else
+    // ptxas would put all multiplications before the first exponential, whose unit then idles. So each group of them
+    // waits for a weight of the group before, whose sign is a zero that ptxas does not know.
+    constexpr int GROUP = 8;
+    float zero = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) {
+      if (i > 0 && i % GROUP == 0) zero = __uint_as_float(__float_as_uint(s[i - GROUP]) >> 31);
+      s[i] = exp2_approx(fmaf(s[i], scale, zero));
+    }
+#endif
   }
 
-  DEVICE_MEMBER float sum(int row) const { return out[OUT - 4 + 2 * row]; }
+  // Take the row sums out of the output.
+  DEVICE_MEMBER void take_sums() {
+    sum[0] += out[OUT - 4];
+    sum[1] += out[OUT - 2];
+#pragma unroll
+    for (int i = OUT - 4; i < OUT; ++i) out[i] = 0.0f;
+  }
 
   DEVICE_MEMBER float log_sum(int row, float scale) const {
 #if defined(ONLINE)
-    return (log2_approx(sum(row)) + in_log2(maximum[row], scale)) * LN_2;
+    return (log2_approx(sum[row]) + in_log2(maximum[row], scale)) * LN_2;
 #else
-    return log2_approx(sum(row)) * LN_2;
+    return log2_approx(sum[row]) * LN_2;
 #endif
   }
 };
@@ -271,13 +271,16 @@ DEVICE void start_output(State& state, uint64 v) {
 }
 
 // Wait for the last O += P V, release its stage, and turn S into the next P.
-DEVICE void finish_output(State& state, uint32 empty) {
+DEVICE void finish_output(State& state, uint32 empty, bool takes_sums) {
   wgmma_wait<0>();
   hold(state.weights);
   hold(state.out);
-  if (empty != 0 && threadIdx.x % 32 == 0) barrier_arrive(empty);
+  if (empty != 0) warp_arrive(empty);
+  if (takes_sums) state.take_sums(); // always, ptxas would not let products overlap
 #if defined(ONLINE)
   if (state.shrinks) {
+    state.sum[0] *= state.shrink[0];
+    state.sum[1] *= state.shrink[1];
 #pragma unroll
     for (int i = 0; i < OUT; ++i) state.out[i] *= state.shrink[i / 2 % 2];
   }
@@ -291,7 +294,7 @@ DEVICE void finish_output(State& state, uint32 empty) {
 // Leave a tile of columns to others.
 DEVICE void skip(const Shared& shared, Ring<STAGES>& ring) {
   barrier_wait(shared.full(ring.index), ring.parity);
-  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.index));
+  warp_arrive(shared.empty(ring.index));
   ring.next();
 }
 
@@ -311,11 +314,11 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   if (left < COLUMNS) hide(state.s, left);
   state.softmax(p.scale);
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
-  uint32 empty = 0;
+  uint32 empty = 0, tiles = 0;
   for (left -= parts * COLUMNS; left > 0; left -= parts * COLUMNS) {
     const int stage = ring.index;
     ring.next();
-    finish_output(state, empty);
+    finish_output(state, empty, ++tiles % TILES_OF_A_SUM == 0); // not by the ring, whose place depends on other work
     for (int i = 1; i < parts; ++i) skip(shared, ring);
     barrier_wait(shared.full(ring.index), ring.parity);
     wgmma_fence();
@@ -329,14 +332,15 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
     if (left < COLUMNS) hide(state.s, left);
     state.softmax(p.scale);
   }
-  finish_output(state, empty);
+  finish_output(state, empty, false);
   wgmma_fence();
   start_output(state, v + ring.index * moved(STAGE));
   wgmma_commit();
   wgmma_wait<0>();
   hold(state.weights);
   hold(state.out);
-  if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(ring.index));
+  state.take_sums();
+  warp_arrive(shared.empty(ring.index));
   ring.next();
   for (int i = parts - 1; i > 0 && left + i * COLUMNS > 0; --i) skip(shared, ring);
 }
@@ -372,7 +376,7 @@ DEVICE void merge(const Shared& shared, int part, uint32 q, float scale, State& 
       for (int i = 0; i < 32 * PANELS; ++i) store_shared(place(i), __float_as_uint(state.out[i]));
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        if (thread % 4 == 0) store_shared(sums + 64 * row, __float_as_uint(state.sum(row)));
+        if (thread % 4 == 0) store_shared(sums + 64 * row, __float_as_uint(state.sum[row]));
 #if defined(ONLINE)
         if (thread % 4 == 0) store_shared(sums + 64 * row + 4, __float_as_uint(state.maximum[row]));
 #endif
@@ -390,8 +394,7 @@ DEVICE void merge(const Shared& shared, int part, uint32 q, float scale, State& 
         theirs[row] = exp2_approx(in_log2(maximum - largest, scale));
         state.maximum[row] = largest;
 #endif
-        float& sum = state.out[OUT - 4 + 2 * row];
-        sum = sum * mine[row] + __uint_as_float(load_word(sums + 64 * row)) * theirs[row];
+        state.sum[row] = state.sum[row] * mine[row] + __uint_as_float(load_word(sums + 64 * row)) * theirs[row];
       }
 #pragma unroll
       for (int i = 0; i < 32 * PANELS; ++i) {
@@ -404,7 +407,6 @@ DEVICE void merge(const Shared& shared, int part, uint32 q, float scale, State& 
 DEVICE void consume(const Parameters& p, const Shared& shared) {
   const int consumer = warp_uniform(threadIdx.x / WARPGROUP) - 1;
   const int warp = warp_uniform(threadIdx.x % WARPGROUP / 32), lane = threadIdx.x % 32;
-  const bool signals = lane == 0;
   Ring<2> q_ring;
   Ring<STAGES> ring;
   State state;
@@ -438,10 +440,10 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     for (int row = 0; row < 2; ++row) {
       const int r = 16 * warp + lane / 4 + 8 * row;
 #if !defined(ONLINE)
-      const bool proven = zero == 0.0f && is_moderate(state.log_sum(row, p.scale));
+      const bool proven = zero == 0.0f && state.sum[row] >= SMALLEST && state.sum[row] <= LARGEST;
       row_failed |= r < num_rows && !saw_nothing && !proven;
 #endif
-      const float inverse = saw_nothing ? 0.0f : 1.0f / state.sum(row);
+      const float inverse = saw_nothing ? 0.0f : 1.0f / state.sum[row];
 #pragma unroll
       for (int i = 0; i < 32 * PANELS; i += 4) {
         out[i + 2 * row] *= inverse;
@@ -454,9 +456,9 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
       }
     }
 #if !defined(ONLINE)
-    if (__any_sync(0xffffffff, row_failed) && signals) {
-      p.failed[work.batch_head(p.layout)] = 1;
-      p.failed[p.layout.batch_heads] = 1;
+    if (__any_sync(0xffffffff, row_failed) && lane == 0) {
+      p.failed[work.item] = 1;
+      p.failed[p.layout.num_items()] = 1;
     }
 #endif
 
@@ -485,7 +487,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
       }
       __syncwarp();
     }
-    if (signals) barrier_arrive(shared.q_empty(q_ring.index));
+    warp_arrive(shared.q_empty(q_ring.index));
     q_ring.next();
   }
 }
@@ -495,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
   const Shared shared{shared_address(memory)};
   if (shared.base % 1024 != 0) __trap(); // tiles lie in the 128-byte swizzle, whose pattern is that long
 #if defined(ONLINE)
-  if (__syncthreads_and(p.failed != nullptr && p.failed[p.layout.batch_heads] == 0)) return;
+  if (__syncthreads_and(p.failed != nullptr && p.failed[p.layout.num_items()] == 0)) return;
 #endif
   for (int i = threadIdx.x; i < ONES_BYTES / 4; i += THREADS) store_shared(shared.ones() + 4 * i, pack(1.0f, 1.0f));
   proxy_fence();

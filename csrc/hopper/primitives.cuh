@@ -31,18 +31,34 @@ DEVICE uint32 warp_uniform(uint32 value) { return __shfl_sync(0xffffffff, value,
 
 // ---- mbarrier ----
 
-DEVICE void barrier_init(uint32 barrier, uint32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+// Warps arrive by their first lane. compute-sanitizer's racecheck does not see that the others were there too; for it,
+// and for nothing else, all may arrive.
+#if defined(EVERY_LANE_ARRIVES)
+constexpr uint32 ARRIVING_LANES = 32;
+#else
+constexpr uint32 ARRIVING_LANES = 1;
+#endif
+
+// So many warps and, apart from them, lanes will arrive.
+DEVICE void barrier_init(uint32 barrier, uint32 warps, uint32 lanes = 0) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(warps * ARRIVING_LANES + lanes) : "memory");
 }
 
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-DEVICE void barrier_arrive(uint32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// This warp arrives; what its lanes did must be done, by __syncwarp where they read or wrote on their own.
+DEVICE void warp_arrive(uint32 barrier) {
+  if (threadIdx.x % 32 < ARRIVING_LANES) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-DEVICE void barrier_arrive_expect(uint32 barrier, uint32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+// The same, and its first lane says how many bytes the copy engine will bring.
+DEVICE void warp_arrive_expect(uint32 barrier, uint32 bytes) {
+  const uint32 lane = threadIdx.x % 32;
+  if (lane == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  } else if (lane < ARRIVING_LANES) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  }
 }
 
 DEVICE void barrier_expect(uint32 barrier, uint32 bytes) {
@@ -169,13 +185,6 @@ DEVICE uint32 pack(float low, float high) {
 #endif
   return pair;
 }
-
-#if defined(BFLOAT16)
-// Both halves of a pair, times a factor.
-DEVICE uint32 scaled(uint32 pair, float factor) {
-  return pack(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000u) * factor);
-}
-#endif
 
 // ---- wgmma: 64 x N x 16 products of 16-bit types, accumulated in float32 ----
 //

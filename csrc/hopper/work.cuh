@@ -50,11 +50,11 @@ struct Ring {
 
 // One row tile of one head.
 struct Work {
-  int group, start, length, batch, head, columns;
+  int item, group, start, length, batch, head, columns;
 
   DEVICE_MEMBER Work() {}
 
-  DEVICE_MEMBER Work(const Layout& layout, int item) {
+  DEVICE_MEMBER Work(const Layout& layout, int item) : item(item) {
     const int tile = layout.row_tile(item), batch_head = layout.batch_head(item);
     group = layout.rows[3 * tile];
     start = layout.rows[3 * tile + 1];
@@ -72,20 +72,19 @@ struct Work {
   }
 };
 
-// Take the next item, with a whole warp; -1 if there is none. With `marks`, a number for each head, only of heads whose mark
-// is set, or is not.
-DEVICE int take_item(const Layout& layout, int* next, const int* marks, bool set) {
+// Take the next item, with a whole warp; -1 if there is none. With `marks`, a number for each item, only of those marked.
+DEVICE int take_item(const Layout& layout, int* next, const int* marks) {
   while (true) {
     const int item = warp_uniform(threadIdx.x % 32 == 0 ? atomicAdd(next, 1) : 0);
     if (item >= layout.num_items()) return -1;
-    if (marks == nullptr || (marks[layout.batch_head(item)] != 0) == set) return item;
+    if (marks == nullptr || marks[item] != 0) return item;
   }
 }
 
 // Work passes from the warp that takes it to the others through 32 bytes of shared memory.
 DEVICE void store_work(uint32 shared, const Work& work) {
   store_shared(shared, make_uint4(work.columns, work.length, work.batch, work.head));
-  store_shared(shared + 16, make_uint4(work.group, work.start, 0, 0));
+  store_shared(shared + 16, make_uint4(work.group, work.start, work.item, 0));
 }
 
 DEVICE Work load_work(uint32 shared) {
@@ -97,12 +96,9 @@ DEVICE Work load_work(uint32 shared) {
   work.head = warp_uniform(x.w);
   work.group = warp_uniform(y.x);
   work.start = warp_uniform(y.y);
+  work.item = warp_uniform(y.z);
   return work;
 }
-
-// Whether a row of this LSE needs no maximum: its weights exp2(score) add up to between 2^-40 and 2^60, so that none is
-// infinite and all that are flushed to zero, at most 2^31 of 2^-126, are below 2^-55 of the sum.
-DEVICE bool is_moderate(float lse) { return -40 * LN_2 <= lse && lse <= 60 * LN_2; }
 
 // A place in the stream of columns of one group.
 struct Cursor {

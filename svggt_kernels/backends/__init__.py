@@ -57,8 +57,7 @@ class Backend(Protocol):
         """Return the gradients of q, k and v, `[B, H, N, D]`, laid out as `[B, N, H, D]`."""
 
 
-# hopper stands behind triton, so it runs only where it is named, until its fuzz has passed on a GPU.
-BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (triton, hopper, sdpa)}
+BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (hopper, triton, sdpa)}
 
 
 def load(name: str) -> Backend:

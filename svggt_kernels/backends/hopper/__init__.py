@@ -65,10 +65,8 @@ def softmax(kind: str) -> contextlib.AbstractContextManager[None]:
     The choice holds for the whole process, not for the calling thread alone.
 
     Args:
-        kind: "bounded", the default: without a running maximum and with the scale rounded into q, and heads with rows
-            that this does not suit again without either; "online": all heads with a running maximum and scores in
-            float32. float16 is always "online". The results agree to the rounding of q; the LSE of "bounded" is off by
-            some 3.5e-4.
+        kind: "bounded", the default: without a running maximum, and tiles with rows that this does not suit again with
+            it; "online": all with a running maximum. float16 is always "online". The results agree to rounding.
 
     Raises:
         ValueError: If `kind` is neither.
@@ -125,13 +123,13 @@ def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> 
 
 def _forward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
     """Return what the forward pass launches under the chosen softmax."""
-    kinds = (False, True) if _is_bounded(dtype) else (True,)
-    return [forward_pass.kernel(dtype, head_size, online) for online in kinds]
+    variants = forward_pass.VARIANTS if _is_bounded(dtype) else ("online",)
+    return [forward_pass.kernel(dtype, head_size, variant) for variant in variants]
 
 
 def _backward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
     """Return what the backward pass launches under what is chosen."""
-    return backward_pass.kernels(dtype, head_size, _is_bounded(dtype), _accumulates())
+    return backward_pass.kernels(dtype, head_size, _accumulates())
 
 
 def _load(kernels: Iterable[runtime.Kernel], device: torch.device) -> None:
@@ -181,7 +179,7 @@ def backward(
     with torch.cuda.device(q.device):
         return backward_pass.backward(
             grad, None if grad_lse is None else grad_lse.contiguous(), q, k, v, out, lse.contiguous(),
-            Tables(*tables[:half]), Tables(*tables[half:]), scale, _is_bounded(q.dtype), _accumulates(),
+            Tables(*tables[:half]), Tables(*tables[half:]), scale, _accumulates(),
         )  # fmt: skip
 
 

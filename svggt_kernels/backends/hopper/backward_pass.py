@@ -11,7 +11,6 @@ from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessor
 from .tables import Layout, Tables
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 ROWS = 128
 COLUMNS = {64: 128, 128: 64}
 """Columns of a step, by head size."""
@@ -34,7 +33,6 @@ class Parameters(ctypes.Structure):
         ("columns", Tensor4 * 2),
         ("gradients", Tensor4 * 2),
         ("shifts", ctypes.c_void_p * 2),
-        ("unfolded", ctypes.c_void_p),
         ("next", ctypes.c_void_p),
         ("dq_sum", ctypes.c_void_p),
         ("layout", Layout),
@@ -48,15 +46,14 @@ class InnerParameters(ctypes.Structure):
     """`InnerParameters` of backward_tokens.cu."""
 
     _fields_ = (
-        *((name, Tensor4) for name in ("q", "out", "grad", "scaled_q", "folded_grad")),
+        ("out", Tensor4),
+        ("grad", Tensor4),
         ("lse", ctypes.c_void_p),
         ("grad_lse", ctypes.c_void_p),
         ("shifts", ctypes.c_void_p * 2),
-        ("unfolded", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("batch_heads", ctypes.c_int),
-        ("scale_log2", ctypes.c_float),
     )
 
 
@@ -73,28 +70,27 @@ class ConvertParameters(ctypes.Structure):
     )
 
 
-def kernel(name: str, dtype: torch.dtype, head_size: int, folds: bool, accumulate: bool = False) -> Kernel:
-    """Return `backward_keys` (with `accumulate` it also adds to dQ) or `backward_queries`, see backward.cuh."""
+def kernel(name: str, dtype: torch.dtype, head_size: int, accumulate: bool = False) -> Kernel:
+    """Return `backward_keys` (with `accumulate` it also adds to dQ) or `backward_queries`."""
     shared_bytes = SHARED_BYTES[name, accumulate][head_size]
     macros = defines(dtype, head_size, Parameters, shared_bytes) + ((("ACCUMULATE_QUERIES", 1),) if accumulate else ())
-    return Kernel(f"{name}.cu", name, 384, shared_bytes, macros + ((("FOLDS", 1),) if folds else ()))
+    return Kernel(f"{name}.cu", name, 384, shared_bytes, macros)
 
 
-def token_kernel(name: str, dtype: torch.dtype, head_size: int, folds: bool = False) -> Kernel:
+def token_kernel(name: str, dtype: torch.dtype, head_size: int) -> Kernel:
     """Return `backward_inner` or `backward_convert`."""
     parameters = InnerParameters if name == "backward_inner" else ConvertParameters
-    macros = (*defines(dtype, head_size, parameters, 0), (name.upper(), 1), *((("FOLDS", 1),) if folds else ()))
+    macros = (*defines(dtype, head_size, parameters, 0), (name.upper(), 1))
     return Kernel("backward_tokens.cu", name, 256, 0, macros)
 
 
-def kernels(dtype: torch.dtype, head_size: int, folds: bool, accumulate: bool) -> list[Kernel]:
+def kernels(dtype: torch.dtype, head_size: int, accumulate: bool) -> list[Kernel]:
     """Return all that `backward` launches."""
-    walks = [("backward_keys", accumulate)] + ([] if accumulate else [("backward_queries", False)])
-    return [
-        token_kernel("backward_inner", dtype, head_size, folds),
-        *(kernel(name, dtype, head_size, f, a) for f in ((True, False) if folds else (False,)) for name, a in walks),
-        *([token_kernel("backward_convert", dtype, head_size)] if accumulate else []),
-    ]
+    inner = token_kernel("backward_inner", dtype, head_size)
+    keys = kernel("backward_keys", dtype, head_size, accumulate)
+    if accumulate:
+        return [inner, keys, token_kernel("backward_convert", dtype, head_size)]
+    return [inner, keys, kernel("backward_queries", dtype, head_size)]
 
 
 def backward(
@@ -108,7 +104,6 @@ def backward(
     query_tables: Tables,
     key_tables: Tables,
     scale: float,
-    folds: bool,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, laid out as `[B, N, H, D]`; tensors as `readable` gives them.
@@ -124,7 +119,6 @@ def backward(
         query_tables: Of the layout, in row tiles of `ROWS`.
         key_tables: Of the transposed layout, likewise.
         scale: Factor on the scores.
-        folds: Whether the forward pass scaled and rounded Q where scores are moderate; bfloat16 only.
         accumulate: Whether dQ is added up in float32 in one pass (5 products, no fixed order) and not in a second pass
             of its own (7 products, bitwise repeatable).
     """
@@ -132,49 +126,38 @@ def backward(
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
     lse_shift, inner_shift = torch.empty_like(lse), torch.empty_like(lse)
     shifts = (ctypes.c_void_p * 2)(lse_shift.data_ptr(), inner_shift.data_ptr())
-    scaled_q, folded_grad = (x.new_empty(B, H, N, D) if folds else x for x in (q, grad_out))
-    # The next item of each launch; heads that are not folded after all, and whether any is.
-    counters = q.new_zeros(4 + B * H + 1, dtype=torch.int32)
-    unfolded = counters[4:].data_ptr() if folds else None
+    next_items = q.new_zeros(2, dtype=torch.int32)
     per_token = (N, H, B * H)
     token_blocks = -(-B * H * N * (D // 8) // 256)
     launch(
-        token_kernel("backward_inner", q.dtype, D, folds),
+        token_kernel("backward_inner", q.dtype, D),
         token_blocks,
         InnerParameters(
-            *map(Tensor4.of, (q, out, grad_out, scaled_q, folded_grad)), lse.data_ptr(),
-            None if grad_lse is None else grad_lse.data_ptr(), shifts, unfolded, *per_token, scale * LOG2_E,
+            Tensor4.of(out), Tensor4.of(grad_out), lse.data_ptr(),
+            None if grad_lse is None else grad_lse.data_ptr(), shifts, *per_token,
         ),
         q.device,
     )  # fmt: skip
     dq_sum = q.new_zeros(B * H * N * D if accumulate else 0, dtype=torch.float32)
-    launches = 0
 
-    def walk(
-        name: str, tables: Tables, rows: tuple, columns: tuple, gradients: tuple, factor: float, folded: bool
-    ) -> None:
-        nonlocal launches
+    def walk(name: str, tables: Tables, rows: tuple, columns: tuple, gradients: tuple, next_item: Tensor) -> None:
         layout = Layout.of(tables, ROWS, q)
         launch(
-            kernel(name, q.dtype, D, folded, accumulate),
+            kernel(name, q.dtype, D, accumulate),
             min(layout.items, multiprocessors(q.device)),
             Parameters(
                 (TensorMap * 2)(*(tensor_map(x, ROWS) for x in rows)),
                 (TensorMap * 2)(*(tensor_map(x, COLUMNS[D]) for x in columns)),
                 *((Tensor4 * 2)(*map(Tensor4.of, pair)) for pair in (rows, columns, gradients)),
-                shifts, unfolded, counters[launches:].data_ptr(), dq_sum.data_ptr(), layout, N, scale * LOG2_E, factor,
+                shifts, next_item.data_ptr(), dq_sum.data_ptr(), layout, N, scale * LOG2_E, scale,
             ),
             q.device,
         )  # fmt: skip
-        launches += 1
 
-    for folded in (True, False) if folds else (False,):
-        # Q that was scaled comes back as its gradient times 1 / log2(e).
-        queries, factor = (scaled_q, LN_2) if folded else (q, scale)
-        walk("backward_keys", key_tables, (k, v), (queries, folded_grad), (dk, dv), factor, folded)
-        if not accumulate:
-            walk("backward_queries", query_tables, (queries, folded_grad), (k, v), (dq, dq), scale, folded)
-    if accumulate:
+    walk("backward_keys", key_tables, (k, v), (q, grad_out), (dk, dv), next_items[0:])
+    if not accumulate:
+        walk("backward_queries", query_tables, (q, grad_out), (k, v), (dq, dq), next_items[1:])
+    else:
         convert = ConvertParameters(dq_sum.data_ptr(), Tensor4.of(dq), *per_token, scale)
         launch(token_kernel("backward_convert", q.dtype, D), token_blocks, convert, q.device)
     return dq, dk, dv

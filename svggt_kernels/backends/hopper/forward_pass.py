@@ -54,11 +54,15 @@ class Parameters(ctypes.Structure):
     )
 
 
-def kernel(dtype: torch.dtype, head_size: int, online: bool) -> Kernel:
-    """Return the kernel for a dtype and a head size, with or without a running maximum."""
-    config = CONFIGS[head_size]
-    macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size]) + ((("ONLINE", 1),) if online else ())
-    macros += tuple((name.upper(), value) for name, value in config._asdict().items())
+VARIANTS = ("bounded", "bounded-unit", "online")
+"""Without a running maximum; also without a scale, for scores that come in units of log2; with a running maximum."""
+
+
+def kernel(dtype: torch.dtype, head_size: int, variant: str) -> Kernel:
+    """Return the kernel for a dtype, a head size and one of `VARIANTS`."""
+    macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size])
+    macros += tuple((name.upper(), value) for name, value in CONFIGS[head_size]._asdict().items())
+    macros += {"bounded": (), "bounded-unit": (("UNIT_SCALE", 1),), "online": (("ONLINE", 1),)}[variant]
     return Kernel("forward.cu", "forward", 128 * (CONSUMERS + 1), SHARED_BYTES[head_size], macros)
 
 
@@ -69,8 +73,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     layout = Layout.of(tables, ROWS, q)
-    # The next item of each launch; which heads have rows that failed, and whether any has.
-    counters = q.new_zeros(2 + B * H + 1, dtype=torch.int32)
+    # The next item of each launch; which items have rows that failed, and whether any has.
+    counters = q.new_zeros(2 + layout.items + 1 if bounded else 2, dtype=torch.int32)
     parameters = Parameters(
         *(tensor_map(x, tokens) for tokens in (config.columns, PIECE) for x in (k, v)),
         *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(),
@@ -78,7 +82,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     )  # fmt: skip
     blocks = min(layout.items, multiprocessors(q.device))
     if bounded:
-        launch(kernel(q.dtype, D, online=False), blocks, parameters, q.device)
+        variant = "bounded-unit" if parameters.scale == 1.0 else "bounded"
+        launch(kernel(q.dtype, D, variant), blocks, parameters, q.device)
     parameters.next = counters[1:].data_ptr()
-    launch(kernel(q.dtype, D, online=True), blocks, parameters, q.device)
+    launch(kernel(q.dtype, D, "online"), blocks, parameters, q.device)
     return out, lse
