@@ -192,7 +192,7 @@ def test_without_lean_nothing_but_attention_changes():
     with pytest.raises(ValueError, match="leave lean=True"):
         svggt_kernels.patch(network, precision="bf16", lean=False)
     with pytest.raises(ValueError, match=r"has none .Block: "):
-        svggt_kernels.patch(ToyMultiViewTransformer.create(), precision="bf16")
+        svggt_kernels.patch(ToyMultiViewTransformer.create(), covisibility="all", precision="bf16")
     with pytest.raises(ValueError, match='precision must be "upstream" or "bf16"'):
         svggt_kernels.patch(network, precision="fp8")
 

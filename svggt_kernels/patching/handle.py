@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ FORWARDS_KEPT = 16
 def patch(
     model: nn.Module,
     *,
-    covisibility: Covisibility = "tokens",
+    covisibility: Covisibility = "megaloc",
     special_tokens: Literal["dense", "masked"] = "dense",
     backend: str | None = None,
     lean: bool = True,
@@ -58,7 +57,9 @@ def patch(
     Args:
         model: The model, or any module that holds it.
         covisibility: Which frames see which:
+            "megaloc", or a `MegaLocSimilarity` with other options: similarity of the images by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
+            "sequential": the 10 frames before and after, and the model's reference frame;
             "all": everything, which is dense attention;
             a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;
             a function of the images `[B, S, 3, H, W]` that returns either.
@@ -82,10 +83,13 @@ def patch(
         The handle: `undo()`, `report()`, and a context manager that undoes at its end.
 
     Raises:
-        ValueError: If no record knows the model and `modules` is not given, the model is patched already, or an
-            argument has no meaning. Calls of the patched model raise ValueError for attention that a layout cannot
-            express: dropout, causal attention, masks that hide visible frames, keys that are not the queries' tokens.
+        ValueError: If no record knows the model and `modules` is not given, the model is patched already, an argument
+            has no meaning, or MegaLoc's weights are damaged. Calls of the patched model raise ValueError for attention
+            that a layout cannot express: dropout, causal attention, masks that hide visible frames, keys that are not
+            the queries' tokens.
         TypeError: If an argument is of another type.
+        FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
+        ImportError: If the packages that fetch and read them are missing; the message says how to install them.
     """
     if special_tokens not in ("dense", "masked"):
         raise ValueError(f'special_tokens must be "dense" or "masked", got {special_tokens!r}')
@@ -241,7 +245,7 @@ class Patch:
             dense_pairs=sum(layout.num_tokens * layout.num_key_tokens for layout in forward.layouts),
             backend=chosen,
             passed_over=passed_over,
-            planning_seconds=forward.seconds,
+            step_seconds=dict(forward.seconds),
             lean_blocks=0 if self._lean is None else self._lean.runs,
             not_lean={} if self._lean is None else dict(self._lean.not_lean),
             layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
@@ -287,16 +291,12 @@ class Patch:
         module = stand_in.module
         arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         del arguments[next(iter(arguments))]
-        inputs = self.record.read(module, arguments)
-        start = time.perf_counter()
-        graphs = self._planner.begin(inputs)
         forward = Forward(
-            replace(inputs, images=None),
+            self.record.read(module, arguments),
             recomputable=torch.is_grad_enabled(),
             reorders=self._reorders is not None,
-            graphs=graphs,
-            seconds=time.perf_counter() - start,
         )
+        self._planner.begin(forward)
         self._active = forward
         if self._lean is not None:
             self._lean.runs = 0
@@ -381,10 +381,10 @@ class Patch:
             )
         forward = self._active or self._recomputed(name, query)
         if not forward.layouts:
-            start = time.perf_counter()
             self._planner.plan(forward, name, query, module_inputs)
-            self._prepare(forward, query)
-            forward.seconds += time.perf_counter() - start
+            forward.inputs = replace(forward.inputs, images=None)
+            with forward.step("tables"):
+                self._prepare(forward, query)
         layouts = forward.layouts
         if query.shape[2] != layouts[0].num_tokens or len(layouts) not in (1, len(query)):
             raise ValueError(
@@ -474,7 +474,8 @@ class PatchReport:
         dense_pairs: The same under dense attention.
         backend: The backend that ran; None before the first forward.
         passed_over: Each better backend and why it did not run.
-        planning_seconds: Time spent on graph, layout and tables in the last forward, on the host.
+        step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
+            "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
         lean_blocks: Blocks run lean in the last forward.
         not_lean: Why blocks did not, by name of their class.
         layers_kept: The layers whose outputs are kept; None for all.
@@ -490,10 +491,15 @@ class PatchReport:
     dense_pairs: int
     backend: str | None
     passed_over: dict[str, str]
-    planning_seconds: float
+    step_seconds: dict[str, float]
     lean_blocks: int
     not_lean: dict[str, str]
     layers_kept: tuple[int, ...] | None
+
+    @property
+    def planning_seconds(self) -> float:
+        """Time spent on all of these steps."""
+        return sum(self.step_seconds.values())
 
     @property
     def token_density(self) -> float | None:
@@ -516,7 +522,8 @@ class PatchReport:
         lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
         lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
-        lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms")
+        steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
+        lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
         lines.append(f"lean blocks: {self.lean_blocks}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
         if self.layers_kept is not None:
