@@ -12,7 +12,7 @@ import torch
 
 from svggt_kernels.backends import BACKENDS
 
-from . import attention, models, repeat, report
+from . import attention, model_report, models, repeat, report
 from .cases import GROUPS, WORK, Case, select
 from .peers import PEERS, backend, names
 from .record import RESULTS, Line, provenance, table, write
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if a check failed or nothing was measured, or 2 for a wrong request."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
-    if options.command == "report":
+    if options.command in ("report", "model-report"):
         return _report(options)
     if options.list:
         print(options.listing())
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     try:
-        files = report.write(report.read(options.results, options.run), options.output, options.direction)
+        if options.command == "report":
+            files = report.write(report.read(options.results, options.run), options.output, options.direction)
+        else:
+            files = model_report.write(model_report.read(options.results), options.output)
     except ImportError as error:
         print(f"error: the figure needs matplotlib, install svggt-kernels[viz]: {error}", file=sys.stderr)
         return 2
@@ -136,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     four.add_argument("--run", help="id of the run; by default the latest in the results")
     four.add_argument("--direction", default="fwd", choices=WORK, help="what the figure shows (fwd)")
     four.add_argument("--output", type=Path, default=RESULTS, help="folder for report.md and report.png")
+
+    five = commands.add_parser("model-report", help="a Markdown table and a figure of the latest lines of `model`")
+    five.add_argument("--results", type=Path, nargs="+", default=[RESULTS / "model-cuda.jsonl"])
+    five.add_argument("--output", type=Path, default=RESULTS, help="folder for models.md and models.png")
 
     for command in (one, two, three):
         command.add_argument("--list", action="store_true", help="show the cases and leave")

@@ -1,0 +1,71 @@
+"""The report of whole models: a Markdown table and a figure, `python -m benchmarks model-report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .models import ModelCase
+from .record import Line
+
+PANELS = (("seconds_full", "seconds, full forward"), ("peak_gib", "peak memory, GiB"))
+
+
+def read(files: Sequence[Path]) -> list[Line]:
+    """Return the latest measured line of each case and system, by frames.
+
+    A process holds either upstream's code or FastVGGT's, so lines of several runs stand side by side here.
+
+    Raises:
+        ValueError: If a file is missing or the files hold no such line.
+    """
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise ValueError(f"{', '.join(missing)} must be a file of result lines; run `python -m benchmarks model`")
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    measured = sorted((line for line in lines if line.get("measured")), key=lambda line: line["date"])
+    latest = {(line["case"], line["system"]): line for line in measured}
+    if not latest:
+        raise ValueError(f"there is no measured line of `model` in {[*map(str, files)]}")
+    return sorted(latest.values(), key=lambda line: (ModelCase.parse(line["case"]).frames, -line["seconds_full"]))
+
+
+def write(lines: Sequence[Line], folder: Path) -> list[Path]:
+    """Write `models.md` and `models.png` to the folder, made if it is missing, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, figure = folder / "models.md", folder / "models.png"
+    _plot(lines, figure)
+    table.write_text(markdown(lines), encoding="utf-8")
+    return [table, figure]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """Return the lines as a Markdown table."""
+    rows = ["| case | system | density | aggregator, s | full, s | peak, GiB |", "|---|---|---:|---:|---:|---:|"]
+    for line in lines:
+        numbers = (
+            ("density", ".3f"), ("seconds_aggregator", ".2f"), ("seconds_full", ".2f"), ("peak_gib", ".1f"),
+        )  # fmt: skip
+        shown = ("-" if line[key] is None else format(line[key], spec) for key, spec in numbers)
+        rows.append(f"| {line['case']} | {line['system']} | {' | '.join(shown)} |")
+    return "\n".join([*rows, ""])
+
+
+def _plot(lines: Sequence[Line], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
+    for axis, (key, heading) in zip(axes, PANELS, strict=True):
+        for system in dict.fromkeys(line["system"] for line in lines):
+            points = [
+                (ModelCase.parse(line["case"]).frames, line[key])
+                for line in lines
+                if line["system"] == system and line[key] is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=system)
+        axis.set(xlabel="frames", ylabel=heading, xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    figure.savefig(file, dpi=110)
