@@ -59,7 +59,8 @@ def repeat(
 ) -> tuple[list[Line], list[str]]:
     """Run the contender `times` times on each case and direction; return the lines, and what was not run and why.
 
-    "fwd" compares the output, and the LSE where the contender offers it, "bwd" the gradients of q, k and v, with the forward run anew each time.
+    "fwd" compares the output, and the LSE where the contender offers it; "bwd" the gradients of q, k and v, with the
+    forward run anew each time.
     """
     lines, not_run = [], []
     for case in cases:

@@ -37,8 +37,8 @@ def block_sparse_attention(
         layout: Who sees whom, on the device of q.
         scale: Factor on the scores, by default `D ** -0.5`. With ln 2, q.k comes in units of log2, which saves the
             hopper backend a multiplication for each in the forward pass of bfloat16 with the bounded softmax: worth it
-            where q is computed anyway and can be multiplied by `D ** -0.5 * log2(e)` before it is rounded. The LSE stays
-            in natural logarithm.
+            where q is computed anyway and can be multiplied by `D ** -0.5 * log2(e)` before it is rounded. The LSE
+            stays in natural logarithm.
         return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
         backend: "hopper", "triton", "sdpa", or None for the first of them that can run these inputs. A named backend
             runs or raises.

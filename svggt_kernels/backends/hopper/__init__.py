@@ -61,7 +61,7 @@ def _without_bindings(cuda: str) -> str | None:
 
 
 def _without_compiler() -> str | None:
-    """Return why NVRTC cannot be loaded, or None. It is tried once, and not while torch.compile traces, which it cannot."""
+    """Return why NVRTC cannot be loaded, or None; tried once, and never while torch.compile traces, as it cannot."""
     if not _nvrtc and not torch.compiler.is_compiling():
         try:
             runtime.nvrtc_version()
