@@ -18,8 +18,8 @@ from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.backends import hopper
 from svggt_kernels.backends.hopper import runtime
 
-# Tokens of a frame, special ones of them, head size, dtype, scale. Of 330 tokens 192 and 138 are a tile of rows each; of
-# 216 ordinary ones 192, and 24 that all warpgroups share.
+# Tokens of a frame, special ones of them, head size, dtype, scale. 330 tokens are row tiles of 192 and 138, and 216
+# ordinary ones of 192 and 24, of which all warpgroups share the 24.
 CASES = (
     (330, 0, 64, torch.bfloat16, None),
     (219, 3, 64, torch.bfloat16, math.log(2)),

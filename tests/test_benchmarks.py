@@ -51,6 +51,11 @@ def test_bad_name_is_refused(name):
         Case.parse(name)
 
 
+def test_bad_name_is_told_the_grammar():
+    with pytest.raises(ValueError, match=r"called like s64-p1374-band2 .*got 's64'; graphs are dense, .*; -log2 at the end"):
+        Case.parse("s64")
+
+
 def test_graphs():
     def edges(name):
         return {tuple(edge) for edge in Case.parse(name).visible.nonzero().tolist()}
