@@ -52,7 +52,7 @@ def test_bad_name_is_refused(name):
 
 
 def test_bad_name_is_told_the_grammar():
-    with pytest.raises(ValueError, match=r"called like s64-p1374-band2 .*got 's64'; graphs are dense, .*; -log2 at the end"):
+    with pytest.raises(ValueError, match=r"like s64-p1374-band2 .*got 's64'; graphs are dense, .*; -log2 at the end"):
         Case.parse("s64")
 
 
