@@ -89,7 +89,7 @@ class Runner:
         self.seconds = seconds
         self.lines: list[Line] = []
         self.not_run: dict[str, list[str]] = {}
-        self._dense_tflops: dict[tuple[str, str, tuple[int, ...]], float] = {}
+        self._dense_tflops: dict[tuple[str, str, tuple[int, ...], bool], float] = {}
 
     def run(self, cases: Sequence[Case], contenders: Sequence[Contender], directions: Sequence[str]) -> None:
         """Check and time every contender on every case; dense cases first, as `fraction_of_ideal` needs them."""
@@ -161,9 +161,10 @@ class Runner:
         tflops = fraction = None
         if timing is not None:
             tflops = case.useful_flops(direction) / timing.median / 1e9
+            problem = contender.name, direction, case.shape, case.log2
             if case.is_dense:
-                self._dense_tflops[contender.name, direction, case.shape] = tflops
-            dense = self._dense_tflops.get((contender.name, direction, case.shape))
+                self._dense_tflops[problem] = tflops
+            dense = self._dense_tflops.get(problem)
             fraction = None if dense is None else tflops / dense
         line = {
             "case": case.name,

@@ -76,8 +76,8 @@ class Case:
         match = NAME.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; "
-                "graphs are dense, bandR, loopR, starR and scatteredK"
+                f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; graphs are "
+                "dense, bandR, loopR, starR and scatteredK; -log2 at the end stands for q in units of log2"
             )
         frames, tokens, graph, rest, log2 = match.groups()
         fields = {"special": "special", "hd": "head_size", "h": "heads", "b": "batch"}

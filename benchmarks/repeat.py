@@ -59,7 +59,8 @@ def repeat(
 ) -> tuple[list[Line], list[str]]:
     """Run the contender `times` times on each case and direction; return the lines, and what was not run and why.
 
-    "fwd" compares the output, "bwd" the gradients of q, k and v, with the forward run anew each time.
+    "fwd" compares the output, and the LSE where the contender offers it; "bwd" the gradients of q, k and v, with the
+    forward run anew each time.
     """
     lines, not_run = [], []
     for case in cases:
@@ -72,8 +73,10 @@ def repeat(
                 continue
             with contender.chosen():
                 call = contender.prepare(case, q, k, v)
-                first = _results(call, (q, k, v), grad)
-                changed = sum(not _equal(first, _results(call, (q, k, v), grad)) for _ in range(times - 1))
+                first = _results(contender, case, call, (q, k, v), grad)
+                changed = sum(
+                    not _equal(first, _results(contender, case, call, (q, k, v), grad)) for _ in range(times - 1)
+                )
             line = {
                 "case": case.name,
                 "direction": direction,
@@ -92,9 +95,13 @@ def repeat(
     return lines, not_run
 
 
-def _results(call: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+def _results(
+    contender: Contender, case: Case, call: Callable[[], Tensor], leaves: tuple[Tensor, Tensor, Tensor], grad: Tensor
+) -> tuple[Tensor, ...]:
     out = call()
-    return torch.autograd.grad(out, leaves, grad) if out.requires_grad else (out,)
+    if out.requires_grad:
+        return torch.autograd.grad(out, leaves, grad)
+    return (out,) if contender.lse is None else (out, contender.lse(case, *leaves))
 
 
 def _equal(first: tuple[Tensor, ...], again: tuple[Tensor, ...]) -> bool:

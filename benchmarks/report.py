@@ -98,18 +98,19 @@ def markdown(lines: Sequence[Line], figure: str) -> str:
 
 
 def name(line: Line) -> str:
-    """Return the backend of a line, with its softmax and gradients where it has several."""
-    return ", ".join(line[key] for key in ("backend", "softmax", "gradients") if line.get(key))
+    """Return the backend of a line, with its softmax and gradients where it has several, and whether q was in log2."""
+    names = [line[key] for key in ("backend", "softmax", "gradients") if line.get(key)]
+    return ", ".join([*names, "log2"] if Case.parse(line["case"]).log2 else names)
 
 
 def problem(lines: Sequence[Line]) -> tuple[Any, ...]:
-    """Return what most lines have in common: tokens and special tokens of a frame, head size, heads and batch."""
+    """Return what most lines have in common: tokens and special tokens of a frame, head size, heads, batch, log2."""
     return Counter(map(_problem, lines)).most_common(1)[0][0]
 
 
 def _problem(line: Line) -> tuple[Any, ...]:
     case = Case.parse(line["case"])
-    return case.tokens, case.special, case.head_size, case.heads, case.batch
+    return case.tokens, case.special, case.head_size, case.heads, case.batch, case.log2
 
 
 def _plot(lines: Sequence[Line], direction: str, file: Path) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from . import backends
 from .layout import BlockLayout
 
+LOG2_E = math.log2(math.e)
+
 
 def block_sparse_attention(
     q: Tensor,  # [B, H, N, D]
@@ -33,9 +35,10 @@ def block_sparse_attention(
         k: Keys `[B, H, N', D]`, same dtype and device; N' = N unless the layout is rectangular.
         v: Values `[B, H, N', D]`, likewise.
         layout: Who sees whom, on the device of q.
-        scale: Factor on the scores, by default `D ** -0.5`. With ln 2 scores are in units of log2, which saves the
-            hopper backend a multiplication for each: worth it where q is computed anyway and can be multiplied by
-            `D ** -0.5 * log2(e)` before it is rounded.
+        scale: Factor on the scores, by default `D ** -0.5`. With ln 2, q.k comes in units of log2, which saves the
+            hopper backend a multiplication for each in the forward pass of bfloat16 with the bounded softmax: worth it
+            where q is computed anyway and can be multiplied by `D ** -0.5 * log2(e)` before it is rounded. The LSE
+            stays in natural logarithm.
         return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
         backend: "hopper", "triton", "sdpa", or None for the first of them that can run these inputs. A named backend
             runs or raises.
@@ -57,17 +60,30 @@ def block_sparse_attention(
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    elif scale <= 0:
-        # Kernels take the maximum of the unscaled scores, so the factor they get must be positive.
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    else:
+        q, scale = _with_positive_scale(q, scale)
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tables, backward_tables = _tables(layout, name, q.dtype, q.shape[-1], training)
     need_lse = return_lse or (training and backends.load(name).SAVES_LSE)
     out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, backward_tables, float(scale), need_lse, name)
     return (out, lse) if return_lse else out
+
+
+def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return q and a scale > 0 with the same scores: kernels take the maximum of the unscaled scores."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if q.dtype != torch.float64:
+        # Kernels hold scale * log2(e) in float32.
+        in_log2 = abs(scale) * LOG2_E
+        if in_log2 > torch.finfo(torch.float32).max:
+            raise ValueError(f"scale * log2(e) must be finite in float32, got a scale of {scale}; multiply q instead")
+        if in_log2 <= 2.0**-150:  # rounds to 0
+            scale = 0.0
+    if scale == 0:
+        return q * 0, 1.0
+    return (-q, -scale) if scale < 0 else (q, scale)
 
 
 def prepare(

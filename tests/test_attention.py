@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from layouts import random_layout
 
-from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention, prepare
+from svggt_kernels import BlockLayout, CovisibilityGraph, backends, block_sparse_attention, prepare
 from svggt_kernels.attention import choose_backend
 from svggt_kernels.verify import error_ratios, plain_attention, within_budget
 
@@ -129,6 +129,32 @@ def test_scale(band: BlockLayout, scale: float):
         torch.testing.assert_close(actual, reference)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [4e-46, -4e-46, 1e-45])
+def test_a_scale_that_float32_rounds_to_zero_is_zero(band: BlockLayout, scale: float, dtype: torch.dtype, monkeypatch):
+    """A kernel would have to divide by it; those of float64 can."""
+    got = []
+    sdpa = backends.load("sdpa")
+    forward = sdpa.forward
+    monkeypatch.setattr(sdpa, "forward", lambda q, k, v, *rest: got.append((q, rest[1])) or forward(q, k, v, *rest))
+    q, k, v = (x.detach().to(dtype) for x in inputs(band))
+    out = block_sparse_attention(q, k, v, band, scale=scale, backend="sdpa")
+    [(given, factor)] = got
+    assert factor > 0
+    assert bool((given == 0).all()) == (dtype == torch.float32 and abs(scale) < 1e-45)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=band.to_dense(), scale=0.0))
+
+
+@pytest.mark.parametrize("scale", [2.4e38, -2.4e38])
+def test_a_scale_too_large_for_float32_is_refused(band: BlockLayout, scale: float):
+    q, k, v = (x.detach() for x in inputs(band))
+    with pytest.raises(ValueError, match=r"scale \* log2\(e\) must be finite in float32, got a scale of -?2\.4e\+38"):
+        block_sparse_attention(q.float(), k.float(), v.float(), band, scale=scale)
+    q = q * 1e-38
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=band.to_dense(), scale=scale)
+    torch.testing.assert_close(block_sparse_attention(q, k, v, band, scale=scale), wanted)
+
+
 def test_output_merges_heads_without_a_copy(band: BlockLayout):
     out = block_sparse_attention(*inputs(band), band)
     assert out.transpose(1, 2).is_contiguous()
@@ -182,8 +208,6 @@ def test_a_layout_used_in_inference_mode_still_trains(band: BlockLayout):
 
 
 def test_opcheck(band: BlockLayout):
-    from svggt_kernels import backends
-
     q, k, v = inputs(band)
     sdpa = backends.load("sdpa")
     tables = sdpa.tables(band, q.dtype, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -48,6 +49,11 @@ def test_name_gives_the_case_and_the_case_its_name(name, expected):
 def test_bad_name_is_refused(name):
     with pytest.raises(ValueError):
         Case.parse(name)
+
+
+def test_bad_name_is_told_the_grammar():
+    with pytest.raises(ValueError, match=r"like s64-p1374-band2 .*got 's64'; graphs are dense, .*; -log2 at the end"):
+        Case.parse("s64")
 
 
 def test_graphs():
@@ -315,6 +321,16 @@ def test_fraction_of_ideal_needs_the_dense_case_of_the_same_run():
     assert line["ms_median"] > 0
 
 
+def test_fraction_of_ideal_compares_q_of_one_kind(monkeypatch):
+    times = iter([8.0, 4.0, 1.0, 0.25])
+    monkeypatch.setattr(attention, "measure", lambda *_: Timing(*[next(times)] * 3, None))
+    names = ("s8-p9-dense-h3", "s8-p9-dense-h3-log2", "s8-p9-band1-h3", "s8-p9-band1-h3-log2")
+    lines = _lines(backend("sdpa"), ["fwd"], [Case.parse(name) for name in names])
+    assert [line["case"] for line in lines] == list(names)
+    ideal = BAND.ideal_speedup
+    assert [line["fraction_of_ideal"] for line in lines] == pytest.approx([1, 1, 8 / ideal, 16 / ideal])
+
+
 def test_failed_check_is_the_exit_status(tmp_path, monkeypatch):
     monkeypatch.setitem(PEERS, "sdpa-gather", dataclasses.replace(PEERS["sdpa-gather"], prepare=_dense))
     file = tmp_path / "out.jsonl"
@@ -393,17 +409,22 @@ class _Drifting(torch.autograd.Function):
         return grad + 1e-3 * (ctx.where == "bwd" and _Drifting.calls == 3), None
 
 
-@pytest.mark.parametrize("drifting", ["fwd", "bwd", None])
+@pytest.mark.parametrize("drifting", ["fwd", "lse", "bwd", None])
 def test_one_differing_bit_is_seen(drifting):
+    lse_calls = itertools.count(1)
+
     def prepare(case, q, k, v):
         _Drifting.calls = 0
         call = backend("sdpa").prepare(case, q, k, v)
         return lambda: _Drifting.apply(call(), drifting)
 
-    unstable = Contender("unstable", "differs once", lambda case, q: None, prepare)
+    def lse(case, q, k, v):
+        return torch.nextafter(q[..., 0], q[..., 0] + (drifting == "lse" and next(lse_calls) == 3))
+
+    unstable = Contender("unstable", "differs once", lambda case, q: None, prepare, lse=lse)
     source = dict.fromkeys(("device", "torch", "triton", "commit", "command", "run", "date"), "")
     lines, _ = repeat.repeat([BAND], unstable, ["fwd", "bwd"], 4, CPU, torch.float32, source, lambda line: None)
-    assert [line["bitwise_equal"] for line in lines] == [drifting != "fwd", drifting != "bwd"]
+    assert [line["bitwise_equal"] for line in lines] == [drifting not in ("fwd", "lse"), drifting != "bwd"]
     for line in lines:
         assert tuple(line)[: len(repeat.KEYS)] == repeat.KEYS
         assert (line["check"], "reason" in line) == (("passed", False) if line["bitwise_equal"] else ("failed", True))
@@ -468,7 +489,22 @@ def test_report_shows_the_latest_run(tmp_path, capsys):
 
 def test_report_compares_edges_of_the_most_common_problem_only():
     lines = [_fabricated(), _fabricated(case="s8-p9-dense-h3"), _fabricated(case="s8-p10-band1-h3")]
-    assert report.problem(lines) == (9, 0, 64, 3, 1)
+    assert report.problem(lines) == (9, 0, 64, 3, 1, False)
+
+
+def test_report_keeps_q_in_log2_apart(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the figure needs matplotlib")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **_: drawn.append(self))
+    cases = [f"s8-p9-{graph}-h3{log2}" for graph in ("dense", "band1", "band2") for log2 in ("", "-log2")]
+    lines = [_fabricated(case=case, useful_tflops=2.0 if "log2" in case else 1.0) for case in cases]
+    lines.append(_fabricated(case="s16-p9-band1-h3", useful_tflops=1.0))
+    table, _ = report.write(lines, tmp_path)
+    density, edges, _ = drawn[0].axes
+    series = {line.get_label(): list(line.get_ydata()) for line in density.lines}
+    assert series == {"triton": [1.0] * 4, "triton, log2": [2.0] * 3}
+    assert [line.get_label() for line in edges.lines] == ["triton"]
+    assert table.read_text().count("| triton, log2 |") == 3
 
 
 @pytest.mark.parametrize("content", [None, "", '{"system": "upstream", "run": "r", "date": "2026"}\n'])
@@ -569,8 +605,8 @@ def _trainable(case, dtype):
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
-def _lines(contender, directions):
+def _lines(contender, directions, cases=(BAND,)):
     source = dict.fromkeys(("device", "torch", "triton", "commit", "command", "run", "date"), "")
     runner = attention.Runner(CPU, torch.float32, source, lambda line: None, seconds=0.01)
-    runner.run([BAND], [contender], directions)
+    runner.run(cases, [contender], directions)
     return runner.lines

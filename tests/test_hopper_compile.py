@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -35,16 +36,29 @@ def name(kernel: runtime.Kernel) -> str:
     return "-".join([kernel.name, *(f"{key}{value}".lower() for key, value in kernel.defines)])
 
 
+@pytest.mark.parametrize("extra", [{}, {"EVERY_LANE_ARRIVES": 1}], ids=["as it runs", "for racecheck"])
 @pytest.mark.parametrize("kernel", [*FORWARD, *BACKWARD], ids=name)
-def test_compiles_without_spills(kernel: runtime.Kernel, tmp_path: Path):
+def test_compiles_without_spills_and_without_a_warning(kernel: runtime.Kernel, extra: dict[str, int], tmp_path: Path):
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(runtime.compile_to_cubin(kernel.file, dict(kernel.defines)))
+    code, log = runtime.compile_to_cubin(kernel.file, {**dict(kernel.defines), **extra})
+    assert log == ""
+    cubin.write_bytes(code)
     report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
     usage = dict(re.findall(r"(\w+):(\d+)", report.stdout.split(f"Function {kernel.name}:")[1].splitlines()[1]))
     # setmaxnreg shares these out anew; all must fit into the 65536 of a multiprocessor.
     assert int(usage["REG"]) * kernel.threads <= 65536
     assert int(usage["STACK"]) == 0 and int(usage["LOCAL"]) == 0
     assert kernel.shared_bytes <= SHARED_BYTES_OF_A_BLOCK
+
+
+def test_the_log_says_that_products_are_serialized(tmp_path: Path, monkeypatch):
+    sources = shutil.copytree(runtime.SOURCES, tmp_path / "hopper")
+    source = (sources / "forward.cu").read_text()
+    assert "if (takes_sums) state.take_sums();" in source
+    (sources / "forward.cu").write_text(source.replace("if (takes_sums) state.take_sums();", "state.take_sums();"))
+    monkeypatch.setattr(runtime, "SOURCES", sources)
+    kernel = forward_pass.kernel(torch.bfloat16, 64, "bounded")
+    assert "serialized" in runtime.compile_to_cubin(kernel.file, dict(kernel.defines))[1]
 
 
 def test_a_source_that_does_not_compile_says_why():

@@ -336,7 +336,7 @@ struct Loader {
   }
 
   DEVICE_MEMBER int64 first_shift(const Work& work) const {
-    return static_cast<int64>(work.batch * p.layout.heads + work.head) * p.num_queries;
+    return static_cast<int64>(work.batch_head(p.layout)) * p.num_queries;
   }
 
   // Copy the shifts at `at` for row or column i. Without a token they are 0, as are its tiles: then dP = dS = 0.

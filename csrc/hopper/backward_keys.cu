@@ -51,7 +51,7 @@ struct Consumer {
       const Work work = load_work(memory.work(record.index));
       if (work.columns < 0) break;
       length = work.length;
-      const int panel = (work.batch * p.layout.heads + work.head) * PANELS + (D == 64 ? 0 : index);
+      const int panel = work.batch_head(p.layout) * PANELS + (D == 64 ? 0 : index);
       dq_sum = p.dq_sum + static_cast<int64>(panel) * p.num_queries * 64;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;

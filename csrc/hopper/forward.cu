@@ -2,13 +2,13 @@
 // the ring; BFLOAT16, or it is float16; ONLINE; or UNIT_SCALE: `scale` is 1.
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
-// stream, by the copy engine where they lie side by side, row by row where a tile spans runs or dense tokens: every tile
-// is full but the last. A consumer warpgroup starts S = Q K^T of a tile together with O += P V of the tile before, and
+// stream, by the copy engine: as one box where they lie side by side, else in boxes of 8 tokens, and row by row only where
+// 8 straddle runs or dense tokens. Every tile is full but the last. A consumer warpgroup starts S = Q K^T of a tile together with O += P V of the tile before, and
 // turns S into P while that second product runs.
 //
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
-// with no maximum at all, and the proof comes after: a row whose sum lies between SMALLEST and LARGEST lost nothing to
-// overflow or underflow. Tiles with rows that fail are flagged, and done again by the ONLINE kernel.
+// with no maximum at all, and the proof comes after: a row's sum between SMALLEST and LARGEST lost nothing to overflow or
+// underflow. Its output lost nothing to overflow; a product of a tiny weight and a tiny value may underflow. Tiles with rows that fail are flagged, and done again by the ONLINE kernel.
 //
 // Ordinary instructions are what the tensor cores wait for, so a score costs little more than its scale and exponential.
 // The sum of a row is a column of the output: P times ones behind V. The tensor cores round sums towards zero, which over
@@ -20,6 +20,7 @@ constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
 static_assert(COLUMNS % 32 == 0, "load_pieces takes 32 at a time");
 constexpr int CONSUMERS = 3; // warpgroups of 64 rows
+static_assert(STAGES > CONSUMERS, "who shares a tile of rows holds one tile of columns and waits CONSUMERS further on");
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int SCORES = COLUMNS / 2; // of a thread
@@ -34,9 +35,11 @@ constexpr int ONES_BYTES = 16 * SWIZZLE_ROW;
 constexpr int TILES_OF_A_SUM = 8; // that the tensor cores add up
 constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products then read half as much shared memory
 
+#if !defined(ONLINE)
 // What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
 constexpr float SMALLEST = 9.094947017729282e-13f; // 2^-40
 constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
+#endif
 
 struct Parameters {
   TensorMap k_map, v_map;       // boxes of [64, COLUMNS]
@@ -227,16 +230,16 @@ struct State {
   }
 };
 
-// Read the A operand of the scores; lane l addresses row l % 16.
-DEVICE void load_q(uint32 (&q)[D / 4], uint32 q_rows) {
-  const int row = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 16, half = threadIdx.x % 32 / 16;
+// Read the A operand of the scores where it does not stay in shared memory; lane l addresses row l % 16.
+DEVICE void load_q(State& state, uint32 q_rows) {
+  if constexpr (Q_IN_REGISTERS) {
+    const int row = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 16, half = threadIdx.x % 32 / 16;
 #pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    load_matrices(q + 4 * step, q_rows + step / 4 * Q_PANEL + swizzled(row, step % 4 * 2 + half));
+    for (int step = 0; step < D / 16; ++step) {
+      load_matrices(state.q + 4 * step, q_rows + step / 4 * Q_PANEL + swizzled(row, step % 4 * 2 + half));
+    }
   }
 }
-
-DEVICE void load_q(uint32 (&)[1], uint32) {} // it stays in shared memory
 
 // Columns 16 step to 16 step + 15 of Q, in registers or in shared memory.
 DEVICE auto q_operand(const State& state, uint64 q, int step) {
@@ -276,7 +279,7 @@ DEVICE void finish_output(State& state, uint32 empty, bool takes_sums) {
   hold(state.weights);
   hold(state.out);
   if (empty != 0) warp_arrive(empty);
-  if (takes_sums) state.take_sums(); // always, ptxas would not let products overlap
+  if (takes_sums) state.take_sums(); // unconditional, it would make ptxas serialize the products
 #if defined(ONLINE)
   if (state.shrinks) {
     state.sum[0] *= state.shrink[0];
@@ -304,7 +307,7 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   constexpr int STAGE = 2 * TILE_BYTES >> 4; // from descriptor to descriptor
   const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0));
   const uint64 v = descriptor(shared.v(0), shared.ones() - shared.v(0));
-  load_q(state.q, q_rows);
+  load_q(state, q_rows);
   barrier_wait(shared.full(ring.index), ring.parity);
   wgmma_fence();
   start_scores(state, q, k + ring.index * STAGE);
@@ -450,7 +453,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
         out[i + 2 * row + 1] *= inverse;
       }
       if (lane % 4 == 0 && r < num_rows) {
-        const int64 head = static_cast<int64>(work.batch) * p.layout.heads + work.head;
+        const int64 head = work.batch_head(p.layout);
         p.lse[head * p.tokens + work.token(p.layout, 64 * consumer + r)] =
             saw_nothing ? -infinity() : state.log_sum(row, p.scale);
       }

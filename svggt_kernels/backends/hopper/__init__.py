@@ -23,6 +23,7 @@ HEAD_SIZES = (64, 128)
 CHOICES = {"softmax": ("bounded", "online"), "gradients": ("deterministic", "accumulated")}
 
 _chosen = {"softmax": "bounded", "gradients": "deterministic"}
+_nvrtc: dict[str, str | None] = {}
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
@@ -34,7 +35,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"it needs compute capability 9.0 (H100, H200), this device has {capability[0]}.{capability[1]}"
-    if (reason := _without_bindings(str(torch.version.cuda))) is not None:
+    if (reason := _without_bindings(str(torch.version.cuda)) or _without_compiler()) is not None:
         return reason
     if dtype not in DTYPES:
         return f"it takes float16 and bfloat16, got {dtype}"
@@ -57,6 +58,17 @@ def _without_bindings(cuda: str) -> str | None:
     if found.partition(".")[0] != major:
         return f"it needs cuda-bindings of the CUDA that torch was built for, {cuda}, got {found}: {install}"
     return None
+
+
+def _without_compiler() -> str | None:
+    """Return why NVRTC cannot be loaded, or None; tried once, and never while torch.compile traces, as it cannot."""
+    if not _nvrtc and not torch.compiler.is_compiling():
+        try:
+            runtime.nvrtc_version()
+            _nvrtc["reason"] = None
+        except (ImportError, RuntimeError) as error:
+            _nvrtc["reason"] = f"NVRTC, which torch for CUDA brings, cannot be loaded: {error}".splitlines()[0]
+    return _nvrtc.get("reason")
 
 
 def softmax(kind: str) -> contextlib.AbstractContextManager[None]:

@@ -58,6 +58,13 @@ VARIANTS = ("bounded", "bounded-unit", "online")
 """Without a running maximum; also without a scale, for scores that come in units of log2; with a running maximum."""
 
 
+def variant(scale: float, bounded: bool) -> str:
+    """Return which of `VARIANTS` is launched first; what fails the proof of the bounded ones goes to "online"."""
+    if not bounded:
+        return "online"
+    return "bounded-unit" if ctypes.c_float(scale * LOG2_E).value == 1.0 else "bounded"
+
+
 def kernel(dtype: torch.dtype, head_size: int, variant: str) -> Kernel:
     """Return the kernel for a dtype, a head size and one of `VARIANTS`."""
     macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size])
@@ -81,9 +88,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
         counters[2:].data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip
     blocks = min(layout.items, multiprocessors(q.device))
+    launch(kernel(q.dtype, D, variant(scale, bounded)), blocks, parameters, q.device)
     if bounded:
-        variant = "bounded-unit" if parameters.scale == 1.0 else "bounded"
-        launch(kernel(q.dtype, D, variant), blocks, parameters, q.device)
-    parameters.next = counters[1:].data_ptr()
-    launch(kernel(q.dtype, D, "online"), blocks, parameters, q.device)
+        parameters.next = counters[1:].data_ptr()
+        launch(kernel(q.dtype, D, "online"), blocks, parameters, q.device)
     return out, lse

@@ -154,15 +154,30 @@ def _function(kernel: Kernel, device: int) -> Any:
             f"a kernel must be loaded before a CUDA graph captures it, {kernel.name} {dict(kernel.defines)} is not; "
             "call svggt_kernels.prepare with a new layout, or run attention once, under the same softmax and gradients"
         )
-    module = _checked(driver.cuModuleLoadData(compile_to_cubin(kernel.file, dict(kernel.defines))))
+    cubin, _ = compile_to_cubin(kernel.file, dict(kernel.defines))
+    module = _checked(driver.cuModuleLoadData(cubin))
     function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes))
     return function
 
 
-def compile_to_cubin(file: str, defines: Mapping[str, int]) -> bytes:
-    """Compile one source for compute capability 9.0a; needs no GPU.
+def nvrtc_version() -> str:
+    """Return the version of NVRTC.
+
+    Raises:
+        ImportError: If its bindings cannot be imported.
+        RuntimeError: If its library cannot be loaded.
+    """
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    _checked((status,))
+    return f"{major}.{minor}"
+
+
+def compile_to_cubin(file: str, defines: Mapping[str, int]) -> tuple[bytes, str]:
+    """Compile one source for compute capability 9.0a, and return the cubin and the compiler's log; needs no GPU.
 
     Raises:
         RuntimeError: If it does not compile, with the compiler's log.
@@ -180,16 +195,18 @@ def compile_to_cubin(file: str, defines: Mapping[str, int]) -> bytes:
         )
     )
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
+    result = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    _checked(nvrtc.nvrtcGetProgramLog(program, log))
+    said = log.rstrip(b"\0").decode().strip()
     try:
-        _checked(nvrtc.nvrtcCompileProgram(program, len(options), options))
+        _checked(result)
     except RuntimeError as error:
-        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{file} did not compile with {dict(defines)}: {log.decode()}") from error
+        raise RuntimeError(f"{file} did not compile with {dict(defines)}: {said}") from error
     cubin = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc.nvrtcDestroyProgram(program))
-    return bytes(cubin)
+    return bytes(cubin), said
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -1,0 +1,67 @@
+"""Small cases of every kernel of the Hopper backend, to be run under compute-sanitizer; a program, not a test.
+
+    compute-sanitizer --tool memcheck python tests/sanitize_hopper.py
+    compute-sanitizer --tool racecheck python tests/sanitize_hopper.py --every-lane
+
+racecheck does not understand that lane 0 arrives at a barrier for its warp; with --every-lane all do. A __syncwarp that
+is missing before such an arrival can then not be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+
+from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels.backends import hopper
+from svggt_kernels.backends.hopper import runtime
+
+# Tokens of a frame, special ones of them, head size, dtype, scale. 330 tokens are row tiles of 192 and 138, and 216
+# ordinary ones of 192 and 24, of which all warpgroups share the 24.
+CASES = (
+    (330, 0, 64, torch.bfloat16, None),
+    (219, 3, 64, torch.bfloat16, math.log(2)),
+    (219, 3, 128, torch.bfloat16, None),
+    (330, 0, 128, torch.bfloat16, math.log(2)),
+    (219, 3, 64, torch.float16, None),
+    (330, 0, 128, torch.float16, None),
+)
+
+
+def layout(tokens: int, special: int) -> BlockLayout:
+    """Each frame sees four of five, more than 8 tiles of columns; a sixth sees itself."""
+    visible = torch.zeros(6, 6, dtype=torch.bool)
+    visible[:5, :5] = ~torch.eye(5, dtype=torch.bool).roll(2, 1)
+    return BlockLayout.from_graph(CovisibilityGraph.from_dense(visible).to("cuda"), tokens, special_tokens=special)
+
+
+def run(tokens: int, special: int, head_size: int, dtype: torch.dtype, scale: float | None) -> None:
+    seen = layout(tokens, special)
+    shape = (1, 1, seen.num_tokens, head_size)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in "qkv")
+    for softmax, gradients in (("bounded", "deterministic"), ("online", "accumulated")):
+        with hopper.softmax(softmax), hopper.gradients(gradients):
+            out, lse = block_sparse_attention(q, k, v, seen, scale=scale, return_lse=True, backend="hopper")
+            torch.autograd.grad((out, lse), (q, k, v), (torch.randn_like(out), torch.randn_like(lse)))
+    with torch.no_grad():
+        q[:, :, [100, 210]] *= 100  # rows that fail the proof of the bounded softmax
+        block_sparse_attention(q, k, v, seen, scale=scale, backend="hopper")
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every-lane", action="store_true", help="compile the kernels with EVERY_LANE_ARRIVES")
+    if parser.parse_args().every_lane:
+        compile_to_cubin = runtime.compile_to_cubin
+        runtime.compile_to_cubin = lambda file, defines: compile_to_cubin(file, {**defines, "EVERY_LANE_ARRIVES": 1})
+    torch.manual_seed(0)
+    for case in CASES:
+        print(*case, flush=True)
+        run(*case)
+
+
+if __name__ == "__main__":
+    main()
