@@ -35,7 +35,7 @@ def block_sparse_attention(
         layout: Who sees whom, on the device of q.
         scale: Factor on the scores, by default `D ** -0.5`.
         return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
-        backend: "triton", "hopper", "sdpa", or None for the first of them that can run these inputs. A named backend
+        backend: "triton", "hopper", "cpu", "sdpa", or None for the first of them that can run these inputs. A named backend
             runs or raises.
 
     Returns:

@@ -100,7 +100,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("svggt_kernels", "csrc", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         check=True,
@@ -110,8 +110,10 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {name for name in names if ".dist-info/" not in name}
     expected = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    compiled = {name for name in inside if name.endswith(".so")}
     sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cu*")}
-    assert sources and inside == expected | sources
+    assert sources and inside == expected | sources | compiled
+    assert [name.split(".")[0] for name in compiled] == ["svggt_kernels/backends/cpu/_native"]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

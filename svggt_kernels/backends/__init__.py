@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from . import hopper, sdpa, triton
+from . import cpu, hopper, sdpa, triton
 
 
 class Backend(Protocol):
@@ -58,7 +58,7 @@ class Backend(Protocol):
 
 
 # hopper stands behind triton, so it runs only where it is named, until its fuzz has passed on a GPU.
-BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (triton, hopper, sdpa)}
+BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (triton, hopper, cpu, sdpa)}
 
 
 def load(name: str) -> Backend:

@@ -1,0 +1,307 @@
+// The kernels, compiled once for each instruction set: SVGGT_ISA names it, compiler flags select it.
+//
+// A tile of rows meets its columns tile by tile. Six rows at a time go through all steps while their scores lie in the
+// first-level cache; the packed columns stay in the second-level cache for all rows of the tile. A product takes rows
+// broadcast element by element and columns a vector at a time, 6 rows x kVectors vectors in registers.
+
+#include <float.h>
+#include <math.h>
+
+#include "simd.h"
+
+namespace svggt::SVGGT_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+
+template <class T>
+inline T* row_of(const Tokens& tokens, int64_t i) {
+  return reinterpret_cast<T*>(tokens.data) + (tokens.index ? tokens.index[i] : i) * tokens.stride;
+}
+
+// How wide the panel is that starts at `column` of a packed array.
+inline int64_t panel_width(int64_t column, int64_t width) {
+  const int64_t left = width - column;
+  return left < kLanes * kVectors ? left : kLanes * kVectors;
+}
+
+// Packed arrays are cut into panels of up to kLanes * kVectors columns; a panel holds, for each step of kPairs elements
+// along the summed axis, those elements of its first column, of its second, and so on.
+template <class Type>
+void pack_by_token(const Tokens& tokens, int64_t head_size, char* packed) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(tokens.count, kPad), depth = round_up(head_size, kPad);
+  Element* to = reinterpret_cast<Element*>(packed);
+  for (int64_t first = 0; first < width; first += kLanes * kVectors) {
+    const int64_t panel = panel_width(first, width);
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      const int64_t token = first + lane;
+      const Element* from = token < tokens.count ? row_of<Element>(tokens, token) : nullptr;
+      for (int64_t d = 0; d < depth; ++d) {
+        const int64_t step = d / Type::kPairs, half = d % Type::kPairs;
+        to[(step * panel + lane) * Type::kPairs + half] = from && d < head_size ? from[d] : Element(0);
+      }
+    }
+    to += panel * depth;
+  }
+}
+
+template <class Type>
+void pack_by_feature(const Tokens& tokens, int64_t head_size, char* packed) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(head_size, kPad), depth = round_up(tokens.count, kPad);
+  Element* to = reinterpret_cast<Element*>(packed);
+  for (int64_t first = 0; first < width; first += kLanes * kVectors) {
+    const int64_t panel = panel_width(first, width);
+    for (int64_t token = 0; token < depth; ++token) {
+      const Element* from = token < tokens.count ? row_of<Element>(tokens, token) : nullptr;
+      const int64_t step = token / Type::kPairs, half = token % Type::kPairs;
+      for (int64_t lane = 0; lane < panel; ++lane) {
+        const int64_t d = first + lane;
+        to[(step * panel + lane) * Type::kPairs + half] = from && d < head_size ? from[d] : Element(0);
+      }
+    }
+    to += panel * depth;
+  }
+}
+
+// Rows of a tile as products read them, padded with zeros to kRows and kPad.
+template <class Type>
+void copy_rows(const Tokens& tokens, int64_t head_size, typename Type::Element* to) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(head_size, kPad), rows = round_up(tokens.count, kRows);
+  std::memset(to, 0, rows * width * sizeof(Element));
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    std::memcpy(to + i * width, row_of<Element>(tokens, i), head_size * sizeof(Element));
+  }
+}
+
+// Writes results times a factor.
+template <class Type>
+void write_rows(const float* from, float factor, const Tokens& tokens, int64_t head_size) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(head_size, kPad);
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    Element* to = row_of<Element>(tokens, i);
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      Element rounded[kLanes];
+      Type::store(rounded, load(from + i * width + d) * splat(factor));
+      const int64_t left = head_size - d;
+      std::memcpy(to + d, rounded, (left < kLanes ? left : kLanes) * sizeof(Element));
+    }
+  }
+}
+
+// One panel of c = [factor * c] + a b for kRows rows; without factors c is overwritten.
+template <class Type, int kWide>
+inline void multiply_panel(const typename Type::Element* a, int64_t a_stride, const typename Type::Element* b,
+                           int64_t depth, float* c, int64_t c_stride, const float* factors) {
+  Floats sums[kRows][kWide];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kWide; ++j)
+      sums[i][j] = factors ? splat(factors[i]) * load(c + i * c_stride + j * kLanes) : Floats{};
+  for (int64_t k = 0; k < depth; k += Type::kPairs) {
+    typename Type::Operand columns[kWide];
+#pragma GCC unroll 8
+    for (int j = 0; j < kWide; ++j) columns[j] = Type::load(b + (k * kWide + j * Type::kPairs) * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename Type::Operand row = Type::broadcast(a + i * a_stride + k);
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) sums[i][j] = Type::multiply_add(row, columns[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kWide; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
+}
+
+// The same, for a panel whose width is known when it runs: kWide vectors or fewer.
+template <class Type, int kWide = kVectors>
+inline void multiply_panel_of(int64_t vectors, const typename Type::Element* a, int64_t a_stride,
+                              const typename Type::Element* b, int64_t depth, float* c, int64_t c_stride,
+                              const float* factors) {
+  if constexpr (kWide > 1)
+    if (vectors < kWide) return multiply_panel_of<Type, kWide - 1>(vectors, a, a_stride, b, depth, c, c_stride, factors);
+  multiply_panel<Type, kWide>(a, a_stride, b, depth, c, c_stride, factors);
+}
+
+// c = [factor * c] + a b for kRows rows of a and the packed array b, depth x width.
+template <class Type>
+void multiply(const typename Type::Element* a, int64_t a_stride, const typename Type::Element* b, int64_t depth,
+              int64_t width, float* c, int64_t c_stride, const float* factors) {
+  for (int64_t first = 0; first < width; first += kLanes * kVectors)
+    multiply_panel_of<Type>(panel_width(first, width) / kLanes, a, a_stride, b + first * depth, depth, c + first,
+                            c_stride, factors);
+}
+
+// Hides the padding behind the last of `count` columns.
+inline void hide_padding(float* scores, int64_t count) {
+  const int64_t width = round_up(count, kPad);
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = count; j < width; ++j) scores[i * kMostColumns + j] = -HUGE_VALF;
+}
+
+// The memory a task works in, cut from one block.
+class Scratch {
+ public:
+  explicit Scratch(char* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(memory_);
+    memory_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return taken;
+  }
+
+ private:
+  char* memory_;
+};
+
+int64_t scratch_bytes(int64_t head_size) {
+  const int64_t tile = round_up(kMostRows, kRows) * round_up(head_size, kPad) * sizeof(float) + 64;
+  const int64_t scores = kRows * kMostColumns * sizeof(float) + 64;
+  const int64_t rows = (round_up(kMostRows, kRows) + kPad) * sizeof(float) + 64;
+  return 4 * tile + 4 * scores + 4 * rows;
+}
+
+template <class Type>
+void forward(const RowTile& tile, const Columns& columns, int64_t head_size, float scale, char* memory) {
+  using Element = typename Type::Element;
+  Scratch scratch(memory);
+  const int64_t features = round_up(head_size, kPad), rows = round_up(tile.rows[0].count, kRows);
+  Element* queries = scratch.take<Element>(rows * features);
+  float* out = scratch.take<float>(rows * features);
+  float* most = scratch.take<float>(rows + kPad);  // the largest score of each row so far
+  float* sum = scratch.take<float>(rows + kPad);
+  float* scores = scratch.take<float>(kRows * kMostColumns);
+  Element* weights = scratch.take<Element>(kRows * kMostColumns);
+  copy_rows<Type>(tile.rows[0], head_size, queries);
+  for (int64_t i = 0; i < rows; ++i) most[i] = -HUGE_VALF, sum[i] = 0;
+  std::memset(out, 0, rows * features * sizeof(float));
+  const float factor = scale * kLog2E;
+
+  for (int64_t r = 0; r < columns.num_runs; ++r)
+    for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
+      const ColumnTile column = columns.tiles[t];
+      const int64_t width = round_up(column.count, kPad);
+      const auto* keys = reinterpret_cast<const Element*>(columns.by_token[0]) + column.offset * features;
+      const auto* values = reinterpret_cast<const Element*>(columns.by_feature[0]) + column.offset * features;
+      for (int64_t row = 0; row < rows; row += kRows) {
+        multiply<Type>(queries + row * features, features, keys, features, width, scores, kMostColumns, nullptr);
+        hide_padding(scores, column.count);
+        float rescale[kPad] = {};
+        for (int64_t i = 0; i < kRows; ++i) {
+          float* line = scores + i * kMostColumns;
+          Floats top = load(line);
+          for (int64_t j = kLanes; j < width; j += kLanes) top = maximum(load(line + j), top);
+          const float before = most[row + i], here = reduce_maximum(top);
+          const float now = before > here ? before : here;
+          most[row + i] = now;
+          Floats total = {};
+          for (int64_t j = 0; j < width; j += kLanes) {
+            const Floats p = exp2<Type::kDegree>((load(line + j) - splat(now)) * splat(factor));
+            total += p;
+            Type::store(weights + i * kMostColumns + j, p);
+          }
+          rescale[i] = ::exp2f((before - now) * factor);
+          sum[row + i] = sum[row + i] * rescale[i] + reduce_sum(total);
+        }
+        multiply<Type>(weights, kMostColumns, values, width, features, out + row * features, features, rescale);
+      }
+    }
+
+  for (int64_t i = 0; i < tile.rows[0].count; ++i) {
+    *row_of<float>(tile.lse, i) = sum[i] > 0 ? most[i] * scale + ::logf(sum[i]) : -HUGE_VALF;
+    if (sum[i] > 0)
+      for (int64_t d = 0; d < features; d += kLanes)
+        store(out + i * features + d, load(out + i * features + d) / splat(sum[i]));
+  }
+  write_rows<Type>(out, 1, tile.results[0], head_size);
+}
+
+// With kKeys the rows are keys and the columns queries: the statistics then belong to columns.
+template <class Type, bool kKeys>
+void backward(const RowTile& tile, const Columns& columns, int64_t head_size, float scale, char* memory) {
+  using Element = typename Type::Element;
+  Scratch scratch(memory);
+  const int64_t features = round_up(head_size, kPad), rows = round_up(tile.rows[0].count, kRows);
+  Element* operands[2];  // Q and dO, or K and V
+  for (int i = 0; i < 2; ++i) {
+    operands[i] = scratch.take<Element>(rows * features);
+    copy_rows<Type>(tile.rows[i], head_size, operands[i]);
+  }
+  float* results[2];  // dQ, or dK and dV
+  for (int i = 0; i < (kKeys ? 2 : 1); ++i) {
+    results[i] = scratch.take<float>(rows * features);
+    std::memset(results[i], 0, rows * features * sizeof(float));
+  }
+  float* scores = scratch.take<float>(kRows * kMostColumns);
+  float* products = scratch.take<float>(kRows * kMostColumns);  // dO V
+  Element* weights = scratch.take<Element>(kRows * kMostColumns);
+  Element* slopes = scratch.take<Element>(kRows * kMostColumns);
+  float* row_lse = scratch.take<float>(rows);
+  float* row_inner = scratch.take<float>(rows);
+  if constexpr (!kKeys)
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool real = i < tile.rows[0].count;
+      row_lse[i] = real ? *row_of<float>(tile.lse, i) : 0;
+      row_inner[i] = real ? *row_of<float>(tile.inner, i) : 0;
+    }
+  const float ones[kRows] = {1, 1, 1, 1, 1, 1};
+
+  for (int64_t r = 0; r < columns.num_runs; ++r)
+    for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
+      const ColumnTile column = columns.tiles[t];
+      const int64_t width = round_up(column.count, kPad);
+      const Element *by_token[2], *by_feature[2];
+      for (int i = 0; i < 2; ++i) {
+        by_token[i] = reinterpret_cast<const Element*>(columns.by_token[i]) + column.offset * features;
+        if (kKeys || i == 0)
+          by_feature[i] = reinterpret_cast<const Element*>(columns.by_feature[i]) + column.offset * features;
+      }
+      for (int64_t row = 0; row < rows; row += kRows) {
+        multiply<Type>(operands[0] + row * features, features, by_token[0], features, width, scores, kMostColumns,
+                       nullptr);
+        multiply<Type>(operands[1] + row * features, features, by_token[1], features, width, products, kMostColumns,
+                       nullptr);
+        hide_padding(scores, column.count);
+        for (int64_t i = 0; i < kRows; ++i)
+          for (int64_t j = 0; j < width; j += kLanes) {
+            const int64_t place = i * kMostColumns + j;
+            const Floats lse = kKeys ? load(columns.lse + column.offset + j) : splat(row_lse[row + i]);
+            const Floats inner = kKeys ? load(columns.inner + column.offset + j) : splat(row_inner[row + i]);
+            // Rounded as in the forward pass, so that a lone key has weight 1; the maximum keeps the compiler from fusing.
+            const Floats score = maximum(load(scores + place) * splat(scale), splat(-FLT_MAX));
+            const Floats p = exp2<Type::kDegree>((score - lse) * splat(kLog2E));
+            if constexpr (kKeys) Type::store(weights + place, p);
+            Type::store(slopes + place, p * (load(products + place) - inner));
+          }
+        multiply<Type>(slopes, kMostColumns, by_feature[0], width, features, results[0] + row * features, features,
+                       ones);
+        if constexpr (kKeys)
+          multiply<Type>(weights, kMostColumns, by_feature[1], width, features, results[1] + row * features, features,
+                         ones);
+      }
+    }
+
+  write_rows<Type>(results[0], scale, tile.results[0], head_size);
+  if constexpr (kKeys) write_rows<Type>(results[1], 1, tile.results[1], head_size);
+}
+
+template <class Type>
+constexpr Kernels kernels_of() {
+  return {sizeof(typename Type::Element), pack_by_token<Type>, pack_by_feature<Type>, scratch_bytes, forward<Type>,
+          backward<Type, false>, backward<Type, true>};
+}
+
+}  // namespace
+
+extern const Kernels float32 = kernels_of<Float32>();
+#if defined(__AVX512BF16__)
+extern const Kernels bfloat16 = kernels_of<BFloat16>();
+#endif
+
+}  // namespace svggt::SVGGT_ISA
