@@ -35,8 +35,8 @@ def block_sparse_attention(
         layout: Who sees whom, on the device of q.
         scale: Factor on the scores, by default `D ** -0.5`.
         return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
-        backend: "triton", "hopper", "cpu", "sdpa", or None for the first of them that can run these inputs. A named backend
-            runs or raises.
+        backend: "triton", "hopper", "cpu", "sdpa", or None for the first of them that can run these inputs. A named
+            backend runs or raises.
 
     Returns:
         The output `[B, H, N, D]` in the dtype of q; its memory lies as `[B, N, H, D]`, so that merging the heads

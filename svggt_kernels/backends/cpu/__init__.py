@@ -103,7 +103,7 @@ def backward(
 
 
 def _operands(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors as the kernels read them: in float32 unless the CPU multiplies their dtype, features contiguous."""
+    """Return tensors as the kernels read them: features contiguous, in float32 unless the CPU multiplies their dtype."""
     dtype = tensors[0].dtype
     if not (dtype == torch.bfloat16 and extension().has_bfloat16(instruction_set())):
         dtype = torch.float32
@@ -121,7 +121,7 @@ def _tensor(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _how(rows: Tensor, columns: Tensor, tables: list[Tensor], scale: float) -> tuple[object, ...]:
-    """Return the arguments that all functions of the extension end with: tables, sizes, scale and options."""
+    """Return the arguments that all functions of the extension end with: tables, sizes, scale, options."""
     B, H, N, D = rows.shape
     options = (instruction_set(), rows.dtype == torch.bfloat16, torch.get_num_threads())
     return [(x.data_ptr(), x.numel()) for x in tables], (B, H, N, columns.shape[2], D), scale, options
