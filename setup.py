@@ -19,7 +19,7 @@ INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
-WARNINGS = "-Wall -Wextra -Wno-psabi"
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
 NOT_BUILT = Path("svggt_kernels", "backends", "cpu", "not_built.txt")
 
 

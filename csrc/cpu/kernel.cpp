@@ -7,6 +7,8 @@
 #include <float.h>
 #include <math.h>
 
+#include <utility>
+
 #include "simd.h"
 
 namespace svggt::SVGGT_ISA {
@@ -92,17 +94,25 @@ void write_rows(const float* from, float factor, const Tokens& tokens, int64_t h
   }
 }
 
-// One panel of c = [factor * c] + a b for kRows rows; without factors c is overwritten.
-template <class Type, int kWide>
+// What a product has to do beside: nothing.
+struct Nothing {
+  void operator()() const {}
+};
+constexpr Nothing kNothing;
+
+// One panel of c = [factor * c] + a b for kRows rows; without factors c is overwritten. `beside` is called in every step.
+template <class Type, int kWide, class Beside>
 inline void multiply_panel(const typename Type::Element* a, int64_t a_stride, const typename Type::Element* b,
-                           int64_t depth, float* c, int64_t c_stride, const float* factors) {
+                           int64_t depth, float* c, int64_t c_stride, const float* factors, Beside& beside) {
   Floats sums[kRows][kWide];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kWide; ++j)
       sums[i][j] = factors ? splat(factors[i]) * load(c + i * c_stride + j * kLanes) : Floats{};
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k += Type::kPairs) {
+    beside();
     typename Type::Operand columns[kWide];
 #pragma GCC unroll 8
     for (int j = 0; j < kWide; ++j) columns[j] = Type::load(b + (k * kWide + j * Type::kPairs) * kLanes);
@@ -120,22 +130,23 @@ inline void multiply_panel(const typename Type::Element* a, int64_t a_stride, co
 }
 
 // The same, for a panel whose width is known when it runs: kWide vectors or fewer.
-template <class Type, int kWide = kVectors>
+template <class Type, int kWide = kVectors, class Beside>
 inline void multiply_panel_of(int64_t vectors, const typename Type::Element* a, int64_t a_stride,
                               const typename Type::Element* b, int64_t depth, float* c, int64_t c_stride,
-                              const float* factors) {
+                              const float* factors, Beside& beside) {
   if constexpr (kWide > 1)
-    if (vectors < kWide) return multiply_panel_of<Type, kWide - 1>(vectors, a, a_stride, b, depth, c, c_stride, factors);
-  multiply_panel<Type, kWide>(a, a_stride, b, depth, c, c_stride, factors);
+    if (vectors < kWide)
+      return multiply_panel_of<Type, kWide - 1>(vectors, a, a_stride, b, depth, c, c_stride, factors, beside);
+  multiply_panel<Type, kWide>(a, a_stride, b, depth, c, c_stride, factors, beside);
 }
 
 // c = [factor * c] + a b for kRows rows of a and the packed array b, depth x width.
-template <class Type>
+template <class Type, class Beside = const Nothing>
 void multiply(const typename Type::Element* a, int64_t a_stride, const typename Type::Element* b, int64_t depth,
-              int64_t width, float* c, int64_t c_stride, const float* factors) {
+              int64_t width, float* c, int64_t c_stride, const float* factors, Beside& beside = kNothing) {
   for (int64_t first = 0; first < width; first += kLanes * kVectors)
     multiply_panel_of<Type>(panel_width(first, width) / kLanes, a, a_stride, b + first * depth, depth, c + first,
-                            c_stride, factors);
+                            c_stride, factors, beside);
 }
 
 // Hides the padding behind the last of `count` columns.
@@ -163,9 +174,57 @@ class Scratch {
 int64_t scratch_bytes(int64_t head_size) {
   const int64_t tile = round_up(kMostRows, kRows) * round_up(head_size, kPad) * sizeof(float) + 64;
   const int64_t scores = kRows * kMostColumns * sizeof(float) + 64;
-  const int64_t rows = (round_up(kMostRows, kRows) + kPad) * sizeof(float) + 64;
+  const int64_t rows = round_up(kMostRows, kRows) * kLanes * sizeof(float) + 64;
   return 4 * tile + 4 * scores + 4 * rows;
 }
+
+// The weights of kRows rows for one tile of columns, made of their scores a vector at a time.
+template <class Type>
+class Softmax {
+ public:
+  using Element = typename Type::Element;
+
+  Softmax(float* scores, Element* weights) : scores_(scores), weights_(weights) {}
+
+  // Takes new scores. Updates the largest score and rescales the sum of each row, and sets `rescale` by how much what was
+  // found with the old maximum shrinks. A sum is kept as kLanes sums.
+  void start(int64_t width, float factor, float* most, float* sums, float* rescale) {
+    width_ = width, factor_ = factor, sums_ = sums, row_ = 0, column_ = 0;
+    for (int i = 0; i < kRows; ++i) {
+      Floats top = load(scores_ + i * kMostColumns);
+      for (int64_t j = kLanes; j < width; j += kLanes) top = maximum(load(scores_ + i * kMostColumns + j), top);
+      const float before = most[i], here = reduce_maximum(top);
+      most[i] = before > here ? before : here;
+      most_[i] = most[i];
+      rescale[i] = ::exp2f((before - most[i]) * factor);
+      store(sums + i * kLanes, load(sums + i * kLanes) * splat(rescale[i]));
+    }
+  }
+
+  // Makes the weights of the next vector, if there is one.
+  void operator()() {
+    if (column_ == width_) return;
+    const int64_t place = row_ * kMostColumns + column_;
+    const Floats p = exp2<Type::kDegree>((load(scores_ + place) - splat(most_[row_])) * splat(factor_));
+    store(sums_ + row_ * kLanes, load(sums_ + row_ * kLanes) + p);
+    Type::store(weights_ + place, p);
+    if (++row_ == kRows) row_ = 0, column_ += kLanes;
+  }
+
+  void finish() {
+    while (column_ < width_) (*this)();
+  }
+
+ private:
+  float* scores_;
+  Element* weights_;
+  int64_t width_ = 0;
+  float factor_ = 0;
+  float most_[kRows];
+  float* sums_ = nullptr;
+  int64_t row_ = 0;
+  int64_t column_ = 0;
+};
 
 template <class Type>
 void forward(const RowTile& tile, const Columns& columns, int64_t head_size, float scale, char* memory) {
@@ -174,15 +233,24 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   const int64_t features = round_up(head_size, kPad), rows = round_up(tile.rows[0].count, kRows);
   Element* queries = scratch.take<Element>(rows * features);
   float* out = scratch.take<float>(rows * features);
-  float* most = scratch.take<float>(rows + kPad);  // the largest score of each row so far
-  float* sum = scratch.take<float>(rows + kPad);
+  float* most = scratch.take<float>(rows);  // the largest score of each row so far
+  float* sums = scratch.take<float>(rows * kLanes);
   float* scores = scratch.take<float>(kRows * kMostColumns);
-  Element* weights = scratch.take<Element>(kRows * kMostColumns);
   copy_rows<Type>(tile.rows[0], head_size, queries);
-  for (int64_t i = 0; i < rows; ++i) most[i] = -HUGE_VALF, sum[i] = 0;
+  for (int64_t i = 0; i < rows; ++i) most[i] = -HUGE_VALF;
+  std::memset(sums, 0, rows * kLanes * sizeof(float));
   std::memset(out, 0, rows * features * sizeof(float));
-  const float factor = scale * kLog2E;
 
+  // Weights times values, for which the weights of the next rows are made at the same time.
+  struct Product {
+    Element* weights;
+    float rescale[kRows];
+    const Element* values;
+    int64_t width;
+    float* out;
+  } products[2] = {{scratch.take<Element>(kRows * kMostColumns), {}, nullptr, 0, nullptr},
+                   {scratch.take<Element>(kRows * kMostColumns), {}, nullptr, 0, nullptr}};
+  Product *next = &products[0], *due = &products[1];
   for (int64_t r = 0; r < columns.num_runs; ++r)
     for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
       const ColumnTile column = columns.tiles[t];
@@ -192,32 +260,25 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
       for (int64_t row = 0; row < rows; row += kRows) {
         multiply<Type>(queries + row * features, features, keys, features, width, scores, kMostColumns, nullptr);
         hide_padding(scores, column.count);
-        float rescale[kPad] = {};
-        for (int64_t i = 0; i < kRows; ++i) {
-          float* line = scores + i * kMostColumns;
-          Floats top = load(line);
-          for (int64_t j = kLanes; j < width; j += kLanes) top = maximum(load(line + j), top);
-          const float before = most[row + i], here = reduce_maximum(top);
-          const float now = before > here ? before : here;
-          most[row + i] = now;
-          Floats total = {};
-          for (int64_t j = 0; j < width; j += kLanes) {
-            const Floats p = exp2<Type::kDegree>((load(line + j) - splat(now)) * splat(factor));
-            total += p;
-            Type::store(weights + i * kMostColumns + j, p);
-          }
-          rescale[i] = ::exp2f((before - now) * factor);
-          sum[row + i] = sum[row + i] * rescale[i] + reduce_sum(total);
-        }
-        multiply<Type>(weights, kMostColumns, values, width, features, out + row * features, features, rescale);
+        next->values = values, next->width = width, next->out = out + row * features;
+        Softmax<Type> softmax(scores, next->weights);
+        softmax.start(width, scale * kLog2E, most + row, sums + row * kLanes, next->rescale);
+        if (due->values)
+          multiply<Type>(due->weights, kMostColumns, due->values, due->width, features, due->out, features,
+                         due->rescale, softmax);
+        softmax.finish();
+        std::swap(next, due);
       }
     }
+  if (due->values)
+    multiply<Type>(due->weights, kMostColumns, due->values, due->width, features, due->out, features, due->rescale);
 
   for (int64_t i = 0; i < tile.rows[0].count; ++i) {
-    *row_of<float>(tile.lse, i) = sum[i] > 0 ? most[i] * scale + ::logf(sum[i]) : -HUGE_VALF;
-    if (sum[i] > 0)
+    const float sum = reduce_sum(load(sums + i * kLanes));
+    *row_of<float>(tile.lse, i) = sum > 0 ? most[i] * scale + ::logf(sum) : -HUGE_VALF;
+    if (sum > 0)
       for (int64_t d = 0; d < features; d += kLanes)
-        store(out + i * features + d, load(out + i * features + d) / splat(sum[i]));
+        store(out + i * features + d, load(out + i * features + d) / splat(sum));
   }
   write_rows<Type>(out, 1, tile.results[0], head_size);
 }

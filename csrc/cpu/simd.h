@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -37,19 +37,34 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
 
-// The second operand where one is NaN.
-inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+// The second operand where one is NaN. Compilers do not make one instruction of the plain form.
+inline Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Folds the lanes of x into one by `combine`, halves first.
+template <class Combine>
+inline float reduce(Floats x, Combine combine) {
+  float lanes[kLanes];
+  store(lanes, x);
+#pragma GCC unroll 8
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
 
 inline float reduce_maximum(Floats x) {
-  float most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
 
 inline float reduce_sum(Floats x) {
-  float sum = x[0];
-  for (int i = 1; i < kLanes; ++i) sum += x[i];
-  return sum;
+  return reduce(x, [](float a, float b) { return a + b; });
 }
 
 // 2^x for x < 127, and 2^-100 for all x below that: next to a largest weight of 1 that is nothing. kDegree 5 errs by
