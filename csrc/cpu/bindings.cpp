@@ -53,20 +53,12 @@ PYBIND11_MODULE(_native, module) {
     svggt::forward(tensor(q), tensor(k), tensor(v), tensor(out), tensor(lse), walk(tables), shape(sizes), scale,
                    options(how));
   });
-  module.def("backward_queries", [](const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
-                                    const TensorTuple& grad, const TensorTuple& lse, const TensorTuple& inner,
-                                    const TensorTuple& dq, const WalkTuple& tables, const ShapeTuple& sizes,
-                                    float scale, const OptionsTuple& how) {
+  module.def("backward", [](const TensorTuple& q, const TensorTuple& k, const TensorTuple& v, const TensorTuple& grad,
+                            const TensorTuple& lse, const TensorTuple& inner, const TensorTuple& dq,
+                            const TensorTuple& dk, const TensorTuple& dv, const WalkTuple& tables,
+                            const ShapeTuple& sizes, float scale, const OptionsTuple& how) {
     const py::gil_scoped_release release;
-    svggt::backward_queries(tensor(q), tensor(k), tensor(v), tensor(grad), tensor(lse), tensor(inner), tensor(dq),
-                            walk(tables), shape(sizes), scale, options(how));
-  });
-  module.def("backward_keys", [](const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
-                                 const TensorTuple& grad, const TensorTuple& lse, const TensorTuple& inner,
-                                 const TensorTuple& dk, const TensorTuple& dv, const WalkTuple& tables,
-                                 const ShapeTuple& sizes, float scale, const OptionsTuple& how) {
-    const py::gil_scoped_release release;
-    svggt::backward_keys(tensor(q), tensor(k), tensor(v), tensor(grad), tensor(lse), tensor(inner), tensor(dk),
-                         tensor(dv), walk(tables), shape(sizes), scale, options(how));
+    svggt::backward(tensor(q), tensor(k), tensor(v), tensor(grad), tensor(lse), tensor(inner), tensor(dq), tensor(dk),
+                    tensor(dv), walk(tables), shape(sizes), scale, options(how));
   });
 }

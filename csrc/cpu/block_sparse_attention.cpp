@@ -161,6 +161,18 @@ class CheckedWalk {
   int64_t packed_tokens() const { return packed_tokens_; }
   const ColumnTile& column_tile(int64_t t) const { return columns_[t]; }
 
+  // For each row tile, and each column tile it sees in turn: how many row tiles before it see that column tile.
+  std::vector<std::vector<int32_t>> ranks() const {
+    std::vector<std::vector<int32_t>> ranks(num_row_tiles());
+    std::vector<int32_t> before(columns_.size());
+    for (int64_t t = 0; t < num_row_tiles(); ++t) {
+      const Columns columns = columns_of(t);
+      for (int64_t r = 0; r < columns.num_runs; ++r)
+        for (int64_t c = columns.runs[r].begin; c < columns.runs[r].end; ++c) ranks[t].push_back(before[c]++);
+    }
+    return ranks;
+  }
+
   // The tokens of row tile t or column tile t of one head of a tensor.
   Tokens rows(int64_t t, const Tensor& tensor, const Shape& shape, int64_t head, int64_t element_bytes) const {
     const int64_t* tile = walk_.row_tiles.data + 3 * t;
@@ -174,7 +186,7 @@ class CheckedWalk {
   Columns columns_of(int64_t row_tile) const {
     const int64_t group = walk_.row_tiles.data[3 * row_tile];
     const int64_t begin = walk_.offsets.data[group], end = walk_.offsets.data[group + 1];
-    return {runs_.data() + begin, end - begin, columns_.data(), {}, {}, nullptr, nullptr};
+    return {runs_.data() + begin, end - begin, columns_.data(), {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
   }
 
  private:
@@ -252,15 +264,15 @@ struct Pass {
     return walk.rows(tile, tensor, shape, head, sizeof(float));
   }
 
-  // Calls work(tile, head, scratch) for every row tile of every head.
+  // Calls work(tile, head, scratch) for every row tile of every head, the costliest tiles first.
   template <class Work>
   void for_each_tile(const Work& work) const {
-    const int64_t tiles = walk.num_row_tiles(), tasks = shape.batch * shape.heads * tiles;
+    const int64_t heads = shape.batch * shape.heads, tasks = heads * walk.num_row_tiles();
     const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(options.threads, tasks));
     const int64_t bytes = round_up(kernels.scratch_bytes(shape.head_size), 64);
     const Buffer scratch(threads * bytes);
     run_parallel(static_cast<int>(threads), tasks,
-                 [&](int worker, int64_t i) { work(i % tiles, i / tiles, scratch.data() + worker * bytes); });
+                 [&](int worker, int64_t i) { work(i / heads, i % heads, scratch.data() + worker * bytes); });
   }
 
  private:
@@ -268,6 +280,45 @@ struct Pass {
     const int64_t token_bytes = round_up(shape.head_size, kPad) * kernels.element_bytes;
     return Packed(pack, token_bytes, tensor, kernels.element_bytes, walk, shape, options.threads);
   }
+};
+
+// Sums for the columns of all heads, float32, packed; all 0 at first.
+class Sums {
+ public:
+  explicit Sums(const Pass& pass)
+      : pass_(pass), features_(round_up(pass.shape.head_size, kPad)), heads_(pass.shape.batch * pass.shape.heads),
+        buffer_(heads_ * pass.walk.packed_tokens() * features_ * sizeof(float)) {
+    for_each_tile([&](float* sums, int64_t, int64_t tile) {
+      std::fill_n(sums, pass_.walk.column_tile(tile).count * features_, 0.0f);
+    });
+  }
+
+  float* head(int64_t head) const {
+    return reinterpret_cast<float*>(buffer_.data()) + head * pass_.walk.packed_tokens() * features_;
+  }
+
+  // Writes the sums times a factor to the columns of a tensor.
+  void write(const Tensor& tensor, float factor) const {
+    for_each_tile([&](float* sums, int64_t head, int64_t tile) {
+      const Tokens tokens = pass_.walk.columns(tile, tensor, pass_.shape, head, pass_.kernels.element_bytes);
+      pass_.kernels.write_rows(sums, factor, tokens, pass_.shape.head_size);
+    });
+  }
+
+ private:
+  template <class Work>
+  void for_each_tile(const Work& work) const {
+    const int64_t tiles = pass_.walk.num_column_tiles();
+    run_parallel(pass_.options.threads, heads_ * tiles, [&](int, int64_t i) {
+      const int64_t head = i / tiles, tile = i % tiles;
+      work(this->head(head) + pass_.walk.column_tile(tile).offset * features_, head, tile);
+    });
+  }
+
+  const Pass& pass_;
+  int64_t features_;
+  int64_t heads_;
+  Buffer buffer_;
 };
 
 }  // namespace
@@ -289,36 +340,21 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ou
     Columns columns = pass.walk.columns_of(t);
     columns.by_token[0] = keys.head(head);
     columns.by_feature[0] = values.head(head);
-    const RowTile tile{{pass.rows(t, q, head)}, {pass.rows(t, out, head)}, pass.row_statistics(t, lse, head), {}};
+    const RowTile tile{{pass.rows(t, q, head)}, {pass.rows(t, out, head)}, pass.row_statistics(t, lse, head)};
     pass.kernels.forward(tile, columns, shape.head_size, scale, scratch);
   });
 }
 
-void backward_queries(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad, const Tensor& lse,
-                      const Tensor& inner, const Tensor& dq, const Walk& walk, const Shape& shape, float scale,
-                      const Options& options) {
-  const Pass pass(walk, shape, options);
-  const Packed keys = pass.by_token(k), values = pass.by_token(v), key_features = pass.by_feature(k);
-  pass.for_each_tile([&](int64_t t, int64_t head, char* scratch) {
-    Columns columns = pass.walk.columns_of(t);
-    columns.by_token[0] = keys.head(head);
-    columns.by_token[1] = values.head(head);
-    columns.by_feature[0] = key_features.head(head);
-    const RowTile tile{{pass.rows(t, q, head), pass.rows(t, grad, head)},
-                       {pass.rows(t, dq, head)},
-                       pass.row_statistics(t, lse, head),
-                       pass.row_statistics(t, inner, head)};
-    pass.kernels.backward_queries(tile, columns, shape.head_size, scale, scratch);
-  });
-}
-
-void backward_keys(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad, const Tensor& lse,
-                   const Tensor& inner, const Tensor& dk, const Tensor& dv, const Walk& walk, const Shape& shape,
-                   float scale, const Options& options) {
+void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad, const Tensor& lse,
+              const Tensor& inner, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Walk& walk,
+              const Shape& shape, float scale, const Options& options) {
   const Pass pass(walk, shape, options);
   const Packed queries = pass.by_token(q), grads = pass.by_token(grad);
   const Packed query_features = pass.by_feature(q), grad_features = pass.by_feature(grad);
   const Packed packed_lse = pass.statistics(lse), packed_inner = pass.statistics(inner);
+  Sums gradients(pass);
+  const std::vector<std::vector<int32_t>> ranks = pass.walk.ranks();
+  std::vector<int32_t> turns(shape.batch * shape.heads * pass.walk.num_column_tiles());
   pass.for_each_tile([&](int64_t t, int64_t head, char* scratch) {
     Columns columns = pass.walk.columns_of(t);
     columns.by_token[0] = queries.head(head);
@@ -327,12 +363,15 @@ void backward_keys(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     columns.by_feature[1] = grad_features.head(head);
     columns.lse = packed_lse.floats(head);
     columns.inner = packed_inner.floats(head);
+    columns.gradients = gradients.head(head);
+    columns.turns = turns.data() + head * pass.walk.num_column_tiles();
+    columns.ranks = ranks[t].data();
     const RowTile tile{{pass.rows(t, k, head), pass.rows(t, v, head)},
                        {pass.rows(t, dk, head), pass.rows(t, dv, head)},
-                       {},
                        {}};
-    pass.kernels.backward_keys(tile, columns, shape.head_size, scale, scratch);
+    pass.kernels.backward(tile, columns, shape.head_size, scale, scratch);
   });
+  gradients.write(dq, scale);
 }
 
 }  // namespace svggt

@@ -55,19 +55,15 @@ struct Options {
   int threads;
 };
 
-// Writes out [B, H, N, D] and lse, float32 [B, H, N]. All functions throw std::invalid_argument if the walk
+// Writes out [B, H, N, D] and lse, float32 [B, H, N]. Both functions throw std::invalid_argument if the walk
 // does not fit the shape, or there is no such kernel.
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Walk& walk,
              const Shape& shape, float scale, const Options& options);
 
-// Writes dq; `inner` is dO . out - dLSE, float32 [B, H, N] like lse, tokens contiguous in both.
-void backward_queries(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad, const Tensor& lse,
-                      const Tensor& inner, const Tensor& dq, const Walk& walk, const Shape& shape, float scale,
-                      const Options& options);
-
-// Writes dk and dv; the rows of the walk and of the shape are keys, the columns queries.
-void backward_keys(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad, const Tensor& lse,
-                   const Tensor& inner, const Tensor& dk, const Tensor& dv, const Walk& walk, const Shape& shape,
-                   float scale, const Options& options);
+// Writes dk and dv, and dq where a column tile covers it. The rows of the walk and of the shape are keys, the columns
+// queries; `inner` is dO . out - dLSE, float32 [B, H, N] like lse, tokens contiguous in both.
+void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad, const Tensor& lse,
+              const Tensor& inner, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Walk& walk,
+              const Shape& shape, float scale, const Options& options);
 
 }  // namespace svggt

@@ -6,6 +6,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <sched.h>
 
 #include <utility>
 
@@ -15,6 +16,8 @@ namespace svggt::SVGGT_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
+// Slopes are kept for all rows of a tile, so far apart that those of consecutive rows do not share a cache set.
+constexpr int64_t kSlopesStride = kMostColumns + kPad;
 
 template <class T>
 inline T* row_of(const Tokens& tokens, int64_t i) {
@@ -94,16 +97,23 @@ void write_rows(const float* from, float factor, const Tokens& tokens, int64_t h
   }
 }
 
+// The left operand of a product: element (i, k) lies at i * row + k * step, where a step is kPairs elements of the sum.
+template <class Element>
+struct Left {
+  const Element* data;
+  int64_t row;
+  int64_t step;
+};
+
 // What a product has to do beside: nothing.
 struct Nothing {
   void operator()() const {}
 };
-constexpr Nothing kNothing;
 
 // One panel of c = [factor * c] + a b for kRows rows; without factors c is overwritten. `beside` is called in every step.
 template <class Type, int kWide, class Beside>
-inline void multiply_panel(const typename Type::Element* a, int64_t a_stride, const typename Type::Element* b,
-                           int64_t depth, float* c, int64_t c_stride, const float* factors, Beside& beside) {
+inline void multiply_panel(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, float* c,
+                           int64_t c_stride, const float* factors, Beside& beside) {
   Floats sums[kRows][kWide];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -111,14 +121,14 @@ inline void multiply_panel(const typename Type::Element* a, int64_t a_stride, co
     for (int j = 0; j < kWide; ++j)
       sums[i][j] = factors ? splat(factors[i]) * load(c + i * c_stride + j * kLanes) : Floats{};
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; k += Type::kPairs) {
+  for (int64_t step = 0; step < depth / Type::kPairs; ++step) {
     beside();
     typename Type::Operand columns[kWide];
 #pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) columns[j] = Type::load(b + (k * kWide + j * Type::kPairs) * kLanes);
+    for (int j = 0; j < kWide; ++j) columns[j] = Type::load(b + (step * kWide + j) * Type::kPairs * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename Type::Operand row = Type::broadcast(a + i * a_stride + k);
+      const typename Type::Operand row = Type::broadcast(a.data + i * a.row + step * a.step);
 #pragma GCC unroll 8
       for (int j = 0; j < kWide; ++j) sums[i][j] = Type::multiply_add(row, columns[j], sums[i][j]);
     }
@@ -131,22 +141,34 @@ inline void multiply_panel(const typename Type::Element* a, int64_t a_stride, co
 
 // The same, for a panel whose width is known when it runs: kWide vectors or fewer.
 template <class Type, int kWide = kVectors, class Beside>
-inline void multiply_panel_of(int64_t vectors, const typename Type::Element* a, int64_t a_stride,
-                              const typename Type::Element* b, int64_t depth, float* c, int64_t c_stride,
-                              const float* factors, Beside& beside) {
+inline void multiply_panel_of(int64_t vectors, Left<typename Type::Element> a, const typename Type::Element* b,
+                              int64_t depth, float* c, int64_t c_stride, const float* factors, Beside& beside) {
   if constexpr (kWide > 1)
     if (vectors < kWide)
-      return multiply_panel_of<Type, kWide - 1>(vectors, a, a_stride, b, depth, c, c_stride, factors, beside);
-  multiply_panel<Type, kWide>(a, a_stride, b, depth, c, c_stride, factors, beside);
+      return multiply_panel_of<Type, kWide - 1>(vectors, a, b, depth, c, c_stride, factors, beside);
+  multiply_panel<Type, kWide>(a, b, depth, c, c_stride, factors, beside);
 }
 
 // c = [factor * c] + a b for kRows rows of a and the packed array b, depth x width.
-template <class Type, class Beside = const Nothing>
-void multiply(const typename Type::Element* a, int64_t a_stride, const typename Type::Element* b, int64_t depth,
-              int64_t width, float* c, int64_t c_stride, const float* factors, Beside& beside = kNothing) {
+template <class Type, class Beside>
+void multiply(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, int64_t width, float* c,
+              int64_t c_stride, const float* factors, Beside& beside) {
   for (int64_t first = 0; first < width; first += kLanes * kVectors)
-    multiply_panel_of<Type>(panel_width(first, width) / kLanes, a, a_stride, b + first * depth, depth, c + first,
-                            c_stride, factors, beside);
+    multiply_panel_of<Type>(panel_width(first, width) / kLanes, a, b + first * depth, depth, c + first, c_stride,
+                            factors, beside);
+}
+
+template <class Type>
+void multiply(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, int64_t width, float* c,
+              int64_t c_stride, const float* factors) {
+  const Nothing nothing;
+  multiply<Type>(a, b, depth, width, c, c_stride, factors, nothing);
+}
+
+// kRows rows of a plain array, from the first on.
+template <class Type>
+Left<typename Type::Element> rows_of(const typename Type::Element* first, int64_t stride) {
+  return {first, stride, Type::kPairs};
 }
 
 // Hides the padding behind the last of `count` columns.
@@ -172,10 +194,12 @@ class Scratch {
 };
 
 int64_t scratch_bytes(int64_t head_size) {
-  const int64_t tile = round_up(kMostRows, kRows) * round_up(head_size, kPad) * sizeof(float) + 64;
-  const int64_t scores = kRows * kMostColumns * sizeof(float) + 64;
-  const int64_t rows = round_up(kMostRows, kRows) * kLanes * sizeof(float) + 64;
-  return 4 * tile + 4 * scores + 4 * rows;
+  const int64_t tile = kMostRows * round_up(head_size, kPad) * sizeof(float);
+  const int64_t scores = kRows * kMostColumns * sizeof(float);
+  const int64_t slopes = kMostRows * kSlopesStride * sizeof(float);
+  const int64_t columns = kMostColumns * round_up(head_size, kPad) * sizeof(float);
+  const int64_t rows = kMostRows * (kLanes + 1) * sizeof(float);
+  return 5 * tile + 6 * scores + slopes + columns + rows;
 }
 
 // The weights of kRows rows for one tile of columns, made of their scores a vector at a time.
@@ -241,16 +265,20 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   std::memset(sums, 0, rows * kLanes * sizeof(float));
   std::memset(out, 0, rows * features * sizeof(float));
 
-  // Weights times values, for which the weights of the next rows are made at the same time.
+  // Weights times values, beside which the weights of the next rows are made.
   struct Product {
     Element* weights;
-    float rescale[kRows];
     const Element* values;
     int64_t width;
     float* out;
-  } products[2] = {{scratch.take<Element>(kRows * kMostColumns), {}, nullptr, 0, nullptr},
-                   {scratch.take<Element>(kRows * kMostColumns), {}, nullptr, 0, nullptr}};
+    float rescale[kRows];
+  } products[2] = {};
+  for (Product& product : products) product.weights = scratch.take<Element>(kRows * kMostColumns);
   Product *next = &products[0], *due = &products[1];
+  const auto run = [&](const Product& product, auto& beside) {
+    multiply<Type>(rows_of<Type>(product.weights, kMostColumns), product.values, product.width, features, product.out,
+                   features, product.rescale, beside);
+  };
   for (int64_t r = 0; r < columns.num_runs; ++r)
     for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
       const ColumnTile column = columns.tiles[t];
@@ -258,20 +286,19 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
       const auto* keys = reinterpret_cast<const Element*>(columns.by_token[0]) + column.offset * features;
       const auto* values = reinterpret_cast<const Element*>(columns.by_feature[0]) + column.offset * features;
       for (int64_t row = 0; row < rows; row += kRows) {
-        multiply<Type>(queries + row * features, features, keys, features, width, scores, kMostColumns, nullptr);
+        multiply<Type>(rows_of<Type>(queries + row * features, features), keys, features, width, scores, kMostColumns,
+                       nullptr);
         hide_padding(scores, column.count);
         next->values = values, next->width = width, next->out = out + row * features;
         Softmax<Type> softmax(scores, next->weights);
         softmax.start(width, scale * kLog2E, most + row, sums + row * kLanes, next->rescale);
-        if (due->values)
-          multiply<Type>(due->weights, kMostColumns, due->values, due->width, features, due->out, features,
-                         due->rescale, softmax);
+        if (due->values) run(*due, softmax);
         softmax.finish();
         std::swap(next, due);
       }
     }
-  if (due->values)
-    multiply<Type>(due->weights, kMostColumns, due->values, due->width, features, due->out, features, due->rescale);
+  const Nothing nothing;
+  if (due->values) run(*due, nothing);
 
   for (int64_t i = 0; i < tile.rows[0].count; ++i) {
     const float sum = reduce_sum(load(sums + i * kLanes));
@@ -283,35 +310,90 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   write_rows<Type>(out, 1, tile.results[0], head_size);
 }
 
-// With kKeys the rows are keys and the columns queries: the statistics then belong to columns.
-template <class Type, bool kKeys>
+// Weights and slopes of kRows keys for one tile of queries, made of scores and of V dO^T a vector at a time. Slopes are
+// the gradients of the unscaled scores, divided by the scale.
+template <class Type>
+class Slopes {
+ public:
+  using Element = typename Type::Element;
+
+  // `across` is where the slopes of the first key lie in an array that is read across keys.
+  Slopes(const float* scores, const float* products, Element* weights, Element* slopes, Element* across, int64_t rows,
+         int64_t width, const float* lse, const float* inner, float scale)
+      : scores_(scores), products_(products), weights_(weights), slopes_(slopes), across_(across), lse_(lse),
+        inner_(inner), scale_(scale), rows_(rows), width_(width) {}
+
+  // Makes the next vectors, of kPairs keys, if there are any left.
+  void operator()() {
+    if (column_ == width_) return;
+    Floats slopes[Type::kPairs];
+#pragma GCC unroll 2
+    for (int i = 0; i < Type::kPairs; ++i) {
+      const int64_t place = (row_ + i) * kMostColumns + column_;
+      // Rounded as in the forward pass, so that a lone key has weight 1; the maximum keeps the compiler from fusing.
+      const Floats score = maximum(load(scores_ + place) * splat(scale_), splat(-FLT_MAX));
+      const Floats p = exp2<Type::kDegree>((score - load(lse_ + column_)) * splat(kLog2E));
+      slopes[i] = row_ + i < rows_ ? p * (load(products_ + place) - load(inner_ + column_)) : Floats{};
+      Type::store(weights_ + place, p);
+      Type::store(slopes_ + place, slopes[i]);
+    }
+    Type::store_across(across_ + row_ * kSlopesStride + column_ * Type::kPairs, slopes);
+    row_ += Type::kPairs;
+    if (row_ == kRows) row_ = 0, column_ += kLanes;
+  }
+
+  void finish() {
+    while (column_ < width_) (*this)();
+  }
+
+ private:
+  const float* scores_;
+  const float* products_;
+  Element* weights_;
+  Element* slopes_;
+  Element* across_;
+  const float* lse_;
+  const float* inner_;
+  float scale_;
+  int64_t rows_;
+  int64_t width_;
+  int64_t row_ = 0;
+  int64_t column_ = 0;
+};
+
+template <class Type>
 void backward(const RowTile& tile, const Columns& columns, int64_t head_size, float scale, char* memory) {
   using Element = typename Type::Element;
   Scratch scratch(memory);
   const int64_t features = round_up(head_size, kPad), rows = round_up(tile.rows[0].count, kRows);
-  Element* operands[2];  // Q and dO, or K and V
+  const int64_t depth = round_up(tile.rows[0].count, kPad);
+  Element* operands[2];  // K and V
+  float* results[2];     // dK and dV
   for (int i = 0; i < 2; ++i) {
     operands[i] = scratch.take<Element>(rows * features);
     copy_rows<Type>(tile.rows[i], head_size, operands[i]);
-  }
-  float* results[2];  // dQ, or dK and dV
-  for (int i = 0; i < (kKeys ? 2 : 1); ++i) {
     results[i] = scratch.take<float>(rows * features);
     std::memset(results[i], 0, rows * features * sizeof(float));
   }
+  Element* keys = scratch.take<Element>(depth * features);
+  pack_by_feature<Type>(tile.rows[0], head_size, reinterpret_cast<char*>(keys));
+  Element* across = scratch.take<Element>(kMostRows * kSlopesStride);
+  std::memset(across, 0, kMostRows * kSlopesStride * sizeof(Element));
+  float* column_gradients = scratch.take<float>(kMostColumns * features);
   float* scores = scratch.take<float>(kRows * kMostColumns);
-  float* products = scratch.take<float>(kRows * kMostColumns);  // dO V
-  Element* weights = scratch.take<Element>(kRows * kMostColumns);
-  Element* slopes = scratch.take<Element>(kRows * kMostColumns);
-  float* row_lse = scratch.take<float>(rows);
-  float* row_inner = scratch.take<float>(rows);
-  if constexpr (!kKeys)
-    for (int64_t i = 0; i < rows; ++i) {
-      const bool real = i < tile.rows[0].count;
-      row_lse[i] = real ? *row_of<float>(tile.lse, i) : 0;
-      row_inner[i] = real ? *row_of<float>(tile.inner, i) : 0;
-    }
+  float* products = scratch.take<float>(kRows * kMostColumns);  // V dO^T
+
+  // Slopes times queries and weights times dO, beside which those of the next keys are made.
+  struct Product {
+    Element* slopes;
+    Element* weights;
+    int64_t row;
+  } buffers[2];
+  for (Product& product : buffers)
+    product = {scratch.take<Element>(kRows * kMostColumns), scratch.take<Element>(kRows * kMostColumns), 0};
+  Product *next = &buffers[0], *due = &buffers[1];
   const float ones[kRows] = {1, 1, 1, 1, 1, 1};
+  const int32_t* ranks = columns.ranks;
 
   for (int64_t r = 0; r < columns.num_runs; ++r)
     for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
@@ -320,42 +402,49 @@ void backward(const RowTile& tile, const Columns& columns, int64_t head_size, fl
       const Element *by_token[2], *by_feature[2];
       for (int i = 0; i < 2; ++i) {
         by_token[i] = reinterpret_cast<const Element*>(columns.by_token[i]) + column.offset * features;
-        if (kKeys || i == 0)
-          by_feature[i] = reinterpret_cast<const Element*>(columns.by_feature[i]) + column.offset * features;
+        by_feature[i] = reinterpret_cast<const Element*>(columns.by_feature[i]) + column.offset * features;
       }
+      const auto run = [&](const Product& product, auto& beside) {
+        multiply<Type>(rows_of<Type>(product.slopes, kMostColumns), by_feature[0], width, features,
+                       results[0] + product.row * features, features, ones, beside);
+        multiply<Type>(rows_of<Type>(product.weights, kMostColumns), by_feature[1], width, features,
+                       results[1] + product.row * features, features, ones, beside);
+      };
       for (int64_t row = 0; row < rows; row += kRows) {
-        multiply<Type>(operands[0] + row * features, features, by_token[0], features, width, scores, kMostColumns,
-                       nullptr);
-        multiply<Type>(operands[1] + row * features, features, by_token[1], features, width, products, kMostColumns,
-                       nullptr);
-        hide_padding(scores, column.count);
-        for (int64_t i = 0; i < kRows; ++i)
-          for (int64_t j = 0; j < width; j += kLanes) {
-            const int64_t place = i * kMostColumns + j;
-            const Floats lse = kKeys ? load(columns.lse + column.offset + j) : splat(row_lse[row + i]);
-            const Floats inner = kKeys ? load(columns.inner + column.offset + j) : splat(row_inner[row + i]);
-            // Rounded as in the forward pass, so that a lone key has weight 1; the maximum keeps the compiler from fusing.
-            const Floats score = maximum(load(scores + place) * splat(scale), splat(-FLT_MAX));
-            const Floats p = exp2<Type::kDegree>((score - lse) * splat(kLog2E));
-            if constexpr (kKeys) Type::store(weights + place, p);
-            Type::store(slopes + place, p * (load(products + place) - inner));
-          }
-        multiply<Type>(slopes, kMostColumns, by_feature[0], width, features, results[0] + row * features, features,
-                       ones);
-        if constexpr (kKeys)
-          multiply<Type>(weights, kMostColumns, by_feature[1], width, features, results[1] + row * features, features,
-                         ones);
+        multiply<Type>(rows_of<Type>(operands[0] + row * features, features), by_token[0], features, width, scores,
+                       kMostColumns, nullptr);
+        multiply<Type>(rows_of<Type>(operands[1] + row * features, features), by_token[1], features, width, products,
+                       kMostColumns, nullptr);
+        next->row = row;
+        Slopes<Type> slopes(scores, products, next->weights, next->slopes, across + row * kSlopesStride,
+                            tile.rows[0].count - row, width, columns.lse + column.offset, columns.inner + column.offset,
+                            scale);
+        if (row) run(*due, slopes);
+        slopes.finish();
+        std::swap(next, due);
       }
+      const Nothing nothing;
+      run(*due, nothing);
+      for (int64_t i = 0; i < width; i += kRows)
+        multiply<Type>({across + i * Type::kPairs, Type::kPairs, kSlopesStride * Type::kPairs}, keys, depth, features,
+                       column_gradients + i * features, features, nullptr);
+      // Tiles of rows add in their order, whichever thread is first, so that sums round in the same way every time.
+      int32_t* turn = columns.turns + t;
+      while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != *ranks) sched_yield();
+      float* sums = columns.gradients + column.offset * features;
+      for (int64_t i = 0; i < column.count * features; i += kLanes)
+        store(sums + i, load(sums + i) + load(column_gradients + i));
+      __atomic_store_n(turn, *ranks++ + 1, __ATOMIC_RELEASE);
     }
 
   write_rows<Type>(results[0], scale, tile.results[0], head_size);
-  if constexpr (kKeys) write_rows<Type>(results[1], 1, tile.results[1], head_size);
+  write_rows<Type>(results[1], 1, tile.results[1], head_size);
 }
 
 template <class Type>
 constexpr Kernels kernels_of() {
-  return {sizeof(typename Type::Element), pack_by_token<Type>, pack_by_feature<Type>, scratch_bytes, forward<Type>,
-          backward<Type, false>, backward<Type, true>};
+  return {sizeof(typename Type::Element), pack_by_token<Type>, pack_by_feature<Type>, write_rows<Type>, scratch_bytes,
+          forward<Type>,                  backward<Type>};
 }
 
 }  // namespace

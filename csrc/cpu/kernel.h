@@ -36,8 +36,9 @@ struct Range {
 };
 
 // The columns of a row tile: ranges of tiles, and the packed arrays of one head. `by_token` holds one token per lane and
-// makes scores, `by_feature` one feature per lane and makes results. Forward: by_token K, by_feature V. For the gradient
-// of queries: K and V, then K. For the gradients of keys: Q and dO twice, and the statistics of the queries.
+// makes scores, `by_feature` one feature per lane and makes results. Forward: by_token K, by_feature V. Backward: Q and dO
+// in both, the statistics of the queries, and where dQ / scale adds up. There `turns` counts for each tile of columns the
+// row tiles that have added to it, and `ranks` says, for one after the other of the tiles, how many come first.
 struct Columns {
   const Range* runs;
   int64_t num_runs;
@@ -46,15 +47,16 @@ struct Columns {
   const char* by_feature[2];
   const float* lse;
   const float* inner;
+  float* gradients;
+  int32_t* turns;
+  const int32_t* ranks;
 };
 
-// A tile of rows. Forward: rows is Q, results the output, and `lse` is written. For the gradient of queries: rows are Q
-// and dO, the result is dQ, and `lse` and `inner` are read. For the gradients of keys: K and V, then dK and dV.
+// A tile of rows. Forward: rows is Q, results the output, and `lse` is written. Backward: K and V, then dK and dV.
 struct RowTile {
   Tokens rows[2];
   Tokens results[2];
   Tokens lse;
-  Tokens inner;
 };
 
 // One kernel family: an instruction set and a dtype. `scratch` holds `scratch_bytes(head_size)`, aligned to 64 bytes.
@@ -62,10 +64,10 @@ struct Kernels {
   int64_t element_bytes;
   void (*pack_by_token)(const Tokens& tokens, int64_t head_size, char* packed);
   void (*pack_by_feature)(const Tokens& tokens, int64_t head_size, char* packed);
+  void (*write_rows)(const float* from, float factor, const Tokens& tokens, int64_t head_size);
   int64_t (*scratch_bytes)(int64_t head_size);
   void (*forward)(const RowTile&, const Columns&, int64_t head_size, float scale, char* scratch);
-  void (*backward_queries)(const RowTile&, const Columns&, int64_t head_size, float scale, char* scratch);
-  void (*backward_keys)(const RowTile&, const Columns&, int64_t head_size, float scale, char* scratch);
+  void (*backward)(const RowTile&, const Columns&, int64_t head_size, float scale, char* scratch);
 };
 
 }  // namespace svggt

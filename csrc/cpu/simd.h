@@ -91,7 +91,7 @@ inline Floats exp2(Floats x) {
 }
 
 // What depends on the dtype of operands: how many consecutive elements of the summed axis a lane holds, the product of
-// such lanes, and rounding.
+// such lanes, and rounding; `store_across` makes kPairs rows the summed axis.
 struct Float32 {
   using Element = float;
   static constexpr int kPairs = 1;
@@ -101,6 +101,7 @@ struct Float32 {
   static Operand load(const Element* from) { return SVGGT_ISA::load(from); }
   static Floats multiply_add(Operand a, Operand b, Floats c) { return a * b + c; }
   static void store(Element* to, Floats x) { SVGGT_ISA::store(to, x); }
+  static void store_across(Element* to, const Floats* rows) { SVGGT_ISA::store(to, rows[0]); }
 };
 
 #if defined(__AVX512BF16__)
@@ -118,6 +119,11 @@ struct BFloat16 {
   static Floats multiply_add(Operand a, Operand b, Floats c) { return _mm512_dpbf16_ps(c, a, b); }
   static void store(Element* to, Floats x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  static void store_across(Element* to, const Floats* rows) {
+    const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[0]));
+    const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[1]));
+    _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
   }
 };
 #endif

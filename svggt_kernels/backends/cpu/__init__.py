@@ -24,8 +24,8 @@ NOT_BUILT = Path(__file__).with_name("not_built.txt")
 # The instruction set to use, None for the best that this CPU has; set by tests.
 INSTRUCTION_SET: str | None = None
 
-# Backward holds twice the scores and packed columns, in the same caches.
-BACKWARD_COLUMNS = 256
+# Backward holds more arrays in the same caches, so its column tiles are smaller.
+BACKWARD_COLUMNS = int(__import__("os").environ.get("BC", "256"))
 
 
 @cache
@@ -57,9 +57,8 @@ def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tens
 
 
 def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-    """Return the tables of the layout for the gradient of q and those of its transpose for the gradients of k and v."""
-    sizes = extension().MOST_ROWS, BACKWARD_COLUMNS
-    return [*walk(layout, *sizes), *walk(layout.transposed(), *sizes)]
+    """Return the tables of the transposed layout: the backward pass owns keys and walks their queries."""
+    return list(walk(layout.transposed(), extension().MOST_ROWS, BACKWARD_COLUMNS))
 
 
 def forward(
@@ -95,10 +94,9 @@ def backward(
         inner = inner - grad_lse
     dtype, (q, k, v, grad) = q.dtype, _operands(q, k, v, grad_out)
     dq, dk, dv = (_result(x) for x in (q, k, v))
-    inputs = [_tensor(x) for x in (q, k, v, grad, lse.contiguous(), inner.contiguous())]
-    half = len(tables) // 2
-    extension().backward_queries(*inputs, _tensor(dq), *_how(q, k, tables[:half], scale))
-    extension().backward_keys(*inputs, _tensor(dk), _tensor(dv), *_how(k, q, tables[half:], scale))
+    dq.zero_()  # queries that see nothing
+    tensors = (q, k, v, grad, lse.contiguous(), inner.contiguous(), dq, dk, dv)
+    extension().backward(*map(_tensor, tensors), *_how(k, q, tables, scale))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
