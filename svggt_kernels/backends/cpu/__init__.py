@@ -25,7 +25,7 @@ NOT_BUILT = Path(__file__).with_name("not_built.txt")
 INSTRUCTION_SET: str | None = None
 
 # Backward holds more arrays in the same caches, so its column tiles are smaller.
-BACKWARD_COLUMNS = int(__import__("os").environ.get("BC", "256"))
+BACKWARD_COLUMNS = 256
 
 
 @cache
