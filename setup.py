@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc" / "cpu"))
-from rules import SHARED, rules  # noqa: E402, I001
+from rules import SHARED, rules
 
 NOT_BUILT = Path("svggt_kernels", "backends", "cpu", "not_built.txt")
 

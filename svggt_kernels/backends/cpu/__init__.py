@@ -101,7 +101,7 @@ def backward(
 
 
 def _operands(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors as the kernels read them: features contiguous, in float32 unless the CPU multiplies their dtype."""
+    """Return tensors as the kernels read them: features contiguous; float32 if the CPU cannot multiply their dtype."""
     dtype = tensors[0].dtype
     if not (dtype == torch.bfloat16 and extension().has_bfloat16(instruction_set())):
         dtype = torch.float32
