@@ -2,6 +2,10 @@
 
 #include "block_sparse_attention.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -102,14 +106,19 @@ void run_parallel(int threads, int64_t count, const Work& work) {
   if (error) std::rethrow_exception(error);
 }
 
-// Memory aligned to a cache line, not initialised.
+// Memory aligned to a large page, not initialised.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) : memory_(static_cast<char*>(::operator new(bytes, kAlignment))) {}
+  explicit Buffer(int64_t bytes) : memory_(static_cast<char*>(::operator new(bytes, kAlignment))) {
+#if defined(__linux__)
+    // The first touch of small pages would take as long as packing.
+    madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
+  }
   char* data() const { return memory_.get(); }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr std::align_val_t kAlignment{2 << 20};
   struct Free {
     void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
   };

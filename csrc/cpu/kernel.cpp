@@ -35,19 +35,26 @@ inline int64_t panel_width(int64_t column, int64_t width) {
 template <class Type>
 void pack_by_token(const Tokens& tokens, int64_t head_size, char* packed) {
   using Element = typename Type::Element;
-  const int64_t width = round_up(tokens.count, kPad), depth = round_up(head_size, kPad);
-  Element* to = reinterpret_cast<Element*>(packed);
+  struct Step {
+    Element elements[Type::kPairs];
+  };
+  const int64_t width = round_up(tokens.count, kPad), steps = round_up(head_size, kPad) / Type::kPairs;
+  const int64_t whole_steps = head_size / Type::kPairs, rest = head_size % Type::kPairs;
+  Step* to = reinterpret_cast<Step*>(packed);
   for (int64_t first = 0; first < width; first += kLanes * kVectors) {
     const int64_t panel = panel_width(first, width);
     for (int64_t lane = 0; lane < panel; ++lane) {
       const int64_t token = first + lane;
-      const Element* from = token < tokens.count ? row_of<Element>(tokens, token) : nullptr;
-      for (int64_t d = 0; d < depth; ++d) {
-        const int64_t step = d / Type::kPairs, half = d % Type::kPairs;
-        to[(step * panel + lane) * Type::kPairs + half] = from && d < head_size ? from[d] : Element(0);
+      int64_t step = 0;
+      if (token < tokens.count) {
+        const Element* from = row_of<Element>(tokens, token);
+        for (; step < whole_steps; ++step)
+          std::memcpy(to + step * panel + lane, from + step * Type::kPairs, sizeof(Step));
+        if (rest) to[step++ * panel + lane] = {from[head_size - 1]};
       }
+      for (; step < steps; ++step) to[step * panel + lane] = {};
     }
-    to += panel * depth;
+    to += panel * steps;
   }
 }
 
