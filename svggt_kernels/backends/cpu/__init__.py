@@ -24,6 +24,9 @@ NOT_BUILT = Path(__file__).with_name("not_built.txt")
 # The instruction set to use, None for the best that this CPU has; set by tests.
 INSTRUCTION_SET: str | None = None
 
+# What runs on every CPU, only where INSTRUCTION_SET names it.
+SLOW = "baseline"
+
 # Backward holds more arrays in the same caches, so its column tiles are smaller.
 BACKWARD_COLUMNS = 256
 
@@ -48,6 +51,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     except ImportError as error:
         why = NOT_BUILT.read_text().strip() if NOT_BUILT.exists() else str(error)
         return f"its C++ extension is not there: {why}"
+    if instruction_set() == SLOW and INSTRUCTION_SET != SLOW:
+        return "this CPU has no AVX2, and without it PyTorch is faster"
     return None if dtype in DTYPES else f"it takes float16, bfloat16 and float32, got {dtype}"
 
 
