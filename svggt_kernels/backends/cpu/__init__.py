@@ -46,6 +46,12 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     """Return why the CPU kernels cannot run such inputs, or None."""
     if device.type != "cpu":
         return f"it needs tensors on the CPU, got {device.type}"
+    return _missing() if dtype in DTYPES else f"it takes float16, bfloat16 and float32, got {dtype}"
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    """Return what this machine lacks to run the kernels, or None."""
     try:
         extension()
     except ImportError as error:
@@ -53,7 +59,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
         return f"its C++ extension is not there: {why}"
     if instruction_set() == SLOW and INSTRUCTION_SET != SLOW:
         return "this CPU has no AVX2, and without it PyTorch is faster"
-    return None if dtype in DTYPES else f"it takes float16, bfloat16 and float32, got {dtype}"
+    return None
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
