@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-native lint bench clean
 
 demo: $(VENV)/.runs  ## dense against sparse attention on a rendered walk, in under two minutes
 	$(BIN)/svggt-kernels demo
 
 test: $(VENV)/.ready  ## every test that this machine can run
 	$(BIN)/python -m pytest
+
+test-native: $(VENV)/.ready  ## the C++ of the CPU backend under address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m pytest tests/test_cpu_sanitizers.py
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .
@@ -19,7 +22,7 @@ lint: $(VENV)/.ready  ## style and types
 bench: $(VENV)/.ready  ## the CPU-sized benchmark cases, checked before they are timed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-$(VENV)/.runs: pyproject.toml setup.py constraints.txt
+$(VENV)/.runs: pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[viz]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svggt_kernels"
+COMPILER = os.environ.get("CXX", "c++")
 
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
@@ -94,25 +96,48 @@ def test_public_names_exist():
     assert list(svggt_kernels.__all__) == sorted(svggt_kernels.__all__)
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
-    source = tmp_path / "source"
+def contents_of_wheel(folder: Path) -> zipfile.ZipFile:
+    """A wheel built in `folder` from a copy of the sources."""
+    source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    built = shutil.ignore_patterns("__pycache__", "*.so", "not_built.txt")
     for name in ("svggt_kernels", "csrc", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=built)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("svggt_kernels-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    inside = {name for name in names if ".dist-info/" not in name}
-    expected = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    (wheel,) = folder.glob("svggt_kernels-*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def expected_in_wheel() -> set[str]:
+    """What every wheel holds: Python, and the sources of kernels that are compiled where they run."""
+    python = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
     sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cu*")}
-    assert sources and inside == expected | sources
+    assert sources
+    return python | sources
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler, {COMPILER} is not there")
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
+    names = contents_of_wheel(tmp_path).namelist()
+    inside = {name for name in names if ".dist-info/" not in name}
+    (compiled,) = inside - expected_in_wheel()
+    assert expected_in_wheel() <= inside
+    assert compiled.startswith("svggt_kernels/backends/cpu/_native.") and compiled.endswith(".so")
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    wheel = contents_of_wheel(tmp_path)
+    note = "svggt_kernels/backends/cpu/not_built.txt"
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected_in_wheel() | {note}
+    assert "install a C++17 compiler" in wheel.read(note).decode()
 
 
 def test_modules_are_of_readable_length():

@@ -1,0 +1,464 @@
+// The kernels, compiled once for each instruction set: SVGGT_ISA names it, compiler flags select it.
+//
+// A tile of rows meets its columns tile by tile. Six rows at a time go through all steps while their scores lie in the
+// first-level cache; the packed columns stay in the second-level cache for all rows of the tile. A product takes rows
+// broadcast element by element and columns a vector at a time, 6 rows x kVectors vectors in registers.
+
+#include <float.h>
+#include <math.h>
+#include <sched.h>
+
+#include <utility>
+
+#include "simd.h"
+
+namespace svggt::SVGGT_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+// Slopes are kept for all rows of a tile, so far apart that those of consecutive rows do not share a cache set.
+constexpr int64_t kSlopesStride = kMostColumns + kPad;
+
+template <class T>
+inline T* row_of(const Tokens& tokens, int64_t i) {
+  return reinterpret_cast<T*>(tokens.data) + (tokens.index ? tokens.index[i] : i) * tokens.stride;
+}
+
+// How wide the panel is that starts at `column` of a packed array.
+inline int64_t panel_width(int64_t column, int64_t width) {
+  const int64_t left = width - column;
+  return left < kLanes * kVectors ? left : kLanes * kVectors;
+}
+
+// Packed arrays are cut into panels of up to kLanes * kVectors columns; a panel holds, for each step of kPairs elements
+// along the summed axis, those elements of its first column, of its second, and so on.
+template <class Type>
+void pack_by_token(const Tokens& tokens, int64_t head_size, char* packed) {
+  using Element = typename Type::Element;
+  struct Step {
+    Element elements[Type::kPairs];
+  };
+  const int64_t width = round_up(tokens.count, kPad), steps = round_up(head_size, kPad) / Type::kPairs;
+  const int64_t whole_steps = head_size / Type::kPairs, rest = head_size % Type::kPairs;
+  Step* to = reinterpret_cast<Step*>(packed);
+  for (int64_t first = 0; first < width; first += kLanes * kVectors) {
+    const int64_t panel = panel_width(first, width);
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      const int64_t token = first + lane;
+      int64_t step = 0;
+      if (token < tokens.count) {
+        const Element* from = row_of<Element>(tokens, token);
+        for (; step < whole_steps; ++step)
+          std::memcpy(to + step * panel + lane, from + step * Type::kPairs, sizeof(Step));
+        if (rest) to[step++ * panel + lane] = {from[head_size - 1]};
+      }
+      for (; step < steps; ++step) to[step * panel + lane] = {};
+    }
+    to += panel * steps;
+  }
+}
+
+template <class Type>
+void pack_by_feature(const Tokens& tokens, int64_t head_size, char* packed) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(head_size, kPad), depth = round_up(tokens.count, kPad);
+  Element* to = reinterpret_cast<Element*>(packed);
+  for (int64_t first = 0; first < width; first += kLanes * kVectors) {
+    const int64_t panel = panel_width(first, width);
+    for (int64_t token = 0; token < depth; ++token) {
+      const Element* from = token < tokens.count ? row_of<Element>(tokens, token) : nullptr;
+      const int64_t step = token / Type::kPairs, half = token % Type::kPairs;
+      for (int64_t lane = 0; lane < panel; ++lane) {
+        const int64_t d = first + lane;
+        to[(step * panel + lane) * Type::kPairs + half] = from && d < head_size ? from[d] : Element(0);
+      }
+    }
+    to += panel * depth;
+  }
+}
+
+// Rows of a tile as products read them, padded with zeros to kRows and kPad.
+template <class Type>
+void copy_rows(const Tokens& tokens, int64_t head_size, typename Type::Element* to) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(head_size, kPad), rows = round_up(tokens.count, kRows);
+  std::memset(to, 0, rows * width * sizeof(Element));
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    std::memcpy(to + i * width, row_of<Element>(tokens, i), head_size * sizeof(Element));
+  }
+}
+
+// Writes results times a factor.
+template <class Type>
+void write_rows(const float* from, float factor, const Tokens& tokens, int64_t head_size) {
+  using Element = typename Type::Element;
+  const int64_t width = round_up(head_size, kPad);
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    Element* to = row_of<Element>(tokens, i);
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      Element rounded[kLanes];
+      Type::store(rounded, load(from + i * width + d) * splat(factor));
+      const int64_t left = head_size - d;
+      std::memcpy(to + d, rounded, (left < kLanes ? left : kLanes) * sizeof(Element));
+    }
+  }
+}
+
+// The left operand of a product: element (i, k) lies at i * row + k * step, where a step is kPairs elements of the sum.
+template <class Element>
+struct Left {
+  const Element* data;
+  int64_t row;
+  int64_t step;
+};
+
+// What a product has to do beside: nothing.
+struct Nothing {
+  void operator()() const {}
+};
+
+// One panel of c = [factor * c] + a b for kRows rows; without factors c is overwritten. `beside` is called in every step.
+template <class Type, int kWide, class Beside>
+inline void multiply_panel(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, float* c,
+                           int64_t c_stride, const float* factors, Beside& beside) {
+  Floats sums[kRows][kWide];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kWide; ++j)
+      sums[i][j] = factors ? splat(factors[i]) * load(c + i * c_stride + j * kLanes) : Floats{};
+#pragma GCC unroll 2
+  for (int64_t step = 0; step < depth / Type::kPairs; ++step) {
+    beside();
+    typename Type::Operand columns[kWide];
+#pragma GCC unroll 8
+    for (int j = 0; j < kWide; ++j) columns[j] = Type::load(b + (step * kWide + j) * Type::kPairs * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename Type::Operand row = Type::broadcast(a.data + i * a.row + step * a.step);
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) sums[i][j] = Type::multiply_add(row, columns[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kWide; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
+}
+
+// The same, for a panel whose width is known when it runs: kWide vectors or fewer.
+template <class Type, int kWide = kVectors, class Beside>
+inline void multiply_panel_of(int64_t vectors, Left<typename Type::Element> a, const typename Type::Element* b,
+                              int64_t depth, float* c, int64_t c_stride, const float* factors, Beside& beside) {
+  if constexpr (kWide > 1)
+    if (vectors < kWide)
+      return multiply_panel_of<Type, kWide - 1>(vectors, a, b, depth, c, c_stride, factors, beside);
+  multiply_panel<Type, kWide>(a, b, depth, c, c_stride, factors, beside);
+}
+
+// c = [factor * c] + a b for kRows rows of a and the packed array b, depth x width.
+template <class Type, class Beside>
+void multiply(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, int64_t width, float* c,
+              int64_t c_stride, const float* factors, Beside& beside) {
+  for (int64_t first = 0; first < width; first += kLanes * kVectors)
+    multiply_panel_of<Type>(panel_width(first, width) / kLanes, a, b + first * depth, depth, c + first, c_stride,
+                            factors, beside);
+}
+
+template <class Type>
+void multiply(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, int64_t width, float* c,
+              int64_t c_stride, const float* factors) {
+  const Nothing nothing;
+  multiply<Type>(a, b, depth, width, c, c_stride, factors, nothing);
+}
+
+// kRows rows of a plain array, from the first on.
+template <class Type>
+Left<typename Type::Element> rows_of(const typename Type::Element* first, int64_t stride) {
+  return {first, stride, Type::kPairs};
+}
+
+// Hides the padding behind the last of `count` columns.
+inline void hide_padding(float* scores, int64_t count) {
+  const int64_t width = round_up(count, kPad);
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = count; j < width; ++j) scores[i * kMostColumns + j] = -HUGE_VALF;
+}
+
+// The memory a task works in, cut from one block.
+class Scratch {
+ public:
+  explicit Scratch(char* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(memory_);
+    memory_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return taken;
+  }
+
+ private:
+  char* memory_;
+};
+
+int64_t scratch_bytes(int64_t head_size) {
+  const int64_t tile = kMostRows * round_up(head_size, kPad) * sizeof(float);
+  const int64_t scores = kRows * kMostColumns * sizeof(float);
+  const int64_t slopes = kMostRows * kSlopesStride * sizeof(float);
+  const int64_t columns = kMostColumns * round_up(head_size, kPad) * sizeof(float);
+  const int64_t rows = kMostRows * (kLanes + 1) * sizeof(float);
+  return 5 * tile + 6 * scores + slopes + columns + rows;
+}
+
+// The weights of kRows rows for one tile of columns, made of their scores a vector at a time.
+template <class Type>
+class Softmax {
+ public:
+  using Element = typename Type::Element;
+
+  Softmax(float* scores, Element* weights) : scores_(scores), weights_(weights) {}
+
+  // Takes new scores. Updates the largest score and rescales the sum of each row, and sets `rescale` by how much what was
+  // found with the old maximum shrinks. A sum is kept as kLanes sums.
+  void start(int64_t width, float factor, float* most, float* sums, float* rescale) {
+    width_ = width, factor_ = factor, sums_ = sums, row_ = 0, column_ = 0;
+    for (int i = 0; i < kRows; ++i) {
+      Floats top = load(scores_ + i * kMostColumns);
+      for (int64_t j = kLanes; j < width; j += kLanes) top = maximum(load(scores_ + i * kMostColumns + j), top);
+      const float before = most[i], here = reduce_maximum(top);
+      most[i] = before > here ? before : here;
+      most_[i] = most[i];
+      rescale[i] = ::exp2f((before - most[i]) * factor);
+      store(sums + i * kLanes, load(sums + i * kLanes) * splat(rescale[i]));
+    }
+  }
+
+  // Makes the weights of the next vector, if there is one.
+  void operator()() {
+    if (column_ == width_) return;
+    const int64_t place = row_ * kMostColumns + column_;
+    const Floats p = exp2<Type::kDegree>((load(scores_ + place) - splat(most_[row_])) * splat(factor_));
+    store(sums_ + row_ * kLanes, load(sums_ + row_ * kLanes) + p);
+    Type::store(weights_ + place, p);
+    if (++row_ == kRows) row_ = 0, column_ += kLanes;
+  }
+
+  void finish() {
+    while (column_ < width_) (*this)();
+  }
+
+ private:
+  float* scores_;
+  Element* weights_;
+  int64_t width_ = 0;
+  float factor_ = 0;
+  float most_[kRows];
+  float* sums_ = nullptr;
+  int64_t row_ = 0;
+  int64_t column_ = 0;
+};
+
+template <class Type>
+void forward(const RowTile& tile, const Columns& columns, int64_t head_size, float scale, char* memory) {
+  using Element = typename Type::Element;
+  Scratch scratch(memory);
+  const int64_t features = round_up(head_size, kPad), rows = round_up(tile.rows[0].count, kRows);
+  Element* queries = scratch.take<Element>(rows * features);
+  float* out = scratch.take<float>(rows * features);
+  float* most = scratch.take<float>(rows);  // the largest score of each row so far
+  float* sums = scratch.take<float>(rows * kLanes);
+  float* scores = scratch.take<float>(kRows * kMostColumns);
+  copy_rows<Type>(tile.rows[0], head_size, queries);
+  for (int64_t i = 0; i < rows; ++i) most[i] = -HUGE_VALF;
+  std::memset(sums, 0, rows * kLanes * sizeof(float));
+  std::memset(out, 0, rows * features * sizeof(float));
+
+  // Weights times values, beside which the weights of the next rows are made.
+  struct Product {
+    Element* weights;
+    const Element* values;
+    int64_t width;
+    float* out;
+    float rescale[kRows];
+  } products[2] = {};
+  for (Product& product : products) product.weights = scratch.take<Element>(kRows * kMostColumns);
+  Product *next = &products[0], *due = &products[1];
+  const auto run = [&](const Product& product, auto& beside) {
+    multiply<Type>(rows_of<Type>(product.weights, kMostColumns), product.values, product.width, features, product.out,
+                   features, product.rescale, beside);
+  };
+  for (int64_t r = 0; r < columns.num_runs; ++r)
+    for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
+      const ColumnTile column = columns.tiles[t];
+      const int64_t width = round_up(column.count, kPad);
+      const auto* keys = reinterpret_cast<const Element*>(columns.by_token[0]) + column.offset * features;
+      const auto* values = reinterpret_cast<const Element*>(columns.by_feature[0]) + column.offset * features;
+      for (int64_t row = 0; row < rows; row += kRows) {
+        multiply<Type>(rows_of<Type>(queries + row * features, features), keys, features, width, scores, kMostColumns,
+                       nullptr);
+        hide_padding(scores, column.count);
+        next->values = values, next->width = width, next->out = out + row * features;
+        Softmax<Type> softmax(scores, next->weights);
+        softmax.start(width, scale * kLog2E, most + row, sums + row * kLanes, next->rescale);
+        if (due->values) run(*due, softmax);
+        softmax.finish();
+        std::swap(next, due);
+      }
+    }
+  const Nothing nothing;
+  if (due->values) run(*due, nothing);
+
+  for (int64_t i = 0; i < tile.rows[0].count; ++i) {
+    const float sum = reduce_sum(load(sums + i * kLanes));
+    *row_of<float>(tile.lse, i) = sum > 0 ? most[i] * scale + ::logf(sum) : -HUGE_VALF;
+    if (sum > 0)
+      for (int64_t d = 0; d < features; d += kLanes)
+        store(out + i * features + d, load(out + i * features + d) / splat(sum));
+  }
+  write_rows<Type>(out, 1, tile.results[0], head_size);
+}
+
+// Weights and slopes of kRows keys for one tile of queries, made of scores and of V dO^T a vector at a time. Slopes are
+// the gradients of the unscaled scores, divided by the scale.
+template <class Type>
+class Slopes {
+ public:
+  using Element = typename Type::Element;
+
+  // `across` is where the slopes of the first key lie in an array that is read across keys.
+  Slopes(const float* scores, const float* products, Element* weights, Element* slopes, Element* across, int64_t rows,
+         int64_t width, const float* lse, const float* inner, float scale)
+      : scores_(scores), products_(products), weights_(weights), slopes_(slopes), across_(across), lse_(lse),
+        inner_(inner), scale_(scale), rows_(rows), width_(width) {}
+
+  // Makes the next vectors, of kPairs keys, if there are any left.
+  void operator()() {
+    if (column_ == width_) return;
+    Floats slopes[Type::kPairs];
+#pragma GCC unroll 2
+    for (int i = 0; i < Type::kPairs; ++i) {
+      const int64_t place = (row_ + i) * kMostColumns + column_;
+      // Rounded as in the forward pass, so that a lone key has weight 1; the maximum keeps the compiler from fusing.
+      const Floats score = maximum(load(scores_ + place) * splat(scale_), splat(-FLT_MAX));
+      const Floats p = exp2<Type::kDegree>((score - load(lse_ + column_)) * splat(kLog2E));
+      slopes[i] = row_ + i < rows_ ? p * (load(products_ + place) - load(inner_ + column_)) : Floats{};
+      Type::store(weights_ + place, p);
+      Type::store(slopes_ + place, slopes[i]);
+    }
+    Type::store_across(across_ + row_ * kSlopesStride + column_ * Type::kPairs, slopes);
+    row_ += Type::kPairs;
+    if (row_ == kRows) row_ = 0, column_ += kLanes;
+  }
+
+  void finish() {
+    while (column_ < width_) (*this)();
+  }
+
+ private:
+  const float* scores_;
+  const float* products_;
+  Element* weights_;
+  Element* slopes_;
+  Element* across_;
+  const float* lse_;
+  const float* inner_;
+  float scale_;
+  int64_t rows_;
+  int64_t width_;
+  int64_t row_ = 0;
+  int64_t column_ = 0;
+};
+
+template <class Type>
+void backward(const RowTile& tile, const Columns& columns, int64_t head_size, float scale, char* memory) {
+  using Element = typename Type::Element;
+  Scratch scratch(memory);
+  const int64_t features = round_up(head_size, kPad), rows = round_up(tile.rows[0].count, kRows);
+  const int64_t depth = round_up(tile.rows[0].count, kPad);
+  Element* operands[2];  // K and V
+  float* results[2];     // dK and dV
+  for (int i = 0; i < 2; ++i) {
+    operands[i] = scratch.take<Element>(rows * features);
+    copy_rows<Type>(tile.rows[i], head_size, operands[i]);
+    results[i] = scratch.take<float>(rows * features);
+    std::memset(results[i], 0, rows * features * sizeof(float));
+  }
+  Element* keys = scratch.take<Element>(depth * features);
+  pack_by_feature<Type>(tile.rows[0], head_size, reinterpret_cast<char*>(keys));
+  Element* across = scratch.take<Element>(kMostRows * kSlopesStride);
+  std::memset(across, 0, kMostRows * kSlopesStride * sizeof(Element));
+  float* column_gradients = scratch.take<float>(kMostColumns * features);
+  float* scores = scratch.take<float>(kRows * kMostColumns);
+  float* products = scratch.take<float>(kRows * kMostColumns);  // V dO^T
+
+  // Slopes times queries and weights times dO, beside which those of the next keys are made.
+  struct Product {
+    Element* slopes;
+    Element* weights;
+    int64_t row;
+  } buffers[2];
+  for (Product& product : buffers)
+    product = {scratch.take<Element>(kRows * kMostColumns), scratch.take<Element>(kRows * kMostColumns), 0};
+  Product *next = &buffers[0], *due = &buffers[1];
+  const float ones[kRows] = {1, 1, 1, 1, 1, 1};
+  const int32_t* ranks = columns.ranks;
+
+  for (int64_t r = 0; r < columns.num_runs; ++r)
+    for (int64_t t = columns.runs[r].begin; t < columns.runs[r].end; ++t) {
+      const ColumnTile column = columns.tiles[t];
+      const int64_t width = round_up(column.count, kPad);
+      const Element *by_token[2], *by_feature[2];
+      for (int i = 0; i < 2; ++i) {
+        by_token[i] = reinterpret_cast<const Element*>(columns.by_token[i]) + column.offset * features;
+        by_feature[i] = reinterpret_cast<const Element*>(columns.by_feature[i]) + column.offset * features;
+      }
+      const auto run = [&](const Product& product, auto& beside) {
+        multiply<Type>(rows_of<Type>(product.slopes, kMostColumns), by_feature[0], width, features,
+                       results[0] + product.row * features, features, ones, beside);
+        multiply<Type>(rows_of<Type>(product.weights, kMostColumns), by_feature[1], width, features,
+                       results[1] + product.row * features, features, ones, beside);
+      };
+      for (int64_t row = 0; row < rows; row += kRows) {
+        multiply<Type>(rows_of<Type>(operands[0] + row * features, features), by_token[0], features, width, scores,
+                       kMostColumns, nullptr);
+        multiply<Type>(rows_of<Type>(operands[1] + row * features, features), by_token[1], features, width, products,
+                       kMostColumns, nullptr);
+        next->row = row;
+        Slopes<Type> slopes(scores, products, next->weights, next->slopes, across + row * kSlopesStride,
+                            tile.rows[0].count - row, width, columns.lse + column.offset, columns.inner + column.offset,
+                            scale);
+        if (row) run(*due, slopes);
+        slopes.finish();
+        std::swap(next, due);
+      }
+      const Nothing nothing;
+      run(*due, nothing);
+      for (int64_t i = 0; i < width; i += kRows)
+        multiply<Type>({across + i * Type::kPairs, Type::kPairs, kSlopesStride * Type::kPairs}, keys, depth, features,
+                       column_gradients + i * features, features, nullptr);
+      // Tiles of rows add in their order, whichever thread is first, so that sums round in the same way every time.
+      int32_t* turn = columns.turns + t;
+      while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != *ranks) sched_yield();
+      float* sums = columns.gradients + column.offset * features;
+      for (int64_t i = 0; i < column.count * features; i += kLanes)
+        store(sums + i, load(sums + i) + load(column_gradients + i));
+      __atomic_store_n(turn, *ranks++ + 1, __ATOMIC_RELEASE);
+    }
+
+  write_rows<Type>(results[0], scale, tile.results[0], head_size);
+  write_rows<Type>(results[1], 1, tile.results[1], head_size);
+}
+
+template <class Type>
+constexpr Kernels kernels_of() {
+  return {sizeof(typename Type::Element), pack_by_token<Type>, pack_by_feature<Type>, write_rows<Type>, scratch_bytes,
+          forward<Type>,                  backward<Type>};
+}
+
+}  // namespace
+
+extern const Kernels float32 = kernels_of<Float32>();
+#if defined(__AVX512BF16__)
+extern const Kernels bfloat16 = kernels_of<BFloat16>();
+#endif
+
+}  // namespace svggt::SVGGT_ISA

@@ -1,0 +1,89 @@
+"""The layout as the CPU kernels walk it: row tiles, and column tiles that are packed once for all their rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...layout import BlockLayout
+
+PAD = 16  # tokens of a packed tile are padded to a multiple of this
+
+
+class Walk(NamedTuple):
+    """Who sees whom, int64 tensors.
+
+    The columns are cut where a run begins or ends, so that every run is made of whole pieces; pieces are cut into
+    tiles. The dense group sees every piece, and the dense columns are tiles of their own that come last.
+    """
+
+    row_tiles: Tensor  # [T, 3]: group, start, length; the costliest first
+    offsets: Tensor  # [S + 2], the runs of each group
+    runs: Tensor  # [R, 2], the first tile and the one after the last
+    column_tiles: Tensor  # [C, 3]: start, length, and 1 where start counts entries of dense_columns
+    dense_rows: Tensor  # [M]
+    dense_columns: Tensor  # [M']
+
+
+def walk(layout: BlockLayout, most_rows: int, most_columns: int) -> Walk:
+    """Return the tables of a layout on the CPU, with tiles of at most `most_rows` x `most_columns` tokens."""
+    runs = {name: table.numpy().astype(np.int64) for name, table in layout.runs._asdict().items()}
+    num_groups, num_dense = len(runs["row_start"]), len(runs["dense_columns"])
+    group, start, end = _ranges(layout, runs)
+    cuts = np.unique(np.concatenate([start, end]))
+    first, last = np.searchsorted(cuts, start), np.searchsorted(cuts, end)
+
+    pieces = np.diff(cuts)
+    seen = np.cumsum(np.bincount(first, minlength=len(cuts)) - np.bincount(last, minlength=len(cuts)))[:-1] > 0
+    tiles, tiles_before = _cut(cuts[:-1], np.where(seen, pieces, 0), most_columns)
+    dense_tiles, _ = _cut(np.zeros(1, np.int64), np.array([num_dense]), most_columns)
+    ranges = np.stack([tiles_before[first], tiles_before[last]], axis=1)
+    if len(dense_tiles):
+        everyone = np.tile([len(tiles), len(tiles) + len(dense_tiles)], (num_groups, 1))
+        group, ranges = np.concatenate([group, np.arange(num_groups)]), np.concatenate([ranges, everyone])
+    order = np.argsort(group, kind="stable")
+    column_tiles = np.concatenate(
+        [np.pad(tiles, ((0, 0), (0, 1))), np.pad(dense_tiles, ((0, 0), (0, 1)), constant_values=1)]
+    )
+
+    row_tiles = layout.row_tiles(most_rows).numpy().astype(np.int64)
+    cost = row_tiles[:, 2] * runs["columns"][row_tiles[:, 0]]
+    return Walk(
+        row_tiles=_tensor(row_tiles[np.argsort(-cost, kind="stable")]),
+        offsets=_tensor(np.pad(np.cumsum(np.bincount(group, minlength=num_groups)), (1, 0))),
+        runs=_tensor(ranges[order]),
+        column_tiles=_tensor(column_tiles),
+        dense_rows=_tensor(runs["dense_rows"]),
+        dense_columns=_tensor(runs["dense_columns"]),
+    )
+
+
+def _tensor(table: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64))
+
+
+def _ranges(layout: BlockLayout, runs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return group, start and end of every range of ordinary columns that a group sees."""
+    dense_group = len(runs["row_start"]) - 1
+    degree = np.diff(runs["offsets"][: dense_group + 1])
+    group = np.repeat(np.arange(dense_group), degree)
+    start, length = runs["start"][: len(group)], runs["length"][: len(group)]
+    if len(runs["dense_rows"]):
+        frame_start, frame_length = layout.keys.ordinary
+        group = np.concatenate([group, np.full(len(frame_start), dense_group)])
+        start, length = np.concatenate([start, frame_start]), np.concatenate([length, frame_length])
+    visible = length > 0
+    return group[visible], start[visible], (start + length)[visible]
+
+
+def _cut(start: np.ndarray, length: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut pieces into tiles of about the same length; return them as (start, length), and how many lie before each."""
+    count = -(-length // most)
+    size = -(-length // np.maximum(count, 1) // PAD) * PAD
+    before = np.pad(np.cumsum(count), (1, 0))
+    piece = np.repeat(np.arange(len(start)), count)
+    skipped = (np.arange(len(piece)) - before[piece]) * size[piece]
+    return np.stack([start[piece] + skipped, np.minimum(size[piece], length[piece] - skipped)], axis=1), before
