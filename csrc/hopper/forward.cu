@@ -3,12 +3,13 @@
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
 // stream, by the copy engine: as one box where they lie side by side, else in boxes of 8 tokens, and row by row only where
-// 8 straddle runs or dense tokens. Every tile is full but the last. A consumer warpgroup starts S = Q K^T of a tile together with O += P V of the tile before, and
-// turns S into P while that second product runs.
+// 8 straddle runs or dense tokens. Every tile is full but the last. A consumer warpgroup starts S = Q K^T of a tile
+// together with O += P V of the tile before, and turns S into P while that second product runs.
 //
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
 // with no maximum at all, and the proof comes after: a row's sum between SMALLEST and LARGEST lost nothing to overflow or
-// underflow. Its output lost nothing to overflow; a product of a tiny weight and a tiny value may underflow. Tiles with rows that fail are flagged, and done again by the ONLINE kernel.
+// underflow. Its output lost nothing to overflow; a product of a tiny weight and a tiny value may underflow. Tiles with
+// rows that fail are flagged, and done again by the ONLINE kernel.
 //
 // Ordinary instructions are what the tensor cores wait for, so a score costs little more than its scale and exponential.
 // The sum of a row is a column of the output: P times ones behind V. The tensor cores round sums towards zero, which over
