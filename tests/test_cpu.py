@@ -145,7 +145,9 @@ def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch):
     assert "float16, bfloat16 and float32, got torch.float64" in str(cpu.unsupported(CPU, torch.float64, 64))
     assert "needs tensors on the CPU, got cuda" in str(cpu.unsupported(torch.device("cuda"), torch.float32, 64))
     with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_found", {})
         patch.setattr(cpu, "instruction_set", lambda: "baseline")
         assert "without it PyTorch is faster" in str(cpu.unsupported(CPU, torch.float32, 64))
+    monkeypatch.setattr(cpu, "_found", {})
     monkeypatch.setattr(cpu, "extension", lambda: exec("raise ImportError('no such file')"))
     assert "its C++ extension is not there: no such file" in str(cpu.unsupported(CPU, torch.float32, 64))

@@ -31,6 +31,10 @@ SLOW = "baseline"
 BACKWARD_COLUMNS = 256
 
 
+# What the machine lacks, by INSTRUCTION_SET.
+_found: dict[str | None, str | None] = {}
+
+
 @cache
 def extension() -> ModuleType:
     """Return the compiled extension."""
@@ -49,9 +53,14 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     return _missing() if dtype in DTYPES else f"it takes float16, bfloat16 and float32, got {dtype}"
 
 
-@torch.compiler.assume_constant_result
 def _missing() -> str | None:
-    """Return what this machine lacks to run the kernels, or None."""
+    """Return what this machine lacks, or None; looked for once, and never while torch.compile traces, as it cannot."""
+    if INSTRUCTION_SET not in _found and not torch.compiler.is_compiling():
+        _found[INSTRUCTION_SET] = _look()
+    return _found.get(INSTRUCTION_SET)
+
+
+def _look() -> str | None:
     try:
         extension()
     except ImportError as error:
