@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from . import hopper, sdpa, triton
+from . import hopper, metal, sdpa, triton
 
 
 class Backend(Protocol):
@@ -57,7 +57,7 @@ class Backend(Protocol):
         """Return the gradients of q, k and v, `[B, H, N, D]`, laid out as `[B, N, H, D]`."""
 
 
-BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (hopper, triton, sdpa)}
+BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (hopper, triton, metal, sdpa)}
 
 
 def load(name: str) -> Backend:
