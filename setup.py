@@ -13,7 +13,7 @@ class BuildWithSources(build_py):
         super().run()
         if self.editable_mode:
             return
-        for source in sorted(Path("csrc").rglob("*.cu*")):
+        for source in sorted(Path("csrc").rglob("*.*")):
             target = Path(self.build_lib, "svggt_kernels", source)
             self.mkpath(str(target.parent))
             self.copy_file(str(source), str(target))

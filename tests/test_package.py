@@ -18,6 +18,7 @@ PACKAGE = ROOT / "svggt_kernels"
 FLOORS = [
     {"covisibility", "models", "toy", "scenes", "photos"},
     {"layout"},
+    {"budget"},
     {"backends"},
     {"attention"},
     {"verify", "patching"},
@@ -110,7 +111,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {name for name in names if ".dist-info/" not in name}
     expected = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
-    sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cu*")}
+    sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.*")}
     assert sources and inside == expected | sources
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -71,6 +71,14 @@ def load(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
-    """Return for every backend, best first, why it cannot run such q, k, v; None where it can."""
-    return {name: backend.unsupported(device, dtype, head_size) for name, backend in BACKENDS.items()}
+def reasons(
+    device: torch.device, dtype: torch.dtype, head_size: int, *, unnamed: bool = False
+) -> dict[str, str | None]:
+    """Return for every backend, best first, why it cannot run such q, k, v; None where it can.
+
+    With `unnamed` also why one that can run is passed over where no backend is named.
+    """
+    why = {name: backend.unsupported(device, dtype, head_size) for name, backend in BACKENDS.items()}
+    if unnamed and why[metal.NAME] is None:
+        why[metal.NAME] = metal.slower(device, dtype, head_size)
+    return why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -35,6 +36,8 @@ DTYPES = {
     "int4": (torch.int32, 4),
 }
 ALL_SCHEDULES = 4
+
+AVAILABLE = shutil.which("g++") is not None
 
 
 class EmulatorError(Exception):

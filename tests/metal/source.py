@@ -137,5 +137,6 @@ def cpu_program(text: str) -> str:
         entries.append(f'{{"{kernel.name}", call_{kernel.name}, {{{writes}}}}}')
     return (
         f'#include "main.h"\n#line 1 "shader.metal"\n{body}\n#line 1 "calls"\n{"".join(calls)}'
-        f"int main(int count, char** words) {{ return emulator::run_program({{{', '.join(entries)}}}, count, words); }}\n"
+        f"int main(int count, char** words) {{\n"
+        f"  return emulator::run_program({{{', '.join(entries)}}}, count, words);\n}}\n"
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from . import shader
+from . import shader, trial
 from .work import Work, make_work
 
 NAME = "metal"
@@ -26,7 +26,29 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
         return f"it takes float16, bfloat16 and float32, got {dtype}"
     if head_size not in shader.HEAD_SIZES:
         return f"it takes head sizes {', '.join(map(str, shader.HEAD_SIZES))}, got {head_size}"
-    return None
+    # torch.compile traces only what `prepare` has tried before.
+    return None if torch.compiler.is_compiling() else trial.failure(_attend, device, dtype, head_size)
+
+
+def slower(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Return why backend=None passes over the shader although it could run, or None; measured at the first call."""
+    return None if torch.compiler.is_compiling() else trial.slower(_forward, device, dtype, head_size)
+
+
+def _forward(layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5
+    key = (NAME, q.dtype, q.shape[-1], "forward")
+    if key not in layout.tables:
+        layout.tables[key] = tables(layout, q.dtype, q.shape[-1])
+    return forward(q, k, v, layout.tables[key], scale, need_lse=True)
+
+
+def _attend(
+    layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, ...]:
+    out, lse = _forward(layout, q, k, v)
+    walks, scale = backward_tables(layout, q.dtype, q.shape[-1]), q.shape[-1] ** -0.5
+    return out, lse, *backward(grad_out, grad_lse.to(lse.dtype), q, k, v, out, lse, walks, scale)
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:

@@ -39,15 +39,14 @@ def make_work(layout: BlockLayout) -> Work:
         spans = np.insert(spans, offsets[1:-1], (~0, len(runs.dense_columns)), axis=0)
         offsets = offsets + np.append(np.arange(num_frames + 1), num_frames)
     tiles = np.stack([np.where(group == num_frames, ~start, start), count, offsets[group], offsets[group + 1]], axis=1)
-    return Work(
-        *(
-            # An empty buffer cannot be bound.
-            torch.from_numpy(np.ascontiguousarray(table if len(table) else np.zeros((1, *table.shape[1:])), np.int32))
-            .to(layout.device)
-            for table in (tiles, spans, runs.dense_rows.numpy(), runs.dense_columns.numpy())
-        ),
-        columns=runs.columns[torch.from_numpy(group).long()].cpu(),
-    )  # fmt: skip
+    tables = (tiles, spans, runs.dense_rows.numpy(), runs.dense_columns.numpy())
+    columns = runs.columns[torch.from_numpy(group).long()]
+    return Work._make([*(_bindable(table).to(layout.device) for table in tables), columns])
+
+
+def _bindable(table: np.ndarray) -> Tensor:
+    """Return the table as int32, with a row of zeros if it has none: an empty buffer cannot be bound."""
+    return torch.from_numpy(np.array(table if len(table) else np.zeros((1, *table.shape[1:])), dtype=np.int32))
 
 
 def pieces(columns: list[int], most: int) -> Iterator[tuple[int, int]]:
