@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parent
 
 WARNINGS = ("-Wall", "-Wextra", "-Wdouble-promotion", "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas")
 COMMON = ("-std=c++17", "-fno-strict-aliasing", *WARNINGS)
-PLAIN = ("-O2", "-march=native", "-ffp-contract=off")
-FAST_MATH = ("-O2", "-march=native", "-ffast-math")
+PLAIN = ("-O1", "-march=native", "-ffp-contract=off")
+FAST_MATH = ("-O1", "-march=native", "-ffast-math")
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 DTYPES = {
