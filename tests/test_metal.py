@@ -323,7 +323,7 @@ class TestFirstUse:
     @pytest.mark.parametrize(
         ("break_it", "words"),
         [
-            (lambda text: text.replace("row_sum(sum);", "sum.x;"), "errors beyond 2 times .*'blind'"),
+            (lambda text: text.replace("row_sum(total)", "total.x"), "errors beyond 2 times .*'blind'"),
             (lambda text: text.replace("column < count ? products.x", "true ? products.x"), "errors beyond 2 times"),
             (lambda text: text.replace("float2 q_row", "float5 q_row"), "SyntaxError: EmulatorError: the shader did"),
         ],

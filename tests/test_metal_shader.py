@@ -115,3 +115,17 @@ def test_a_planted_bug_is_caught(bug: Bug, ratios_of):
 def test_the_list_of_bugs_is_long_and_covers_every_lane():
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 40
     assert {bug.lane for bug in BUGS} == {"lint", "clang", "compiler", "emulator", "numbers", "sanitizer"}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("dtype", "head_size"), [(torch.bfloat16, 64), (torch.float32, 128)], ids=name)
+def test_compiles_as_cuda(dtype: torch.dtype, head_size: int, backward: bool):
+    """So that a GPU can run it at full size; tests/metal/cuda/run.sh does."""
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    from metal import on_cuda
+
+    cubin = on_cuda.compile_to_cubin(shader.source(dtype, head_size, backward))
+    names = (
+        [b"run_attention_backward_queries", b"run_attention_backward_keys"] if backward else [b"run_attention_forward"]
+    )
+    assert all(name in cubin for name in names)

@@ -214,8 +214,8 @@ struct ForwardStrides {
   float2 q_row[BLOCKS], out_row[BLOCKS];
   load_row(q_row, q + head_offset(strides.q, group) + query * strides.q.token, exists, at);
   clear(out_row);
-  float highest = HIDDEN;  // of the row's scores so far, which are in units of log2
-  float total = 0.0f;      // of the row's weights, relative to the highest score
+  float highest = HIDDEN;       // of the row's scores so far, which are in units of log2
+  float2 total = float2(0.0f);  // of the weights that the lane has had, relative to the highest score
 
   for (int r = tile.z; r < tile.w; r++) {
     const int2 run = runs[r];
@@ -238,33 +238,29 @@ struct ForwardStrides {
       const float shrink = power_of_2<ELEMENT>(highest - higher);
       highest = higher;
 
-      float2 sum = float2(0.0f);
-      UNROLL
-      for (int c = 0; c < COLUMN_BLOCKS; c++) {
-        weights[c].x = power_of_2<ELEMENT>(weights[c].x - highest);
-        weights[c].y = power_of_2<ELEMENT>(weights[c].y - highest);
-        sum += weights[c];
-      }
-      total = total * shrink + row_sum(sum);
-
+      total *= shrink;
       UNROLL
       for (int d = 0; d < BLOCKS; d++) {
         out_row[d] *= shrink;
       }
       UNROLL
       for (int c = 0; c < COLUMN_BLOCKS; c++) {
+        weights[c].x = power_of_2<ELEMENT>(weights[c].x - highest);
+        weights[c].y = power_of_2<ELEMENT>(weights[c].y - highest);
+        total += weights[c];
         add_weighted(out_row, weights[c], v_lines + c * 8 * LINE, at);
       }
     }
   }
 
+  const float row_total = row_sum(total);
   if (exists) {
-    const bool sees = total > 0.0f;
+    const bool sees = row_total > 0.0f;
     device ELEMENT* out_token = out + head_offset(strides.out, group) + query * strides.out.token;
-    store_row(out_token, out_row, sees ? 1.0f / total : 0.0f, at);
+    store_row(out_token, out_row, sees ? 1.0f / row_total : 0.0f, at);
     if (at.column == 0) {
       const long head = long(group.z) * groups.y + group.y;
-      lse[head * num_queries + query] = sees ? (highest + precise::log2(total)) * LN_2 : -INFINITY;
+      lse[head * num_queries + query] = sees ? (highest + precise::log2(row_total)) * LN_2 : -INFINITY;
     }
   }
 }

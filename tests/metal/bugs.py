@@ -152,7 +152,7 @@ BUGS = [
     ),
     Bug("the output is not scaled down", "numbers", "out_row[d] *= shrink;", "out_row[d] *= 1.0f;"),
     Bug("named tokens are not looked up", "numbers", "long(named[~start + i])", "long(named[0] + ~start + i)"),
-    Bug("LSE in units of log2", "numbers", "precise::log2(total)) * LN_2", "precise::log2(total))"),
+    Bug("LSE in units of log2", "numbers", "precise::log2(row_total)) * LN_2", "precise::log2(row_total))"),
     Bug("every head reads the first", "numbers", "long(group.y) * strides.head", "0"),
     Bug(
         "every batch writes the first",
@@ -160,7 +160,7 @@ BUGS = [
         "const long head = long(group.z) * groups.y",
         "const long head = 0 * groups.y",
     ),
-    Bug("blind rows are divided by zero", "numbers", "sees ? 1.0f / total : 0.0f", "1.0f / total"),
+    Bug("blind rows are divided by zero", "numbers", "sees ? 1.0f / row_total : 0.0f", "1.0f / row_total"),
     Bug(
         "the gradient of the LSE is lost",
         "numbers",

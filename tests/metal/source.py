@@ -21,6 +21,7 @@ BUILTIN_TYPES = {
     "thread_index_in_simdgroup": "uint",
 }
 
+THREADS_ATTRIBUTE = r"\[\[kernel, max_total_threads_per_threadgroup\((\w+)\)\]\]"
 THREADGROUP_ARRAY = re.compile(r"^( *)threadgroup (\w+) (\w+)\[([^;]*)\];", re.MULTILINE)
 
 
@@ -73,9 +74,9 @@ def kernels(text: str) -> list[Kernel]:
     """The kernels of a source."""
     expanded = expand(text)
     found = []
-    for match in re.finditer(r"\[\[kernel, max_total_threads_per_threadgroup\((\w+)\)\]\] void (\w+)\(", expanded):
+    for match in re.finditer(THREADS_ATTRIBUTE + r" void (\w+)\(", expanded):
         end = expanded.index(") {", match.end())
-        declarations = expanded[match.end() : end].split(",\n") if "\n" in expanded[match.end() : end] else []
+        declarations = expanded[match.end() : end].split(",\n")
         parameters = tuple(_parameter(" ".join(declaration.split())) for declaration in declarations)
         found.append(Kernel(match[2], constant(text, match[1]), parameters))
     return found
