@@ -12,6 +12,9 @@ from .work import Work, make_work
 NAME = "metal"
 SAVES_LSE = True
 
+DTYPES = tuple(shader.ELEMENTS)
+HEAD_SIZES = shader.HEAD_SIZES
+
 # Tests on other machines set it to run the launcher on CPU tensors.
 DEVICE = "mps"
 
@@ -22,10 +25,10 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
         return f"it needs an Apple GPU (mps), got {device.type}"
     if not hasattr(torch.mps, "compile_shader"):
         return f"it needs torch 2.7 or newer, which compiles shaders, got {torch.__version__}: pip install -U torch"
-    if dtype not in shader.ELEMENTS:
+    if dtype not in DTYPES:
         return f"it takes float16, bfloat16 and float32, got {dtype}"
-    if head_size not in shader.HEAD_SIZES:
-        return f"it takes head sizes {', '.join(map(str, shader.HEAD_SIZES))}, got {head_size}"
+    if head_size not in HEAD_SIZES:
+        return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, got {head_size}"
     # torch.compile traces only what `prepare` has tried before.
     return None if torch.compiler.is_compiling() else trial.failure(_attend, device, dtype, head_size)
 
@@ -33,6 +36,11 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
 def slower(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return why backend=None passes over the shader although it could run, or None; measured at the first call."""
     return None if torch.compiler.is_compiling() else trial.slower(_forward, device, dtype, head_size)
+
+
+def milliseconds(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, float]:
+    """Return how long the shader and PyTorch's attention took in a trial, "metal" and "sdpa"."""
+    return trial.milliseconds(_forward, device, dtype, head_size)
 
 
 def _forward(layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,12 +61,13 @@ def _attend(
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
     """Return the work of the forward kernel."""
-    return list(make_work(layout))
+    return list(make_work(layout.to("cpu"), layout.device))
 
 
 def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
     """Return the work for the gradient of q, and that of the transposed layout for the gradients of k and v."""
-    return [*make_work(layout), *make_work(layout.transposed())]
+    host = layout.to("cpu")
+    return [*make_work(host, layout.device), *make_work(host.transposed(), layout.device)]
 
 
 def forward(

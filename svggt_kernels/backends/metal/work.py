@@ -15,10 +15,7 @@ ROWS = 32
 
 
 class Work(NamedTuple):
-    """What the shader's head describes; int32 tensors on the device, but for `columns`.
-
-    Built on the host: Apple's GPUs run every layout, whatever their integer operations can do.
-    """
+    """What the shader's head describes; int32 tensors on the device, but for `columns`."""
 
     tiles: Tensor  # [T, 4] start, count, first run, end of runs
     runs: Tensor  # [>= 1, 2] start, count
@@ -27,11 +24,10 @@ class Work(NamedTuple):
     columns: Tensor  # [T] on the CPU: how many columns a tile's rows see
 
 
-def make_work(layout: BlockLayout) -> Work:
-    """Return the work of a layout, on the layout's device."""
-    host = layout.to("cpu")
-    runs, num_frames = host.runs, host.graph.num_frames
-    group, start, count = host.row_tiles(ROWS).numpy().T
+def make_work(layout: BlockLayout, device: torch.device) -> Work:
+    """Return the work of a layout, which is on the CPU, on a device."""
+    runs, num_frames = layout.runs, layout.graph.num_frames
+    group, start, count = layout.row_tiles(ROWS).numpy().T
     offsets = runs.offsets.numpy()
     spans = np.stack([runs.start.numpy(), runs.length.numpy()], axis=1)[: offsets[-1]]
     if len(runs.dense_columns):
@@ -41,7 +37,7 @@ def make_work(layout: BlockLayout) -> Work:
     tiles = np.stack([np.where(group == num_frames, ~start, start), count, offsets[group], offsets[group + 1]], axis=1)
     tables = (tiles, spans, runs.dense_rows.numpy(), runs.dense_columns.numpy())
     columns = runs.columns[torch.from_numpy(group).long()]
-    return Work._make([*(_bindable(table).to(layout.device) for table in tables), columns])
+    return Work._make([*(_bindable(table).to(device) for table in tables), columns])
 
 
 def _bindable(table: np.ndarray) -> Tensor:
