@@ -7,15 +7,17 @@ graph. `patch(model)` puts it into a model of the VGGT family; `block_sparse_att
 from __future__ import annotations
 
 from .attention import block_sparse_attention, prepare
-from .covisibility import CovisibilityGraph
+from .covisibility import CovisibilityGraph, MegaLoc
 from .layout import BlockLayout
-from .patching import Patch, PatchReport, TokenSimilarity, patch
+from .patching import MegaLocSimilarity, Patch, PatchReport, TokenSimilarity, patch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
     "CovisibilityGraph",
+    "MegaLoc",
+    "MegaLocSimilarity",
     "Patch",
     "PatchReport",
     "TokenSimilarity",

@@ -69,6 +69,7 @@ class ModelRecord:
         reorders_between: Names of the two consecutive blocks between which the model reorders its frames: what leaves
             the first and what enters the second are the same tokens `[B * S, P, C]`, frames in another order. None if
             it keeps the order of the images.
+        images_are_normalised: Whether its images come with ImageNet's mean and deviation taken out; others take [0, 1].
     """
 
     name: str
@@ -79,6 +80,7 @@ class ModelRecord:
     reference_frame: int | None = 0
     causal: bool = False
     reorders_between: Callable[[nn.Module], tuple[str, str] | None] = _keeps_order
+    images_are_normalised: bool = False
 
 
 def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
@@ -340,6 +342,7 @@ RECORDS = (
         global_attention=_da3_attention,
         read=_read_da3,
         reorders_between=_da3_reorders_between,
+        images_are_normalised=True,
     ),
     ModelRecord(
         name="MapAnything",

@@ -455,7 +455,7 @@ def token_mask(double: Double, graph: CovisibilityGraph, dense_special: bool) ->
 
 
 def sparse(model: nn.Module, double: Double, **options) -> Patch:
-    return patch(model, **{**double.options, **options})
+    return patch(model, **{"covisibility": "tokens", **double.options, **options})
 
 
 # Graphs over five frames, directed: each frame alone; {0, 1} and {2, 3, 4} apart; connected.

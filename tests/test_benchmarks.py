@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import attention, models, record, repeat, report
+from benchmarks import attention, covisibility, models, record, repeat, report
 from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, select
 from benchmarks.check import Budget, check_forward, check_gradients, explicit, explicit_gradients
@@ -348,6 +348,9 @@ def test_a_request_that_measures_nothing_is_no_success(tmp_path, request_: str, 
 def test_checked_in_results_are_complete():
     for file in sorted(record.RESULTS.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
+            if file.name.startswith("covisibility"):
+                assert tuple(line) == covisibility.KEYS[line["case"]], file.name
+                continue
             keys = models.KEYS if "system" in line else repeat.KEYS if "times" in line else attention.KEYS
             # Older lines lack what was not there to be told apart or measured yet.
             later = {"softmax", "gradients", "edges", "ms_per_edge", "extra_mib"} - set(line)

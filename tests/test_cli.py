@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from svggt_kernels import CovisibilityGraph, backends
+from svggt_kernels import CovisibilityGraph, MegaLoc, backends
 from svggt_kernels.backends import sdpa
-from svggt_kernels.cli import check, compare, comparison, demo, main, models, options, truth
-from svggt_kernels.covisibility.evaluation import chance_recall, edge_recall
+from svggt_kernels.cli import check, compare, comparison, demo, layout, main, models, options
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 COMMANDS = ("info", "check", "layout", "compare", "demo")
@@ -171,7 +170,18 @@ class TestCheck:
 class TestLayout:
     def test_writes_report_and_picture(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         output = tmp_path / "deep" / "output"
-        words = ["layout", str(folder), "--neighbours", "2", "--long-side", "56", "--output", str(output)]
+        words = [
+            "layout",
+            str(folder),
+            "--covisibility",
+            "thumbnails",
+            "--neighbours",
+            "2",
+            "--long-side",
+            "56",
+            "--output",
+            str(output),
+        ]
         assert main(words) == 0
         assert "2 neighbours by similar thumbnails" in capsys.readouterr().out
         written = json.loads((output / "report.json").read_text())
@@ -179,6 +189,7 @@ class TestLayout:
         assert written["tokens_per_frame"] == 4 * 3 + 5
         assert written["ideal_speedup"] == pytest.approx(1 / written["token_density"])
         assert is_png(output / "graph.png")
+        assert is_png(output / "neighbours.png")
 
     def test_thumbnails_find_the_frames_of_one_place(self, folder: Path) -> None:
         from svggt_kernels.photos import find_photos, load_photos
@@ -190,23 +201,17 @@ class TestLayout:
         place = torch.arange(6) // 3
         assert torch.equal(graph.to_dense(), place[:, None] == place)
 
-    def test_thumbnails_of_one_colour_have_a_direction(self) -> None:
-        frames = torch.stack([torch.full((3, 28, 28), level) for level in (0.0, 0.5, 1.0)])
-        assert CovisibilityGraph.from_descriptors(options.thumbnails(frames)).num_frames == 3
-
-    def test_sequential_is_the_same_for_photos_and_for_a_model(self) -> None:
-        arguments = argparse.Namespace(covisibility="sequential", window=2, neighbours=10)
-        of_photos = options.from_images(arguments)(torch.rand(1, 40, 3, 28, 28))[0]
-        of_model = options.covisibility(arguments).graph(torch.rand(40, 5, 8), reference_frame=0)
-        expected = CovisibilityGraph.sequential(40, 2).to_dense()
-        expected[0] = expected[:, 0] = True
-        assert torch.equal(of_photos.to_dense(), expected)
-        assert torch.equal(of_model.to_dense(), expected)
-
     @pytest.mark.parametrize("kind", options.COVISIBILITY)
     def test_every_kind_of_graph(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, tiny_toy: models.ModelKind
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+        tiny_toy: models.ModelKind,
     ) -> None:
+        monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
         words = [
             "layout",
             folder,
@@ -227,8 +232,44 @@ class TestLayout:
         assert (printed["graph"]["density"] == 1) == (kind == "all")
         assert ("random" in str(printed["note"])) == (kind == "tokens")
 
+    def test_megaloc_is_the_default(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+        monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: asked.append(source) or tiny.megaloc())
+        words = ["layout", folder, "--neighbours", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
+        assert main([str(word) for word in words]) == 0
+        assert main([str(word) for word in [*words, "--megaloc", tmp_path / "m.pt"]]) == 0
+        assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
+        assert "2 neighbours by MegaLoc" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
+    def test_megaloc_out_of_reach(self, folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+        said = refusal(capsys, *command, folder, "--megaloc", "nowhere.safetensors", "--device", "cpu")
+        assert "there is no such file" in said and '"tokens"' in said
+
+    def test_video(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "walk.mp4").touch()
+        clip = (torch.rand(4, 3, 42, 56), [0.0, 0.5, 1.0, 2.0])
+        monkeypatch.setattr(layout, "load_video", lambda path, **options: clip)
+        words = ["layout", tmp_path / "walk.mp4", "--covisibility", "sequential", "--output", tmp_path, "--json"]
+        assert main([str(word) for word in words]) == 0
+        assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
+
     def test_one_photo(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        words = ["layout", folder, "--max-frames", 1, "--long-side", 56, "--output", tmp_path, "--json"]
+        words = [
+            "layout",
+            folder,
+            "--covisibility",
+            "all",
+            "--max-frames",
+            1,
+            "--long-side",
+            56,
+            "--output",
+            tmp_path,
+            "--json",
+        ]
         assert main([str(word) for word in words]) == 0
         assert json.loads(capsys.readouterr().out)["graph"]["density"] == 1
 
@@ -240,51 +281,12 @@ class TestLayout:
         assert main([str(word) for word in words]) == 0
         found = json.loads(capsys.readouterr().out)["truth"]
         # Neighbours and frame 0 are seen, both ways: 3-4 is in, 3-5 is not; 10 + 8 of 30 ordered pairs are in.
-        assert found == {"pairs": 4, "recall": 0.5, "chance": pytest.approx(18 / 30)}
-
-
-class TestTruth:
-    photos = (Path("a.jpg"), Path("b.jpg"), Path("c.jpg"))
-
-    @pytest.mark.parametrize(
-        ("rows", "pairs"),
-        [
-            ("x,y,score\na.jpg,b.jpg,1\n", [[0, 1], [1, 0]]),
-            ("a,b\n\nb,a\n", [[0, 1], [1, 0]]),
-            ("\ufeffa.jpg,c.jpg,0.5\na,b,0\n", [[0, 2], [2, 0]]),
-            ("a,a,9\nb,c,1\n", [[1, 2], [2, 1]]),
-        ],
-        ids=["heading", "no score", "byte order mark", "diagonal"],
-    )
-    def test_reads(self, tmp_path: Path, rows: str, pairs: list[list[int]]) -> None:
-        (tmp_path / "pairs.csv").write_text(rows, encoding="utf-8")
-        assert truth.read_pairs(tmp_path / "pairs.csv", self.photos).tolist() == pairs
-
-    @pytest.mark.parametrize(
-        ("rows", "message"),
-        [
-            ("a,z,1\n", "line 1 .* names 'z'"),
-            ("a,b,1\na\n", "line 2 .* must hold photo, photo, score"),
-            ("a,b,1\na,c,many\n", "line 2 .* a number in its third field, got 'many'"),
-            ("a,b,0\n", "names no pair"),
-            ("", "names no pair"),
-        ],
-        ids=["unknown photo", "short row", "no number", "nothing above", "empty"],
-    )
-    def test_refuses(self, tmp_path: Path, rows: str, message: str) -> None:
-        (tmp_path / "pairs.csv").write_text(rows)
-        with pytest.raises(ValueError, match=message):
-            truth.read_pairs(tmp_path / "pairs.csv", self.photos)
-
-    def test_recall_counts_directed_pairs(self) -> None:
-        graph = CovisibilityGraph.from_pairs(4, [(0, 1), (1, 0), (2, 3)])
-        assert edge_recall(graph, torch.tensor([[0, 1], [2, 3], [3, 2], [0, 3]])) == 0.5
-        assert chance_recall(graph) == 3 / 12
-
-    @pytest.mark.parametrize("pairs", [torch.empty(0, 2).long(), torch.tensor([[0, 4]]), torch.tensor([0, 1])], ids=str)
-    def test_recall_refuses(self, pairs: torch.Tensor) -> None:
-        with pytest.raises(ValueError, match="pairs must be"):
-            edge_recall(CovisibilityGraph.all_visible(4), pairs)
+        assert found == {
+            "pairs": 4,
+            "recall": 0.5,
+            "precision": pytest.approx(2 / 18),
+            "chance": pytest.approx(18 / 30),
+        }
 
 
 class TestCompare:
@@ -294,6 +296,8 @@ class TestCompare:
         words = [
             "compare",
             folder,
+            "--covisibility",
+            "tokens",
             "--model",
             "toy",
             "--device",
@@ -332,7 +336,20 @@ class TestCompare:
         monkeypatch.setattr(
             compare, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[1])
         )
-        words = ["compare", folder, "--model", "toy", "--device", "cpu", "--repeats", 1, "--output", tmp_path]
+        words = [
+            "compare",
+            folder,
+            "--covisibility",
+            "tokens",
+            "--model",
+            "toy",
+            "--device",
+            "cpu",
+            "--repeats",
+            1,
+            "--output",
+            tmp_path,
+        ]
         assert main([str(word) for word in words]) == 0
         assert drawn["warning"] == models.RANDOM_WEIGHTS
         assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
@@ -342,6 +359,8 @@ class TestCompare:
         words = [
             "compare",
             folder,
+            "--covisibility",
+            "tokens",
             "--model",
             "toy",
             "--device",
@@ -363,6 +382,8 @@ class TestCompare:
         words = [
             "compare",
             folder,
+            "--covisibility",
+            "tokens",
             "--model",
             "toy",
             "--device",
@@ -390,6 +411,8 @@ class TestCompare:
         words = [
             "compare",
             folder,
+            "--covisibility",
+            "tokens",
             "--model",
             "da3-small",
             "--device",
@@ -414,7 +437,7 @@ class TestCompare:
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(ToyMultiViewTransformer, "forward", exhausted)
-        said = refusal(capsys, "compare", folder, "--model", "toy", "--output", tmp_path)
+        said = refusal(capsys, "compare", folder, "--covisibility", "tokens", "--model", "toy", "--output", tmp_path)
         assert said.endswith("use fewer photos (--max-frames) or smaller ones (--long-side)\n")
 
 
@@ -456,16 +479,19 @@ class TestRefusals:
     def test_options(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
     ) -> None:
-        assert message in refusal(capsys, "compare", folder, *words, "--output", tmp_path / "out")
+        assert message in refusal(
+            capsys, "compare", folder, "--covisibility", "tokens", *words, "--output", tmp_path / "out"
+        )
 
     @pytest.mark.parametrize(
         ("words", "message"),
         [
             (["--covisibility", "tokens", "--patch-size", "16"], "the model has its own"),
             (["--covisibility", "tokens", "--special-tokens", "9"], "the model has its own"),
-            (["--model", "vggt"], "--model does not go with --covisibility thumbnails"),
+            (["--model", "vggt"], "--model does not go with --covisibility megaloc"),
+            (["--covisibility", "all", "--megaloc", "m.pt"], "it is for --covisibility megaloc"),
         ],
-        ids=["patch", "special", "model"],
+        ids=["patch", "special", "model", "megaloc"],
     )
     def test_options_that_would_be_ignored(
         self, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
@@ -473,25 +499,39 @@ class TestRefusals:
         assert message in refusal(capsys, "layout", folder, *words)
 
     def test_a_backend_that_cannot_run_here(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        said = refusal(capsys, "compare", folder, "--model", "toy", "--device", "cpu", "--backend", "triton")
+        said = refusal(
+            capsys,
+            "compare",
+            folder,
+            "--covisibility",
+            "tokens",
+            "--model",
+            "toy",
+            "--device",
+            "cpu",
+            "--backend",
+            "triton",
+        )
         assert "it needs a CUDA device, got cpu; leave --backend out" in said
 
     def test_output_is_a_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "out").touch()
-        assert "out" in refusal(capsys, "layout", folder, "--output", tmp_path / "out")
+        assert "out" in refusal(capsys, "layout", folder, "--covisibility", "all", "--output", tmp_path / "out")
 
     def test_without_pillow(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "PIL", None)
-        said = refusal(capsys, "layout", folder, "--output", tmp_path / "out")
+        said = refusal(capsys, "layout", folder, "--covisibility", "all", "--output", tmp_path / "out")
         assert "pip install 'svggt-kernels[viz]'" in said
 
     def test_truth_without_a_pair_of_the_photos_in_use(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "pairs.csv").write_text("1,6,5\n")
-        said = refusal(capsys, "layout", folder, "--truth", tmp_path / "pairs.csv", "--max-frames", 3)
+        said = refusal(
+            capsys, "layout", folder, "--covisibility", "all", "--truth", tmp_path / "pairs.csv", "--max-frames", 3
+        )
         assert "raise --max-frames" in said
 
     @pytest.mark.parametrize("name", [name for name, kind in models.KINDS.items() if kind.requirement])
@@ -500,7 +540,7 @@ class TestRefusals:
     ) -> None:
         for package in ("depth_anything_3", "vggt", "vggt.models.vggt", "pi3", "pi3.models.pi3"):
             monkeypatch.setitem(sys.modules, package, None)
-        said = refusal(capsys, "compare", folder, "--model", name)
+        said = refusal(capsys, "compare", folder, "--covisibility", "tokens", "--model", name)
         assert "pip install --no-deps" in said
 
 

@@ -115,7 +115,7 @@ class TestDepthAnything3:
         assert torch.equal(handle.layout.graph.to_dense(), BAND.to_dense()[order][:, order])
 
     def test_default_graph_shows_the_reference_view_to_all(self, da3: nn.Module):
-        with patch(da3) as handle:
+        with patch(da3, covisibility="tokens") as handle:
             da3(torch.rand(1, 14, 3, 28, 28), ref_view_strategy="middle")
         visible = handle.graph.to_dense()
         assert visible[7].all()

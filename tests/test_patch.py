@@ -322,7 +322,7 @@ def test_layouts_are_made_once():
 @pytest.mark.parametrize(
     ("covisibility", "error", "message"),
     [
-        ("megaloc", ValueError, "got 'megaloc'"),
+        ("magic", ValueError, "got 'magic'"),
         (None, TypeError, "got NoneType"),
         ([], TypeError, "got list"),
         ([BAND, "all"], TypeError, "got list"),
@@ -420,8 +420,11 @@ def test_streaming_model_runs_causally():
 def test_streaming_model_refuses_what_is_not_causal_or_cached():
     model = doubles.StreamVGGT().double().eval()
     with pytest.raises(ValueError, match='special_tokens="masked"'):
-        patch(model)
-    with patch(model, special_tokens="masked"), pytest.raises(ValueError, match="use_cache=True"):
+        patch(model, covisibility="tokens")
+    with (
+        patch(model, covisibility="tokens", special_tokens="masked"),
+        pytest.raises(ValueError, match="use_cache=True"),
+    ):
         model.aggregator(images(1), past_key_values=[None, None], use_cache=True)
 
 

@@ -74,7 +74,10 @@ def test_scale_of_the_call_is_kept():
 )
 def test_attention_that_cannot_be_answered_raises(options: dict, message: str):
     model = OneCall(**options)
-    with patch(model, modules=["attn"], tokens_per_frame=4), pytest.raises(ValueError, match=message):
+    with (
+        patch(model, modules=["attn"], tokens_per_frame=4, covisibility="all"),
+        pytest.raises(ValueError, match=message),
+    ):
         model(torch.randn(1, 12, 8))
 
 
@@ -99,7 +102,7 @@ def test_dropout_of_a_module_in_training():
 )
 def test_tokens_that_are_not_whole_frames(options: dict, message: str):
     model = FAMILY["stranger"].create()
-    handle = patch(model, modules=FAMILY["stranger"].modules, **options)
+    handle = patch(model, modules=FAMILY["stranger"].modules, **{"covisibility": "tokens", **options})
     with handle, pytest.raises(ValueError, match=message):
         model(images())
 
@@ -108,7 +111,10 @@ def test_model_that_merges_tokens():
     """Tokens that a model drops are noticed even if what is left divides into frames."""
     model = FAMILY["vggt"].create()
     model.aggregator.global_blocks[0].norm1.register_forward_hook(lambda module, args, out: out[:, 5:])
-    with patch(model), pytest.raises(ValueError, match="40 tokens, which is not 5 frames of 9 tokens"):
+    with (
+        patch(model, covisibility="tokens"),
+        pytest.raises(ValueError, match="40 tokens, which is not 5 frames of 9 tokens"),
+    ):
         model(images())
 
 
@@ -139,13 +145,16 @@ def test_modules_that_were_not_called_are_noticed():
     model = FAMILY["stranger"].create()
     model.spare = doubles.Block().double()
     options = {**FAMILY["stranger"].options, "modules": [*FAMILY["stranger"].modules, "spare.attn"]}
-    with patch(model, **options), pytest.raises(RuntimeError, match=r"1 of 3 patched modules .*: spare\.attn"):
+    with (
+        patch(model, covisibility="tokens", **options),
+        pytest.raises(RuntimeError, match=r"1 of 3 patched modules .*: spare\.attn"),
+    ):
         model(images())
 
 
 def test_errors_of_the_model_are_not_hidden():
     model = FAMILY["vggt"].create()
-    with patch(model):
+    with patch(model, covisibility="tokens"):
         with pytest.raises(RuntimeError, match="channels"):
             model(images()[:, :, :2])
         model(images())
@@ -213,24 +222,24 @@ def test_undo_leaves_no_trace(double: Double):
 def test_context_manager_undoes_even_after_an_error():
     model = FAMILY["vggt"].create()
     before = attributes(model)
-    with pytest.raises(ZeroDivisionError), patch(model):
+    with pytest.raises(ZeroDivisionError), patch(model, covisibility="tokens"):
         raise ZeroDivisionError
     assert attributes(model) == before
-    with patch(model) as handle:
+    with patch(model, covisibility="tokens") as handle:
         handle.undo()
     assert attributes(model) == before
 
 
 def test_patching_twice_is_refused():
     model = FAMILY["vggt"].create()
-    with patch(model):
+    with patch(model, covisibility="tokens"):
         for again in (model, model.aggregator):
             with pytest.raises(ValueError, match="patched already"):
-                patch(again)
+                patch(again, covisibility="tokens")
         with pytest.raises(ValueError, match="patched already"):
-            patch(model, modules=["aggregator.global_blocks.0.attn"])
+            patch(model, modules=["aggregator.global_blocks.0.attn"], covisibility="tokens")
         model(images())
-    patch(model).undo()
+    patch(model, covisibility="tokens").undo()
 
 
 def test_forwards_that_others_replaced_are_kept():
@@ -248,7 +257,7 @@ def test_forwards_that_others_replaced_are_kept():
         model(images())
     assert calls == [1]
     assert attention.forward is theirs
-    handle = patch(model)
+    handle = patch(model, covisibility="tokens")
     ours = attention.forward
     attention.forward = theirs
     with pytest.raises(RuntimeError, match=r"global_blocks\.0\.attn was replaced after"):
@@ -296,7 +305,7 @@ def test_pickled_copy_is_patched(double: Double):
 
 def test_what_forwards_leave_behind_is_not_pickled():
     model = FAMILY["vggt"].create()
-    with patch(model):
+    with patch(model, covisibility="tokens"):
         size = len(pickle.dumps(model))
         model(images())
         assert len(pickle.dumps(model)) == size
@@ -348,7 +357,7 @@ def test_patching_a_part_of_the_model():
 
 def test_attention_outside_a_forward_is_refused():
     model = FAMILY["vggt"].create()
-    with patch(model):
+    with patch(model, covisibility="tokens"):
         model(images())
         with pytest.raises(RuntimeError, match="was called outside a forward of aggregator"):
             model.aggregator.global_blocks[0](torch.randn(1, 45, doubles.DIM, dtype=torch.float64))
@@ -366,14 +375,14 @@ def test_model_that_holds_two():
     pair = nn.ModuleDict({"teacher": FAMILY["vggt"].create(), "student": FAMILY["pi3"].create()})
     with pytest.raises(ValueError, match=re.escape("teacher.aggregator (VGGT), student (Pi3)")):
         patch(pair)
-    with patch(pair["teacher"]), patch(pair["student"]):
+    with patch(pair["teacher"], covisibility="tokens"), patch(pair["student"], covisibility="tokens"):
         pair["teacher"](images()), pair["student"](images())
 
 
 def test_branch_of_da3_without_global_attention_is_left_alone():
     both = nn.ModuleDict({"da3": FAMILY["da3"].create(), "da3_metric": FAMILY["da3"].create()})
     both["da3_metric"].backbone.pretrained.alt_start = -1
-    with patch(both) as handle:
+    with patch(both, covisibility="tokens") as handle:
         assert handle.modules == tuple(f"da3.{name}" for name in FAMILY["da3"].modules)
         both["da3"](images())
 
@@ -394,7 +403,7 @@ def test_wrapper_that_passes_attributes_on():
             return self.inner(images)
 
     model = Wrapper(FAMILY["pi3"].create())
-    with patch(model) as handle:
+    with patch(model, covisibility="tokens") as handle:
         model(images())
     assert handle.modules == ("inner.decoder.1.attn", "inner.decoder.3.attn")
 
@@ -412,7 +421,7 @@ def test_wrapper_that_passes_attributes_on():
 )
 def test_modules_that_mean_nothing(modules, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
-        patch(FAMILY["stranger"].create(), modules=modules, tokens_per_frame=7)
+        patch(FAMILY["stranger"].create(), modules=modules, tokens_per_frame=7, covisibility="tokens")
 
 
 def test_modules_by_reference_and_frames_by_graph():
@@ -430,7 +439,7 @@ def test_modules_by_reference_and_frames_by_graph():
 )
 def test_token_counts_of_a_known_model_are_not_the_callers(options: dict):
     with pytest.raises(ValueError, match="give them together with modules="):
-        patch(FAMILY["vggt"].create(), **options)
+        patch(FAMILY["vggt"].create(), covisibility="tokens", **options)
 
 
 def test_special_tokens_must_be_one_of_two():

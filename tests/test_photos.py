@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from svggt_kernels import photos
 from svggt_kernels.photos import find_photos, load_photos
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -95,6 +97,18 @@ class TestSize:
         paths = [save(tmp_path / f"{i}.png", flat(14, 14, 50 * i, 0, 0)) for i in range(4)]
         frames = load_photos(paths[::-1], long_side=14)
         assert (frames[:, 0, 0, 0] * 255).round().tolist() == [150, 100, 50, 0]
+
+    def test_photos_are_read_at_the_same_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = [save(tmp_path / f"{i}.png", flat(28, 28, 80 * i, 0, 0)) for i in range(3)]
+        all_here, read = threading.Barrier(len(files)), photos._read
+
+        def reading(path: Path) -> object:
+            all_here.wait(timeout=30)
+            return read(path)
+
+        monkeypatch.setattr(photos, "_read", reading)
+        levels = load_photos(files, long_side=28)[:, 0].mean(dim=(1, 2)) * 255
+        assert levels.round().tolist() == [0, 80, 160]
 
     def test_twice_is_the_same(self, tmp_path: Path) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

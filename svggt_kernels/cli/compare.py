@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..covisibility import CovisibilityGraph
+from ..covisibility import CovisibilityGraph, CovisibilityReport
 from ..photos import find_photos, load_photos
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
@@ -30,14 +30,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "compare",
         help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
         description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every "
-        "output. Writes a report and pictures. Nothing is downloaded: without --weights the weights are random.",
+        "output. Writes a report and pictures. Without --weights the model's weights are random; only MegaLoc's are "
+        "downloaded, where its graph is asked for.",
     )
     add_photos(parser)
     parser.add_argument("--model", choices=KINDS, required=True, help="the model to run")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random"
     )
-    add_graph(parser, default="tokens")
+    add_graph(parser, default="megaloc")
     parser.add_argument(
         "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
     )
@@ -129,6 +130,6 @@ def write_results(
     )
     report = {**content(comparison), "frame_names": list(names)}
     if pairs is not None:
-        report["truth"] = against_truth(outputs.graph, pairs)
+        report["truth"] = against_truth(CovisibilityReport.of(outputs.graph, pairs))
     (folder / "report.json").write_text(as_json(command, report))
     return f"Pictures: {folder / 'comparison.png'}, {folder / 'graph.png'}\nReport: {folder / 'report.json'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..covisibility import CovisibilityGraph
+from ..covisibility.evaluation import chance_recall, edge_recall
 from ..layout import BlockLayout
 from ..scenes import walk
 from .compare import write_results
@@ -13,7 +14,7 @@ from .environment import pick_device
 from .models import load_model
 from .options import add_output, make_folder, positive
 from .pictures import require_matplotlib
-from .report import against_truth, as_text
+from .report import as_text
 from .text import percent, stage, times
 
 HEIGHT, WIDTH = 196, 252
@@ -54,12 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(as_text(comparison), end="\n\n")
     if len(pairs):
-        found, special = against_truth(outputs.graph, pairs), comparison.special_tokens
-        allowed = BlockLayout.from_graph(exact, comparison.tokens_per_frame, special_tokens=special)
+        allowed = BlockLayout.from_graph(exact, comparison.tokens_per_frame, special_tokens=comparison.special_tokens)
         print(
-            f"The graph has {percent(found['recall'])} of the pairs that really share a view; chance would give "
-            f"{percent(found['chance'])}.\nThe tokens that rank the frames are untrained. The exact graph would allow "
-            f"{times(1 / allowed.density)} in global attention."
+            f"The graph has {percent(edge_recall(outputs.graph, pairs))} of the pairs that really share a view; chance "
+            f"would give {percent(chance_recall(outputs.graph))}.\nThe tokens that rank the frames are untrained. The "
+            f"exact graph would allow {times(1 / allowed.density)} in global attention."
         )
     print(
         write_results(

@@ -14,6 +14,11 @@ OPTIONAL_PACKAGES = {
     "matplotlib": "pictures",
     "pillow": "photos",
     "rich": "progress",
+    "safetensors": "MegaLoc's weights",
+    "huggingface_hub": "MegaLoc's weights from the hub",
+    "tqdm": "MegaLoc's progress",
+    "pycolmap": "graphs from COLMAP",
+    "av": "videos",
     "depth-anything-3": "--model da3-small",
 }
 

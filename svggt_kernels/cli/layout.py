@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph
-from ..covisibility.graph import GraphSummary
+from ..covisibility import CovisibilityGraph, CovisibilityReport, GraphSummary
 from ..layout import BlockLayout
 from ..patching import patch
 from ..photos import find_photos, load_photos
+from ..video import VIDEO_SUFFIXES, load_video
 from .environment import pick_device
 from .errors import CommandError, enough_memory, refusals
 from .models import KINDS, load_model
@@ -28,7 +28,7 @@ from .options import (
     natural,
     positive,
 )
-from .pictures import draw_graph, require_matplotlib
+from .pictures import draw_graph, draw_neighbours, require_matplotlib
 from .report import against_truth, as_json
 from .text import percent, stage, times
 from .truth import read_pairs
@@ -40,18 +40,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "layout",
-        help="show who sees whom in a folder of photos, and the speed-up to hope for",
-        description="Makes the covisibility graph of a folder of photos, says how dense it is and what speed-up of "
-        "global attention it allows at best, and draws it.",
+        help="show who sees whom in a folder of photos or a video, and the speed-up to hope for",
+        description="Makes the covisibility graph of a folder of photos, or of a video's frames, says how dense it is "
+        "and what speed-up of global attention it allows at best, and draws it, with each frame's neighbours.",
     )
     add_photos(parser)
-    add_graph(parser, default="thumbnails")
+    add_graph(parser, default="megaloc")
     parser.add_argument("--model", choices=KINDS, help="whose tokens --covisibility tokens takes (default: toy)")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="weights of that model; without them they are random"
     )
     parser.add_argument(
-        "--device", default="auto", help="where that model runs: cpu, cuda, cuda:1, mps (default: auto)"
+        "--device", default="auto", help="where that model or MegaLoc runs: cpu, cuda, cuda:1, mps (default: auto)"
     )
     parser.add_argument(
         "--long-side",
@@ -72,7 +72,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--truth",
         type=Path,
         metavar="CSV",
-        help="pairs known to share a view, a line each: photo, photo, score; shows the recall",
+        help="pairs known to share a view, a line each: photo, photo, score; shows recall and precision",
     )
     parser.add_argument(
         "--truth-above", type=float, default=0.0, metavar="X", help="score a pair must exceed (default: 0)"
@@ -86,23 +86,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
     _refuse_what_would_be_ignored(arguments)
     require_matplotlib()
-    with refusals():
-        photos = find_photos(arguments.folder)
+    kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
+    size = {
+        "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
+        "patch_size": kind.patch_size if kind else arguments.patch_size or PATCH_SIZE,
+    }
+    with refusals(), stage(f"reading {arguments.folder}"):
+        frames, photos = _read(arguments, size)
         pairs = read_pairs(arguments.truth, photos, above=arguments.truth_above) if arguments.truth else None
-    photos = photos[: arguments.max_frames]
+    photos = photos[: len(frames)]
     if pairs is not None:
         pairs = pairs[(pairs < len(photos)).all(dim=1)]
         if not len(pairs):
             raise CommandError(f"--truth names no pair among the first {len(photos)} photos; raise --max-frames")
     output = make_folder(arguments.output)
-    kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
-    patch_size = kind.patch_size if kind else arguments.patch_size or PATCH_SIZE
-    long_side = arguments.long_side or (kind.long_side if kind else LONG_SIDE)
-    with refusals(), stage(f"reading {len(photos)} photos"):
-        frames = load_photos(photos, long_side=long_side, patch_size=patch_size)
     layout, note = _from_model(arguments, frames) if kind else (_from_photos(arguments, frames), None)
 
-    summary = layout.graph.summary()
+    judged = CovisibilityReport.of(layout.graph, pairs)
     report: dict[str, Any] = {
         "folder": str(arguments.folder),
         "photos": [photo.name for photo in photos],
@@ -111,38 +111,50 @@ def run(arguments: argparse.Namespace) -> int:
         "tokens_per_frame": layout.queries.lengths[0],
         "covisibility": describe(arguments),
         "note": note,
-        "graph": asdict(summary),
+        "graph": asdict(judged.summary),
         "token_density": layout.density,
         "ideal_speedup": 1 / layout.density,
-        "truth": None if pairs is None else against_truth(layout.graph, pairs),
+        "truth": None if pairs is None else against_truth(judged),
     }
     text = as_json(arguments.command_line, report)
     (output / "report.json").write_text(text)
     draw_graph(
         output / "graph.png",
         layout.graph,
-        f"{len(photos)} photos, {describe(arguments)}: density {percent(summary.density)}",
+        f"{len(photos)} photos, {describe(arguments)}: density {percent(layout.graph.density)}",
         None if pairs is None else CovisibilityGraph.from_pairs(len(photos), pairs),
     )
+    draw_neighbours(output / "neighbours.png", layout.graph, frames, [photo.name for photo in photos], pairs)
     if arguments.json:
         print(text, end="")
     else:
-        print(
-            _as_text(report, summary), f"Picture: {output / 'graph.png'}", f"Report: {output / 'report.json'}", sep="\n"
-        )
+        print(_as_text(report, judged.summary))
+        print(f"Pictures: {output / 'graph.png'}, {output / 'neighbours.png'}\nReport: {output / 'report.json'}")
     return 0
 
 
+def _read(arguments: argparse.Namespace, size: dict[str, int]) -> tuple[Tensor, list[Path]]:
+    """Return the frames, and all photos of the folder or a name for each frame of the video."""
+    path = arguments.folder
+    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        frames, times = load_video(path, max_frames=arguments.max_frames, **size)
+        return frames, [Path(f"{time:.2f} s") for time in times]
+    photos = find_photos(path)
+    return load_photos(photos[: arguments.max_frames], **size), photos
+
+
 def _refuse_what_would_be_ignored(arguments: argparse.Namespace) -> None:
-    tokens = arguments.covisibility == "tokens"
+    source = arguments.covisibility
     of_the_model = {"--patch-size": arguments.patch_size, "--special-tokens": arguments.special_tokens}
-    only_with_tokens = {"--model": arguments.model, "--weights": arguments.weights}
-    for name, given in (of_the_model if tokens else only_with_tokens).items():
+    of_tokens = {"--model": arguments.model, "--weights": arguments.weights}
+    refused = [
+        *((name, given, "the model has its own") for name, given in of_the_model.items() if source == "tokens"),
+        *((name, given, "it is for --covisibility tokens") for name, given in of_tokens.items() if source != "tokens"),
+        *([("--megaloc", arguments.megaloc, "it is for --covisibility megaloc")] if source != "megaloc" else []),
+    ]
+    for name, given, why in refused:
         if given is not None:
-            raise CommandError(
-                f"{name} does not go with --covisibility {arguments.covisibility}; "
-                + ("the model has its own" if tokens else "it is for --covisibility tokens")
-            )
+            raise CommandError(f"{name} does not go with --covisibility {source}; {why}")
 
 
 def _as_text(report: dict[str, Any], summary: GraphSummary) -> str:
@@ -156,13 +168,16 @@ def _as_text(report: dict[str, Any], summary: GraphSummary) -> str:
         f"{times(report['ideal_speedup'])} faster at best; the rest of the model stays.",
     ]
     if report["truth"]:
-        pairs, recall, chance = report["truth"].values()
+        pairs, recall, precision, chance = report["truth"].values()
         lines.append(f"Of {pairs} pairs known to share a view, {percent(recall)} are in; by chance {percent(chance)}.")
+        if precision is not None:
+            lines.append(f"Of the pairs that are in, {percent(precision)} are known to share a view.")
     return "\n".join(lines)
 
 
 def _from_photos(arguments: argparse.Namespace, frames: Tensor) -> BlockLayout:
-    graph = from_images(arguments)(frames[None])[0]
+    with refusals(), enough_memory(), stage(describe(arguments)):
+        graph = from_images(arguments)(frames[None])[0]
     patch_size = arguments.patch_size or PATCH_SIZE
     patches = (frames.shape[-2] // patch_size) * (frames.shape[-1] // patch_size)
     special = SPECIAL_TOKENS if arguments.special_tokens is None else arguments.special_tokens

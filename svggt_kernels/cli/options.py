@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph
-from ..patching import TokenSimilarity
+from ..covisibility import CovisibilityGraph, MegaLoc
+from ..covisibility.weights import PUBLISHED
+from ..patching import SEQUENTIAL_WINDOW, MegaLocSimilarity, TokenSimilarity
+from .environment import pick_device
 from .errors import refusals
 
-COVISIBILITY = ("tokens", "thumbnails", "sequential", "all")
-SEQUENTIAL_WINDOW = 10
+COVISIBILITY = ("megaloc", "tokens", "thumbnails", "sequential", "all")
 THUMBNAIL_SIDE = 16
 
 
@@ -44,9 +46,16 @@ def add_graph(parser: argparse.ArgumentParser, *, default: str) -> None:
         "--covisibility",
         choices=COVISIBILITY,
         default=default,
-        help="how to tell which frames see each other. tokens: similar tokens of the model; thumbnails: similar at "
+        help="how to tell which frames see each other. megaloc: similar images by MegaLoc; "
+        "tokens: similar tokens of the model; thumbnails: similar at "
         f"{THUMBNAIL_SIDE} x {THUMBNAIL_SIDE} pixels, crude but without any weights; sequential: neighbours in the "
         f"order of the names, for video; all: every frame sees every other (default: {default})",
+    )
+    parser.add_argument(
+        "--megaloc",
+        type=Path,
+        metavar="FILE",
+        help="MegaLoc's weights (default: gberton/MegaLoc, from the cache of the Hugging Face hub or downloaded)",
     )
     parser.add_argument(
         "--neighbours",
@@ -88,6 +97,7 @@ def describe(arguments: argparse.Namespace) -> str:
     beside = f", the {window} frames before and after" if window else ""
     reference = ", and the model's reference frame"
     return {
+        "megaloc": f"{arguments.neighbours} neighbours by MegaLoc{beside}{reference}",
         "tokens": f"{arguments.neighbours} neighbours by similar tokens of the model{beside}{reference}",
         "thumbnails": f"{arguments.neighbours} neighbours by similar thumbnails{beside}{reference}",
         "sequential": f"the {window} frames before and after{reference}",
@@ -104,6 +114,8 @@ def covisibility(arguments: argparse.Namespace) -> Any:
         return TokenSimilarity(neighbours=0, window=window, anchors=0, bridge=False)
     if name == "thumbnails":
         return from_images(arguments)
+    if name == "megaloc":
+        return MegaLocSimilarity(neighbours=arguments.neighbours, window=window, weights=_megaloc(arguments))
     return TokenSimilarity(neighbours=arguments.neighbours, window=window)
 
 
@@ -117,7 +129,11 @@ def from_images(arguments: argparse.Namespace) -> Callable[[Tensor], list[Covisi
         if name == "sequential":
             same = torch.ones(len(frames), 1)
             return CovisibilityGraph.from_descriptors(same, neighbours=0, window=window, anchors=0, bridge=False)
-        return CovisibilityGraph.from_descriptors(thumbnails(frames), neighbours=arguments.neighbours, window=window)
+        if name == "megaloc":
+            descriptors = _megaloc(arguments).describe(frames, progress=sys.stderr.isatty()).cpu()
+        else:
+            descriptors = thumbnails(frames)
+        return CovisibilityGraph.from_descriptors(descriptors, neighbours=arguments.neighbours, window=window)
 
     return lambda images: [graph(frames) for frames in images]
 
@@ -131,6 +147,13 @@ def thumbnails(
     # A frame of one colour has no direction; all such frames are alike.
     flat = descriptors.abs().amax(dim=1, keepdim=True) < 1e-6
     return torch.where(flat, torch.ones_like(descriptors), descriptors)
+
+
+def _megaloc(arguments: argparse.Namespace) -> MegaLoc:
+    with refusals():
+        megaloc = MegaLoc.from_pretrained(arguments.megaloc or PUBLISHED)
+    device = pick_device(arguments.device)
+    return megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def _window(arguments: argparse.Namespace) -> int:

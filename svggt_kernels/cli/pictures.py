@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNSEEN, SEEN, SEEN_IN_VAIN, MISSED = range(4)
+MOSAIC_ROWS, MOSAIC_COLUMNS = 24, 10
 PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
 
 
@@ -66,6 +67,53 @@ def draw_graph(path: Path, graph: CovisibilityGraph, title: str, truth: Covisibi
     for axis in (histogram.xaxis, histogram.yaxis):
         axis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
+
+
+def draw_neighbours(
+    path: Path,
+    graph: CovisibilityGraph,
+    photos: Tensor,  # [S, 3, H, W]
+    names: Sequence[str],
+    pairs: Tensor | None = None,  # [E, 2]
+) -> None:
+    """Draw one row per frame: its photo, and the photos that it was found to be most similar to.
+
+    At most 24 frames are shown, evenly spread, with 10 neighbours each, in the order of the frames. A graph that does
+    not come from descriptors has no most similar ones; frames that it sees stand in for them.
+
+    Args:
+        path: The PNG to write.
+        graph: A square graph of `S` frames.
+        photos: RGB in [0, 1].
+        names: What to call each frame.
+        pairs: Pairs that share a view: neighbours get a frame, blue where they are among them and red where not.
+    """
+    rows = torch.linspace(0, len(photos) - 1, min(MOSAIC_ROWS, len(photos))).round().int().tolist()
+    true = None if pairs is None else set(map(tuple, pairs.tolist()))
+    small = F.interpolate(photos.float().cpu(), scale_factor=96 / max(photos.shape[-2:]), mode="area")
+    figure = _figure(1.1 * (MOSAIC_COLUMNS + 1), 0.35 + len(rows) * 1.25, "Frame, and its neighbours")
+    grid = figure.subplots(len(rows), MOSAIC_COLUMNS + 1, squeeze=False)
+    for axes, frame in zip(grid, rows, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        neighbours = _neighbours(graph, frame)[:MOSAIC_COLUMNS]
+        for axis, shown in zip(axes, [frame, *neighbours], strict=False):
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(names[shown][-14:], fontsize=7, pad=2)
+            axis.imshow(small[shown].permute(1, 2, 0).clamp(0, 1).numpy())
+            if true is not None and shown != frame:
+                colour = PAIR_COLOURS[SEEN if (frame, shown) in true else MISSED]
+                for side in axis.spines.values():
+                    side.set(color=colour, linewidth=2.5)
+    figure.savefig(path, dpi=110)
+
+
+def _neighbours(graph: CovisibilityGraph, frame: int) -> list[int]:
+    if graph.origin is not None and graph.origin.nearest.shape[1]:
+        return graph.origin.nearest[frame].tolist()
+    row = graph.indices[int(graph.indptr[frame]) : int(graph.indptr[frame + 1])].tolist()
+    return [other for other in row if other != frame]
 
 
 def draw_comparison(

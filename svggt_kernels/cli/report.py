@@ -7,10 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
-from ..covisibility import CovisibilityGraph
-from ..covisibility.evaluation import chance_recall, edge_recall
+from ..covisibility import CovisibilityReport
 from .comparison import Comparison
 from .environment import versions
 from .measure import Cost
@@ -33,9 +30,14 @@ def content(comparison: Comparison) -> dict[str, Any]:
     return {**asdict(comparison), "ratios": ratios}
 
 
-def against_truth(graph: CovisibilityGraph, pairs: Tensor) -> dict[str, float]:
-    """Return how many of the pairs `[E, 2]` that share a view the graph has, and how many chance would give it."""
-    return {"pairs": len(pairs), "recall": edge_recall(graph, pairs), "chance": chance_recall(graph)}
+def against_truth(judged: CovisibilityReport) -> dict[str, float | None]:
+    """Return what a graph keeps of the pairs that share a view, and how many chance would give it."""
+    return {
+        "pairs": judged.true_pairs,
+        "recall": judged.recall,
+        "precision": judged.precision,
+        "chance": judged.chance,
+    }
 
 
 def as_text(comparison: Comparison) -> str:

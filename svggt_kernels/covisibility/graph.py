@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .neighbours import FrameSimilarity, connected_components
 MAX_EDGES = 2**31 - 1
 USELESS_DENSITY = 0.6
 EXACT_DIAMETER_FRAMES = 2000
+REAL_NEIGHBOURS = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class GraphSummary:
         degree_min: Fewest frames that a frame sees, itself not counted in a square graph.
         degree_median: Median of the same.
         degree_max: Most of the same.
+        bridges: Pairs that join parts which no neighbour joins; None if the graph does not come from descriptors.
+        lonely: Frames with fewer than 2 real neighbours: frames of which each is among the most similar of the other.
+            None if the graph does not come from descriptors.
         warnings: What will cost time or accuracy, one sentence each.
     """
 
@@ -46,6 +50,8 @@ class GraphSummary:
     degree_min: int
     degree_median: float
     degree_max: int
+    bridges: int | None
+    lonely: tuple[int, ...] | None
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -60,6 +66,32 @@ class GraphSummary:
             bound = "" if self.hop_diameter_is_exact else "at least "
             lines.append(f"components: {self.components}, hop diameter: {bound}{self.hop_diameter}")
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+@dataclass(frozen=True, eq=False)
+class GraphOrigin:
+    """Which edges of a graph from descriptors were found, and which were added to hold it together.
+
+    Attributes:
+        nearest: The frames most similar to each frame, rising, `[S, k]` int64.
+        bridges: Pairs that join parts which no neighbour joins, `[n, 2]` int64.
+    """
+
+    nearest: Tensor  # [S, k] int64
+    bridges: Tensor  # [n, 2] int64
+
+    def to(self, device: torch.device | str) -> GraphOrigin:
+        """Return the same on another device."""
+        return GraphOrigin(self.nearest.to(device), self.bridges.to(device))
+
+    def lonely(self) -> tuple[int, ...]:
+        """Return the frames with fewer than 2 real neighbours, nearest to each other; none where so few exist."""
+        nearest = self.nearest.cpu()
+        frames, count = nearest.shape
+        ahead = torch.arange(frames)[:, None] * frames + nearest
+        back = nearest * frames + torch.arange(frames)[:, None]
+        mutual = torch.isin(ahead, back).sum(dim=1)
+        return tuple((mutual < min(REAL_NEIGHBOURS, count)).nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +111,7 @@ class CovisibilityGraph:
         indices: Key frames, `[E]` int32, rising within a row, in `[0, num_key_frames)`.
         num_frames: Query frames S, at least 1.
         num_key_frames: Key frames, at least 1. None means `num_frames`.
+        origin: How its edges were found, if it comes from descriptors.
 
     Raises:
         TypeError: If an array is not an int32 tensor or a count is not an integer.
@@ -89,6 +122,7 @@ class CovisibilityGraph:
     indices: Tensor  # [E] int32
     num_frames: int
     num_key_frames: int = None  # type: ignore[assignment]  # an int once constructed
+    origin: GraphOrigin | None = None
 
     def __post_init__(self) -> None:
         frames = _integer("num_frames", self.num_frames, 1)
@@ -274,16 +308,17 @@ class CovisibilityGraph:
         nearest = similarity.nearest(neighbours)
         graph = cls._from_edges(everyone.repeat_interleave(neighbours), nearest.flatten(), frames)
         graph = graph.symmetrized() | cls.sequential(frames, window).to(similarity.device)
+        bridges = everyone.new_empty((0, 2))
         if bridge:
-            pairs = similarity.bridges(connected_components(graph.rows, graph.indices, frames))
-            graph |= cls._from_edges(pairs[:, 0], pairs[:, 1], frames).symmetrized()
+            bridges = similarity.bridges(connected_components(graph.rows, graph.indices, frames))
+            graph |= cls._from_edges(bridges[:, 0], bridges[:, 1], frames).symmetrized()
         if reference_frame is None:
             points = similarity.farthest_points(0, anchors)
         else:
             points = similarity.farthest_points(reference_frame, min(anchors + 1, frames))
             graph |= cls._from_edges(torch.full_like(everyone, reference_frame), everyone, frames)
         graph |= cls._from_edges(everyone.repeat_interleave(len(points)), points.repeat(frames), frames)
-        return graph.to(device)
+        return replace(graph, origin=GraphOrigin(nearest, bridges)).to(device)
 
     @classmethod
     def _from_edges(cls, rows: Tensor, columns: Tensor, num_frames: int) -> CovisibilityGraph:
@@ -370,6 +405,19 @@ class CovisibilityGraph:
             )
         if blind and self.is_square and self.num_frames > 1:
             warnings.append(f"frames that see no other frame: {blind}")
+        bridges = None if self.origin is None else len(self.origin.bridges)
+        lonely = None if self.origin is None else self.origin.lonely()
+        if bridges:
+            warnings.append(
+                f"similar frames alone leave {bridges + 1} parts, which {bridges} added pairs join; if they do not "
+                "show one scene, run them apart, else give pairs that you know"
+            )
+        if lonely:
+            warnings.append(
+                f"frames with fewer than {REAL_NEIGHBOURS} real neighbours (each among the most similar of the other): "
+                f"{len(lonely)} ({', '.join(map(str, lonely[:8]))}{', ...' if len(lonely) > 8 else ''}); they may show "
+                "something else, or share little with the rest"
+            )
         if blind and not self.is_square:
             warnings.append(f"query frames that see no key frame, so that their attention gives zero: {blind}")
         return GraphSummary(
@@ -383,6 +431,8 @@ class CovisibilityGraph:
             degree_min=int(degrees.min()),
             degree_median=float(np.median(degrees.numpy())),
             degree_max=int(degrees.max()),
+            bridges=bridges,
+            lonely=lonely,
             warnings=tuple(warnings),
         )
 
@@ -422,6 +472,7 @@ class CovisibilityGraph:
             self.indices.to(device, non_blocking=asynchronous),
             self.num_frames,
             self.num_key_frames,
+            None if self.origin is None else self.origin.to(device),
         )
 
     def to_dense(self) -> Tensor:
@@ -438,7 +489,7 @@ class CovisibilityGraph:
         return CovisibilityGraph(indptr, self.rows[order], self.num_key_frames, self.num_frames)
 
     def symmetrized(self) -> CovisibilityGraph:
-        """Return the graph in which j sees i wherever i sees j.
+        """Return the graph in which j sees i wherever i sees j; it keeps its origin.
 
         Raises:
             ValueError: If the graph is rectangular.
@@ -454,7 +505,8 @@ class CovisibilityGraph:
             raise ValueError(f"only graphs over the same frames can be united, got {shapes[0]} and {shapes[1]} frames")
         if self.device != other.device:
             raise ValueError(f"both graphs must be on one device, got {self.device} and {other.device}; use to(device)")
-        return self._from_codes(torch.cat([self._codes(), other._codes()]), *shapes[0])
+        united = self._from_codes(torch.cat([self._codes(), other._codes()]), *shapes[0])
+        return replace(united, origin=self.origin or other.origin)
 
     def __repr__(self) -> str:
         keys = "" if self.is_square else f", key_frames={self.num_key_frames}"

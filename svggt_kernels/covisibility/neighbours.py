@@ -138,20 +138,25 @@ class FrameSimilarity:
             )
 
     def _best_outside(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Best score and frame outside its own component for each of `rows`; of equal scores, the smaller frame."""
-        best_scores = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=self.device)
-        best_frames = rows.clone()
-        for row_start in range(0, len(rows), self.chunk):
-            part = slice(row_start, row_start + self.chunk)
-            points, owners = self.fixed_point[rows[part]].to(torch.float64), labels[rows[part], None]
-            for start in range(0, self.num_frames, self.chunk):
-                columns = slice(start, start + self.chunk)
+        """Best score and frame outside its own component for each of `rows`; of equal scores, the smaller frame.
+
+        Two frames of `rows` are compared once, for both.
+        """
+        scores = torch.full(labels.shape, -torch.inf, dtype=torch.float64, device=self.device)
+        partners = torch.arange(self.num_frames, device=self.device)
+        others = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
+        row_parts = rows.split(self.chunk) if len(rows) else ()
+        parts = [*row_parts, *others.split(self.chunk)]
+        for at, part in enumerate(row_parts):
+            points = self.fixed_point[part].to(torch.float64)
+            for column_at in range(at, len(parts)):
+                columns = parts[column_at]
                 tile = points @ self.fixed_point[columns].to(torch.float64).T
-                score, at = tile.masked_fill_(owners == labels[columns], -torch.inf).max(dim=1)
-                better = score > best_scores[part]
-                best_scores[part] = torch.where(better, score, best_scores[part])
-                best_frames[part] = torch.where(better, start + at, best_frames[part])
-        return best_scores, best_frames
+                tile.masked_fill_(labels[part, None] == labels[columns], -torch.inf)
+                _keep_best(scores, partners, part, tile, columns)
+                if at < column_at < len(row_parts):
+                    _keep_best(scores, partners, columns, tile.T, part)
+        return scores[rows], partners[rows]
 
 
 def connected_components(rows: Tensor, columns: Tensor, num_frames: int) -> Tensor:
@@ -171,6 +176,15 @@ def connected_components(rows: Tensor, columns: Tensor, num_frames: int) -> Tens
         if torch.equal(hooked, parents):
             return parents
         parents = hooked
+
+
+def _keep_best(scores: Tensor, partners: Tensor, frames: Tensor, tile: Tensor, candidates: Tensor) -> None:
+    """Merge a tile `[n, m]` of `frames` by rising `candidates` into the best score and partner of all frames."""
+    score, at = tile.max(dim=1)
+    partner, best, held = candidates[at], scores[frames], partners[frames]
+    better = (score > best) | ((score == best) & (partner < held))
+    scores[frames] = torch.where(better, score, best)
+    partners[frames] = torch.where(better, partner, held)
 
 
 def _keep_largest(scores: Tensor, frames: Tensor, tile: Tensor, first_frame: int) -> None:

@@ -8,7 +8,8 @@ global attention, and shared by all.
 
 from __future__ import annotations
 
-from .graphs import TokenSimilarity
+from .graphs import MegaLocSimilarity, TokenSimilarity
 from .handle import Patch, PatchReport, patch
+from .planning import SEQUENTIAL_WINDOW
 
-__all__ = ["Patch", "PatchReport", "TokenSimilarity", "patch"]
+__all__ = ["SEQUENTIAL_WINDOW", "MegaLocSimilarity", "Patch", "PatchReport", "TokenSimilarity", "patch"]

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..covisibility import CovisibilityGraph
+from ..covisibility.megaloc import SIZE, MegaLoc
+from ..covisibility.weights import PUBLISHED
 
-__all__ = ["TokenSimilarity", "earlier_frames_only", "frame_order", "in_order"]
+__all__ = ["MegaLocSimilarity", "Similarity", "TokenSimilarity", "earlier_frames_only", "frame_order", "in_order"]
 
 
 @dataclass(frozen=True)
-class TokenSimilarity:
-    """Finds covisibility in the tokens that enter a model's first global attention.
-
-    The descriptor of a frame is the mean of its patch tokens minus the mean over all frames, in float32. What all
-    frames share would otherwise make every pair look alike. Similarities only rank frames, see
-    `CovisibilityGraph.from_descriptors`. No other network runs, and any model has such tokens.
+class Similarity:
+    """What becomes of one descriptor per frame; see `CovisibilityGraph.from_descriptors` for the steps.
 
     Attributes:
         neighbours: Most similar frames that each frame sees at least.
@@ -28,6 +27,8 @@ class TokenSimilarity:
         anchors: Frames that everyone sees; None for a number that grows with the frames.
         bridge: Whether to join parts of the graph that do not see each other.
         reference_frame: A frame that sees all and is seen by all: "model" for the one the model has, an index, or None.
+        also: A graph over the same frames, in the order of the images, whose edges are added: from COLMAP, from poses,
+            or several by `|`.
     """
 
     neighbours: int = 10
@@ -35,6 +36,41 @@ class TokenSimilarity:
     anchors: int | None = None
     bridge: bool = True
     reference_frame: int | Literal["model"] | None = "model"
+    also: CovisibilityGraph | None = None
+
+    def from_descriptors(
+        self,
+        descriptors: Tensor,  # [S, C]
+        reference_frame: int | None,
+    ) -> CovisibilityGraph:
+        """Return the graph of S frames, on the device of their descriptors.
+
+        Args:
+            descriptors: One per frame, `[S, C]` floating point.
+            reference_frame: The model's own reference frame, used if this object says "model".
+
+        Raises:
+            ValueError: If a descriptor is not finite or zero, or `also` is over other frames.
+        """
+        graph = CovisibilityGraph.from_descriptors(
+            descriptors,
+            neighbours=self.neighbours,
+            window=self.window,
+            reference_frame=reference_frame if self.reference_frame == "model" else self.reference_frame,
+            anchors=self.anchors,
+            bridge=self.bridge,
+        )
+        return graph if self.also is None else graph | self.also.to(graph.device)
+
+
+@dataclass(frozen=True)
+class TokenSimilarity(Similarity):
+    """Finds covisibility in the tokens that enter a model's first global attention.
+
+    The descriptor of a frame is the mean of its patch tokens minus the mean over all frames, in float32. What all
+    frames share would otherwise make every pair look alike. No other network runs, and any model has such tokens.
+    The attributes are those of `Similarity`.
+    """
 
     def graph(
         self,
@@ -61,14 +97,26 @@ class TokenSimilarity:
         centred = pooled - mean
         # A frame that equals the mean frame (one frame alone, one image repeated) would have no direction.
         descriptors = torch.where((centred == 0).all(dim=1, keepdim=True), mean, centred)
-        return CovisibilityGraph.from_descriptors(
-            descriptors,
-            neighbours=self.neighbours,
-            window=self.window,
-            reference_frame=reference_frame if self.reference_frame == "model" else self.reference_frame,
-            anchors=self.anchors,
-            bridge=self.bridge,
-        )
+        return self.from_descriptors(descriptors, reference_frame)
+
+
+@dataclass(frozen=True)
+class MegaLocSimilarity(Similarity):
+    """Finds covisibility in the images, by MegaLoc's descriptors: the default of `patch`.
+
+    The other attributes are those of `Similarity`.
+
+    Attributes:
+        weights: Where MegaLoc's weights are, as `MegaLoc.from_pretrained` takes it, or a MegaLoc.
+        size: Pixels on each side that MegaLoc sees.
+        batch_size: Images that it describes at a time.
+        dtype: Its precision; None for bfloat16 on CUDA and float32 elsewhere. Ignored if `weights` is a MegaLoc.
+    """
+
+    weights: str | Path | MegaLoc = PUBLISHED
+    size: int = SIZE
+    batch_size: int = 32
+    dtype: torch.dtype | None = None
 
 
 def in_order(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ FORWARDS_KEPT = 16
 def patch(
     model: nn.Module,
     *,
-    covisibility: Covisibility = "tokens",
+    covisibility: Covisibility = "megaloc",
     special_tokens: Literal["dense", "masked"] = "dense",
     backend: str | None = None,
     modules: Iterable[str | nn.Module] | None = None,
@@ -53,7 +52,9 @@ def patch(
     Args:
         model: The model, or any module that holds it.
         covisibility: Which frames see which:
+            "megaloc", or a `MegaLocSimilarity` with other options: similarity of the images by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
+            "sequential": the 10 frames before and after, and the model's reference frame;
             "all": everything, which is dense attention;
             a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;
             a function of the images `[B, S, 3, H, W]` that returns either.
@@ -71,10 +72,13 @@ def patch(
         The handle: `undo()`, `report()`, and a context manager that undoes at its end.
 
     Raises:
-        ValueError: If no record knows the model and `modules` is not given, the model is patched already, or an
-            argument has no meaning. Calls of the patched model raise ValueError for attention that a layout cannot
-            express: dropout, causal attention, masks that hide visible frames, keys that are not the queries' tokens.
+        ValueError: If no record knows the model and `modules` is not given, the model is patched already, an argument
+            has no meaning, or MegaLoc's weights are damaged. Calls of the patched model raise ValueError for attention
+            that a layout cannot express: dropout, causal attention, masks that hide visible frames, keys that are not
+            the queries' tokens.
         TypeError: If an argument is of another type.
+        FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
+        ImportError: If the packages that fetch and read them are missing; the message says how to install them.
     """
     if special_tokens not in ("dense", "masked"):
         raise ValueError(f'special_tokens must be "dense" or "masked", got {special_tokens!r}')
@@ -210,7 +214,7 @@ class Patch:
             dense_pairs=sum(layout.num_tokens * layout.num_key_tokens for layout in forward.layouts),
             backend=chosen,
             passed_over=passed_over,
-            planning_seconds=forward.seconds,
+            step_seconds=dict(forward.seconds),
         )
 
     def __repr__(self) -> str:
@@ -253,16 +257,12 @@ class Patch:
         module = stand_in.module
         arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         del arguments[next(iter(arguments))]
-        inputs = self.record.read(module, arguments)
-        start = time.perf_counter()
-        graphs = self._planner.begin(inputs)
         forward = Forward(
-            replace(inputs, images=None),
+            self.record.read(module, arguments),
             recomputable=torch.is_grad_enabled(),
             reorders=self._reorders is not None,
-            graphs=graphs,
-            seconds=time.perf_counter() - start,
         )
+        self._planner.begin(forward)
         self._active = forward
         try:
             output = stand_in.original(*args, **kwargs)
@@ -321,10 +321,10 @@ class Patch:
             )
         forward = self._active or self._recomputed(name, query)
         if not forward.layouts:
-            start = time.perf_counter()
             self._planner.plan(forward, name, query, module_inputs)
-            self._prepare(forward, query)
-            forward.seconds += time.perf_counter() - start
+            forward.inputs = replace(forward.inputs, images=None)
+            with forward.step("tables"):
+                self._prepare(forward, query)
         layouts = forward.layouts
         if query.shape[2] != layouts[0].num_tokens or len(layouts) not in (1, len(query)):
             raise ValueError(
@@ -414,7 +414,8 @@ class PatchReport:
         dense_pairs: The same under dense attention.
         backend: The backend that ran; None before the first forward.
         passed_over: Each better backend and why it did not run.
-        planning_seconds: Time spent on graph, layout and tables in the last forward, on the host.
+        step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
+            "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
     """
 
     model: str
@@ -427,7 +428,12 @@ class PatchReport:
     dense_pairs: int
     backend: str | None
     passed_over: dict[str, str]
-    planning_seconds: float
+    step_seconds: dict[str, float]
+
+    @property
+    def planning_seconds(self) -> float:
+        """Time spent on all of these steps."""
+        return sum(self.step_seconds.values())
 
     @property
     def token_density(self) -> float | None:
@@ -450,7 +456,8 @@ class PatchReport:
         lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
         lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
-        lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms")
+        steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
+        lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
         lines.append(f"backend: {self.backend}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
         return "\n".join(lines)

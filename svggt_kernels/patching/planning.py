@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,14 +15,30 @@ from torch import Tensor
 from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs, ModelRecord
-from .graphs import TokenSimilarity, earlier_frames_only, frame_order, in_order, inverse
+from .described import ImageGraphs
+from .graphs import (
+    MegaLocSimilarity,
+    Similarity,
+    TokenSimilarity,
+    earlier_frames_only,
+    frame_order,
+    in_order,
+    inverse,
+)
 
-__all__ = ["Covisibility", "Forward", "Planner", "require_redundant"]
+__all__ = ["SEQUENTIAL_WINDOW", "Covisibility", "Forward", "Planner", "require_redundant"]
 
 Graphs = CovisibilityGraph | Sequence[CovisibilityGraph]
-Covisibility = Literal["tokens", "all"] | TokenSimilarity | Graphs | Callable[[Any], Graphs]
+Covisibility = Literal["megaloc", "tokens", "sequential", "all"] | Similarity | Graphs | Callable[[Any], Graphs]
 Order = tuple[int, ...] | None
 
+SEQUENTIAL_WINDOW = 10
+# What the words mean that stand for a similarity.
+SIMILARITIES: dict[str, Similarity] = {
+    "megaloc": MegaLocSimilarity(),
+    "tokens": TokenSimilarity(),
+    "sequential": TokenSimilarity(neighbours=0, window=SEQUENTIAL_WINDOW, anchors=0, bridge=False),
+}
 # Layouts kept for graphs that come again.
 LAYOUTS_KEPT = 16
 
@@ -35,7 +53,7 @@ class Forward:
         reorders: Whether the model reorders its frames inside.
         graphs: Who sees whom, frames in the order of the images; one per sample or one for all.
         layouts: The same over tokens, frames in the order of the model; empty until the first global attention.
-        seconds: Time spent on both, and on the tables of the layouts.
+        seconds: Time spent on each step towards both, on the host.
         answered: Calls answered, by module.
         kind: Device, dtype and head size of those calls.
         samples: Some values of the queries of each module.
@@ -48,12 +66,19 @@ class Forward:
     reorders: bool = False
     graphs: tuple[CovisibilityGraph, ...] = ()
     layouts: tuple[BlockLayout, ...] = ()
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     answered: Counter[str] = field(default_factory=Counter)
     kind: tuple[torch.device, torch.dtype, int] | None = None
     samples: dict[str, Tensor] = field(default_factory=dict)
     before: Tensor | None = None
     after: Tensor | None = None
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to that of a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Planner:
@@ -65,22 +90,30 @@ class Planner:
         dense_special: Whether special tokens see everything and are seen by everything.
 
     Raises:
-        ValueError: If `covisibility` is an unknown word.
+        ValueError: If `covisibility` is an unknown word, or MegaLoc's weights are not what they must be.
         TypeError: If it is none of the types that it may be.
+        FileNotFoundError: If MegaLoc's weights are asked for and cannot be had.
+        ImportError: If a package is missing that fetches or reads them.
     """
 
     def __init__(self, record: ModelRecord, covisibility: Covisibility, dense_special: bool) -> None:
         self.record = record
         self.dense_special = dense_special
-        self.source: Literal["all"] | TokenSimilarity | Callable[[Any], Graphs] | tuple[CovisibilityGraph, ...]
+        self.source: Literal["all"] | Similarity | Callable[[Any], Graphs] | tuple[CovisibilityGraph, ...]
         if isinstance(covisibility, str):
-            if covisibility not in ("tokens", "all"):
-                raise ValueError(f'covisibility must be "tokens", "all", graphs or a function, got {covisibility!r}')
-            self.source = "all" if covisibility == "all" else TokenSimilarity()
-        elif isinstance(covisibility, TokenSimilarity) or callable(covisibility):
+            if covisibility != "all" and covisibility not in SIMILARITIES:
+                raise ValueError(
+                    'covisibility must be "megaloc", "tokens", "sequential", "all", a similarity, graphs or a '
+                    f"function, got {covisibility!r}"
+                )
+            self.source = "all" if covisibility == "all" else SIMILARITIES[covisibility]
+        elif isinstance(covisibility, Similarity) or callable(covisibility):
             self.source = covisibility
         else:
             self.source = _checked_graphs("covisibility", covisibility)
+        self._of_images: ImageGraphs | None = None
+        if isinstance(self.source, MegaLocSimilarity):
+            self._of_images = ImageGraphs(self.source, normalised=record.images_are_normalised)
         self._everything: CovisibilityGraph | None = None
         self._layouts: OrderedDict[tuple[Any, ...], tuple[CovisibilityGraph, BlockLayout]] = OrderedDict()
 
@@ -88,16 +121,31 @@ class Planner:
         return {**self.__dict__, "_layouts": OrderedDict()}
 
     def forget(self) -> None:
-        """Drop the layouts kept."""
+        """Drop what is kept."""
         self._layouts.clear()
+        if self._of_images is not None:
+            self._of_images.forget()
 
-    def begin(self, inputs: ForwardInputs) -> tuple[CovisibilityGraph, ...]:
-        """Return the graphs that are known before the forward runs: those given, and those that its images give."""
+    def begin(self, forward: Forward) -> None:
+        """Put in the graphs that are known before the forward runs: those given, and those that a function gives.
+
+        Raises:
+            ValueError: If MegaLoc is to describe the images, and there are none.
+        """
+        images = forward.inputs.images
         if isinstance(self.source, tuple):
-            return self.source
-        if callable(self.source):
-            return _checked_graphs("what the covisibility function returns", self.source(inputs.images))
-        return ()
+            forward.graphs = self.source
+        elif self._of_images is not None:
+            if not isinstance(images, Tensor) or images.dim() != 5 or images.shape[2] != 3:
+                given = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+                raise ValueError(
+                    f"MegaLoc describes images [B, S, 3, H, W], but the forward of {self.record.name} that is patched "
+                    f'is given {given}; use covisibility="tokens", or describe the images beforehand and give '
+                    "CovisibilityGraph.from_descriptors(MegaLoc.from_pretrained().describe(images))"
+                )
+        elif callable(self.source):
+            with forward.step("graph"):
+                forward.graphs = _checked_graphs("what the covisibility function returns", self.source(images))
 
     def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: tuple[Any, ...]) -> None:
         """Find the graphs of a forward at its first global attention and lay them over its tokens.
@@ -112,13 +160,20 @@ class Planner:
         frames = _num_frames(forward, name, num_tokens)
         per_frame = (num_tokens - inputs.trailing_tokens) // frames
         orders = self._orders(forward, frames, batch)
-        if isinstance(self.source, TokenSimilarity):
-            patches = _patch_tokens(name, module_inputs, (batch, frames, per_frame), inputs)
-            seen = [self.source.graph(tokens, self.record.reference_frame) for tokens in patches]
+        if self._of_images is not None:
             forward.graphs = tuple(
-                in_order(graph, None if order is None else inverse(order))
-                for graph, order in zip(seen, orders, strict=True)
+                self._of_images.graph(images, self._reference_image(order), forward.step)
+                for images, order in zip(inputs.images, orders, strict=True)
             )
+        elif isinstance(self.source, TokenSimilarity):
+            patches = _patch_tokens(name, module_inputs, (batch, frames, per_frame), inputs)
+            with forward.step("graph"):
+                forward.graphs = tuple(
+                    self.source.graph(
+                        tokens if order is None else tokens[list(inverse(order))], self._reference_image(order)
+                    )
+                    for tokens, order in zip(patches, orders, strict=True)
+                )
         elif self.source == "all":
             if self._everything is None or self._everything.num_frames != frames:
                 self._everything = CovisibilityGraph.all_visible(frames)
@@ -132,11 +187,17 @@ class Planner:
                     f"the covisibility graph must be over the {frames} frames of this forward, got "
                     f"{graph.num_frames} x {graph.num_key_frames} frames"
                 )
-        layouts = tuple(
-            self._layout(graph, order, per_frame, inputs, query.device)
-            for graph, order in zip(graphs if len(graphs) == batch else graphs * batch, orders, strict=True)
-        )
+        with forward.step("layout"):
+            layouts = tuple(
+                self._layout(graph, order, per_frame, inputs, query.device)
+                for graph, order in zip(graphs if len(graphs) == batch else graphs * batch, orders, strict=True)
+            )
         forward.layouts = layouts[:1] if all(layout is layouts[0] for layout in layouts) else layouts
+
+    def _reference_image(self, order: Order) -> int | None:
+        """Return the image that is the model's reference frame."""
+        frame = self.record.reference_frame
+        return frame if frame is None or order is None else order[frame]
 
     def _orders(self, forward: Forward, frames: int, batch: int) -> list[Order]:
         """Return for each sample which image lies at each place inside the model; None if it kept their order."""

@@ -1,0 +1,56 @@
+"""Pairs that are known to share a view, and what a graph keeps of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svggt_kernels import CovisibilityGraph
+from svggt_kernels.cli import truth
+from svggt_kernels.covisibility.evaluation import chance_recall, edge_recall
+
+
+class TestTruth:
+    photos = (Path("a.jpg"), Path("b.jpg"), Path("c.jpg"))
+
+    @pytest.mark.parametrize(
+        ("rows", "pairs"),
+        [
+            ("x,y,score\na.jpg,b.jpg,1\n", [[0, 1], [1, 0]]),
+            ("a,b\n\nb,a\n", [[0, 1], [1, 0]]),
+            ("\ufeffa.jpg,c.jpg,0.5\na,b,0\n", [[0, 2], [2, 0]]),
+            ("a,a,9\nb,c,1\n", [[1, 2], [2, 1]]),
+        ],
+        ids=["heading", "no score", "byte order mark", "diagonal"],
+    )
+    def test_reads(self, tmp_path: Path, rows: str, pairs: list[list[int]]) -> None:
+        (tmp_path / "pairs.csv").write_text(rows, encoding="utf-8")
+        assert truth.read_pairs(tmp_path / "pairs.csv", self.photos).tolist() == pairs
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("a,z,1\n", "line 1 .* names 'z'"),
+            ("a,b,1\na\n", "line 2 .* must hold photo, photo, score"),
+            ("a,b,1\na,c,many\n", "line 2 .* a number in its third field, got 'many'"),
+            ("a,b,0\n", "names no pair"),
+            ("", "names no pair"),
+        ],
+        ids=["unknown photo", "short row", "no number", "nothing above", "empty"],
+    )
+    def test_refuses(self, tmp_path: Path, rows: str, message: str) -> None:
+        (tmp_path / "pairs.csv").write_text(rows)
+        with pytest.raises(ValueError, match=message):
+            truth.read_pairs(tmp_path / "pairs.csv", self.photos)
+
+    def test_recall_counts_directed_pairs(self) -> None:
+        graph = CovisibilityGraph.from_pairs(4, [(0, 1), (1, 0), (2, 3)])
+        assert edge_recall(graph, torch.tensor([[0, 1], [2, 3], [3, 2], [0, 3]])) == 0.5
+        assert chance_recall(graph) == 3 / 12
+
+    @pytest.mark.parametrize("pairs", [torch.empty(0, 2).long(), torch.tensor([[0, 4]]), torch.tensor([0, 1])], ids=str)
+    def test_recall_refuses(self, pairs: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="pairs must be"):
+            edge_recall(CovisibilityGraph.all_visible(4), pairs)
