@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Library:
     """What `compile_shader` gives, on a CUDA device: kernels as attributes."""
 
     def __init__(self, text: str) -> None:
-        torch.cuda.current_stream().synchronize()  # makes the context current
+        _make_current()
         self.module = _checked(driver.cuModuleLoadData(compile_to_cubin(text)))
 
     def __getattr__(self, name: str) -> Kernel:
@@ -89,12 +90,23 @@ class Kernel:
 
     def __call__(self, *arguments: Any, threads: list[int], group_size: list[int]) -> None:
         """Launch on the current stream."""
+        _make_current()
         values = [_as_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         blocks = [t // g for t, g in zip(threads, group_size, strict=True)]
         stream = torch.cuda.current_stream().cuda_stream
         launched = driver.cuLaunchKernel(self.function, *blocks, *group_size, 0, stream, ctypes.addressof(pointers), 0)
         _checked(launched)
+
+
+def _make_current() -> None:
+    """Make the device's context current: a thread that has not called the runtime yet, as autograd's, has none."""
+    _checked(driver.cuCtxSetCurrent(_context(torch.cuda.current_device())))
+
+
+@cache
+def _context(device: int) -> Any:
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
 
 
 def _as_value(argument: Any) -> Any:
