@@ -71,6 +71,17 @@ def ratios_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]
     return run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ahead() -> None:
+    for bug in BUGS:
+        if bug.lane in ("emulator", "numbers", "sanitizer"):
+            emulator.building(bug.plant(shader.source(bug.dtype, 64, bug.backward)), flags_for(bug))
+
+
+def flags_for(bug: Bug) -> tuple[str, ...]:
+    return emulator.SANITIZED if bug.lane == "sanitizer" else emulator.PLAIN
+
+
 @pytest.mark.parametrize(("dtype", "head_size", "backward"), VARIANTS, ids=name)
 class TestLanguage:
     def test_lint(self, dtype: torch.dtype, head_size: int, backward: bool):
@@ -107,9 +118,8 @@ def test_a_planted_bug_is_caught(bug: Bug, ratios_of):
         ratios = ratios_of(bug.dtype, schedules=1, change=bug.plant, changed_backward=bug.backward)
         assert not within_budget(ratios)
     else:
-        flags = emulator.SANITIZED if bug.lane == "sanitizer" else emulator.PLAIN
         with pytest.raises(emulator.EmulatorError, match=bug.says):
-            ratios_of(bug.dtype, flags=flags, change=bug.plant, changed_backward=bug.backward)
+            ratios_of(bug.dtype, flags=flags_for(bug), change=bug.plant, changed_backward=bug.backward)
 
 
 def test_the_list_of_bugs_is_long_and_covers_every_lane():

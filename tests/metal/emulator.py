@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,17 @@ def _build_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def build(text: str, flags: tuple[str, ...] = PLAIN) -> Path:
-    """Compile a source as a program for the CPU."""
+def building(text: str, flags: tuple[str, ...] = PLAIN) -> Future[Path]:
+    """Begin to compile a source as a program for the CPU, each once."""
+    return _compilers().submit(_build, text, flags)
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2)
+
+
+def _build(text: str, flags: tuple[str, ...]) -> Path:
     program = source.cpu_program(text)
     name = hashlib.sha256("\0".join((program, *flags)).encode()).hexdigest()[:16]
     path = Path(_build_folder().name, name)
@@ -84,7 +94,7 @@ class EmulatedKernel:
     def __init__(self, text: str, kernel: source.Kernel, flags: tuple[str, ...], schedules: int) -> None:
         self.text, self.kernel, self.schedules = text, kernel, schedules
         self.max_threads_per_threadgroup = kernel.threads
-        self.program = build(text, flags)
+        self.program = building(text, flags).result()
 
     def __call__(self, *arguments: Any, threads: list[int], group_size: list[int]) -> None:
         """Run the kernel now; its tensors must be those that its signature asks for."""

@@ -235,16 +235,27 @@ struct Threadgroup {
 
 inline unsigned lane() { return Threadgroup::current().running % LANES; }
 
+// What every lane of a simdgroup gave; to be read before the next exchange.
+template <class T>
+struct Given {
+  const char (*bytes)[16];
+  T operator[](unsigned lane) const {
+    T value;
+    std::memcpy(&value, bytes[lane], sizeof(T));
+    return value;
+  }
+};
+
 // Gives `value` to the other lanes of the simdgroup and takes theirs.
 template <class T>
-__attribute__((noinline)) void exchange(const T& value, T (&all)[LANES], int line) {
+__attribute__((noinline)) Given<T> exchange(const T& value, int line) {
   static_assert(sizeof(T) <= 16, "a simdgroup operation takes at most 16 bytes of a lane");
   Threadgroup& group = Threadgroup::current();
   Threadgroup::Exchange& place = group.exchanges[group.running / LANES];
   const unsigned turn = place.operations[lane()]++ % 2;
   std::memcpy(place.given[turn][lane()], &value, sizeof(T));
   group.wait(Waiting::for_simdgroup, line);
-  for (unsigned i = 0; i < LANES; i++) std::memcpy(&all[i], place.given[turn][i], sizeof(T));
+  return {place.given[turn]};
 }
 
 // A threadgroup array: a block of its exact size, full of NaN, the same for every thread that comes to the line.
