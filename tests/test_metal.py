@@ -104,12 +104,13 @@ class TestNumbers:
         layout = BlockLayout.from_graph(graph, [1, 7, 1, 33, 1], key_tokens_per_frame=[1, 1, 31, 1])
         assert within_budget(error_ratios(layout, dtype, backend="metal", heads=16))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=name)
     @pytest.mark.parametrize("tokens", [782, 1041, 1374])
-    def test_frames_of_full_length(self, tokens: int, emulated):
+    def test_frames_of_full_length(self, tokens: int, dtype: torch.dtype, emulated):
         emulated(one_schedule)
         graph = CovisibilityGraph.from_pairs(2, [(0, 1)], num_key_frames=2)
         layout = BlockLayout.from_graph(graph, [64, 1], key_tokens_per_frame=tokens, special_tokens=1)
-        assert within_budget(error_ratios(layout, torch.float16, backend="metal", heads=1))
+        assert within_budget(error_ratios(layout, dtype, backend="metal", heads=1))
 
     @pytest.mark.parametrize("tail", [1, 7, 8, 9, 31])
     def test_tails(self, tail: int, emulated):

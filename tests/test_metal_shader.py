@@ -25,6 +25,7 @@ VARIANTS = [
     for head_size in shader.HEAD_SIZES
     for backward in (False, True)
 ]
+SANITIZED = [(torch.float16, 64), (torch.float32, 128)]
 Change = Callable[[str], str]
 
 
@@ -73,6 +74,9 @@ def ratios_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ahead() -> None:
+    for variant in SANITIZED:
+        for backward in (False, True):
+            emulator.building(shader.source(*variant, backward), emulator.SANITIZED)
     for bug in BUGS:
         if bug.lane in ("emulator", "numbers", "sanitizer"):
             emulator.building(bug.plant(shader.source(bug.dtype, 64, bug.backward)), flags_for(bug))
@@ -93,7 +97,7 @@ class TestLanguage:
         assert clang.complaints(shader.source(dtype, head_size, backward), standard) == []
 
 
-@pytest.mark.parametrize(("dtype", "head_size"), [(torch.float16, 64), (torch.float32, 128)], ids=name)
+@pytest.mark.parametrize(("dtype", "head_size"), SANITIZED, ids=name)
 def test_sanitizers_find_nothing(dtype: torch.dtype, head_size: int, ratios_of):
     """No byte beyond a buffer or a threadgroup array, no misaligned access, no undefined arithmetic."""
     assert within_budget(ratios_of(dtype, head_size, emulator.SANITIZED, schedules=1))
