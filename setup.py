@@ -18,13 +18,13 @@ NOT_BUILT = Path("svggt_kernels", "backends", "cpu", "not_built.txt")
 
 
 class BuildWithSources(build_py):
-    """Copies csrc/hopper into the package: its kernels are compiled where they run."""
+    """Copies into the package the sources of the kernels that are compiled where they run."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        for source in sorted(Path("csrc").rglob("*.cu*")):
+        for source in sorted(p for p in Path("csrc").rglob("*.*") if p.suffix in (".cu", ".cuh", ".metal")):
             target = Path(self.build_lib, "svggt_kernels", source)
             self.mkpath(str(target.parent))
             self.copy_file(str(source), str(target))

@@ -243,6 +243,8 @@ class BlockLayout:
     @cached_property
     def runs(self) -> Runs:
         """The runs of every frame: adjacent visible frames whose tokens touch merge into one."""
+        if self.device.type == "mps":  # its integer operations have gaps
+            return Runs(*(table.to(self.device) for table in self.to("cpu").runs))
         # Tables made under inference mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             return self._find_runs()

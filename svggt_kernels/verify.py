@@ -1,8 +1,4 @@
-"""Is a backend right? Compares it with plain attention in float64, within an error budget and without tuned tolerances.
-
-The budget: the error of a backend against float64 may be at most twice the error that a plain implementation makes in
-the same dtype. So a tolerance is never a number that somebody chose.
-"""
+"""Is a backend right? Compares it with plain attention in float64, within the error budget."""
 
 from __future__ import annotations
 
@@ -10,51 +6,10 @@ import torch
 from torch import Tensor
 
 from .attention import block_sparse_attention
+from .budget import BUDGET, QUANTITIES, error_ratios_of, plain_attention, plain_gradients, within_budget
 from .layout import BlockLayout
 
-BUDGET = 2.0
-QUANTITIES = ("out", "lse", "grad q", "grad k", "grad v")
-
-
-def plain_attention(
-    q: Tensor,  # [B, H, N, D]
-    k: Tensor,  # [B, H, N', D]
-    v: Tensor,  # [B, H, N', D]
-    mask: Tensor,  # [N, N'] bool
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute masked attention by its formula, every step in the dtype of q; differentiable.
-
-    `scale` is `D ** -0.5` by default.
-
-    Returns:
-        Output `[B, H, N, D]` and log-sum-exp `[B, H, N]`; 0 and -inf for a row that sees nothing.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
-    blind = ~mask.any(-1, keepdim=True)
-    p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    return p @ v, scores.logsumexp(-1)
-
-
-def plain_gradients(
-    q: Tensor,  # [B, H, N, D]
-    k: Tensor,  # [B, H, N', D]
-    v: Tensor,  # [B, H, N', D]
-    mask: Tensor,  # [N, N'] bool
-    grad_out: Tensor,  # [B, H, N, D]
-    grad_lse: Tensor,  # [B, H, N]
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp and the gradients of q, k and v by their formulas, every step in the dtype of q.
-
-    As in every implementation that does not keep the softmax, the backward pass makes it again from the log-sum-exp.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = plain_attention(q, k, v, mask, scale)
-    p = torch.where(mask, torch.exp(q @ k.mT * scale - lse[..., None]), 0)
-    ds = p * (grad_out @ v.mT + (grad_lse - (grad_out * out).sum(-1))[..., None]) * scale
-    return out, lse, ds @ k, ds.mT @ q, p.mT @ grad_out
+__all__ = ["BUDGET", "QUANTITIES", "error_ratios", "plain_attention", "plain_gradients", "within_budget"]
 
 
 def error_ratios(
@@ -88,73 +43,12 @@ def error_ratios(
         For "out", "lse", "grad q", "grad k" and "grad v" the ratio; at most `BUDGET` is right. NaN where a result is
         not finite but should be, or the other way round.
     """
-    if heads is None:
-        heads = max(2, 1000 // min(layout.num_tokens, layout.num_key_tokens))
-    q, k, v, grad_out, grad_lse = _inputs(layout, dtype, head_size, batch, heads, seed)
-    mask = layout.to_dense()
-    # A row that sees nothing has LSE -inf, which has no gradient.
-    grad_lse = grad_lse.masked_fill(~mask.any(-1), 0)
 
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = block_sparse_attention(
-        inputs[0], inputs[1], inputs[2], layout, scale=scale, return_lse=True, backend=backend
-    )
-    gradients = torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse.to(lse.dtype)))
-    ours = [_wide(x.detach()) for x in (out, lse, *gradients)]
-    plain = [_wide(x) for x in plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)]
-    wide = [_wide(x) for x in (q, k, v, grad_out, grad_lse)]
-    mask = mask.to(wide[0].device)
-    exact = plain_gradients(wide[0], wide[1], wide[2], mask, wide[3], wide[4], scale)
-    floors = _cancellation(wide[0], wide[1], wide[2], mask, wide[3], exact[0], exact[1], scale)
-    ratios = {}
-    for name, actual, low, reference in zip(QUANTITIES, ours, plain, exact, strict=True):
-        finite = reference.isfinite()
-        rounded = reference.to(torch.float32 if name == "lse" else dtype).double()
-        allowed = max(_rms((low - reference)[finite]), _rms((rounded - reference)[finite]), floors.get(name, 0.0))
-        error = _rms((actual - reference)[finite])
-        same_infinities = bool((actual[~finite] == reference[~finite]).all())
-        ratio = error / allowed if allowed else float("inf")
-        ratios[name] = (ratio if error else 0.0) if same_infinities else float("nan")
-    return ratios
+    def attend(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = block_sparse_attention(
+            inputs[0], inputs[1], inputs[2], layout, scale=scale, return_lse=True, backend=backend
+        )
+        return out, lse, *torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse.to(lse.dtype)))
 
-
-def within_budget(ratios: dict[str, float]) -> bool:
-    """Return True if every ratio is at most `BUDGET`; NaN never is."""
-    return all(ratio <= BUDGET for ratio in ratios.values())
-
-
-def _inputs(
-    layout: BlockLayout, dtype: torch.dtype, head_size: int, batch: int, heads: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(layout.device, dtype)
-
-    if layout.num_tokens == layout.num_key_tokens:
-        q, k, v = random(batch, layout.num_tokens, 3, heads, head_size).permute(2, 0, 3, 1, 4)
-    else:
-        q = random(batch, layout.num_tokens, heads, head_size).transpose(1, 2)
-        k, v = random(batch, layout.num_key_tokens, 2, heads, head_size).permute(2, 0, 3, 1, 4)
-    grad_out = random(batch, layout.num_tokens, heads, head_size).transpose(1, 2)
-    return q, k, v, grad_out, random(batch, heads, layout.num_tokens)
-
-
-def _cancellation(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor, scale: float | None
-) -> dict[str, float]:
-    """Return one float32 rounding of the terms that cancel in the gradients of q and k, p (dO.v) and p (dO.out)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    p = torch.where(mask, torch.exp(q @ k.mT * scale - lse[..., None]), 0.0)
-    terms = p * ((grad_out @ v.mT).abs() + (grad_out * out).abs().sum(-1, keepdim=True)) * abs(scale)
-    epsilon = torch.finfo(torch.float32).eps
-    return {"grad q": epsilon * _rms(terms @ k.abs()), "grad k": epsilon * _rms(terms.mT @ q.abs())}
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float64, on the CPU if it is on a device without float64."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+    return error_ratios_of(attend, layout, dtype, head_size=head_size, scale=scale, batch=batch, heads=heads, seed=seed)

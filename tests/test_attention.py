@@ -264,7 +264,7 @@ def test_bad_input_is_explained(band: BlockLayout):
             (q, k, v, band),
             {"backend": "cuda"},
             ValueError,
-            "backend must be one of hopper, triton, cpu, sdpa or None, got 'cuda'",
+            "backend must be one of hopper, triton, metal, cpu, sdpa or None, got 'cuda'",
         ),
         ((q, k, v, band), {"backend": "triton"}, ValueError, "backend triton cannot run this: it needs a CUDA device"),
         ((q.int(), k.int(), v.int(), band), {}, TypeError, "no backend can run torch.int32"),

@@ -20,6 +20,7 @@ COMPILER = os.environ.get("CXX", "c++")
 FLOORS = [
     {"covisibility", "models", "toy", "scenes", "photos", "video"},
     {"layout", "lean"},
+    {"budget"},
     {"backends"},
     {"attention"},
     {"verify", "patching"},
@@ -117,7 +118,8 @@ def contents_of_wheel(folder: Path) -> zipfile.ZipFile:
 def expected_in_wheel() -> set[str]:
     """What every wheel holds: Python, and the sources of kernels that are compiled where they run."""
     python = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
-    sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cu*")}
+    shipped = [p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".cu", ".cuh", ".metal")]
+    sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in shipped}
     assert sources
     return python | sources
 

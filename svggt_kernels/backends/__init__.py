@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from . import cpu, hopper, sdpa, triton
+from . import cpu, hopper, metal, sdpa, triton
 
 
 class Backend(Protocol):
@@ -57,7 +57,7 @@ class Backend(Protocol):
         """Return the gradients of q, k and v, `[B, H, N, D]`, laid out as `[B, N, H, D]`."""
 
 
-BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (hopper, triton, cpu, sdpa)}
+BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (hopper, triton, metal, cpu, sdpa)}
 
 
 def load(name: str) -> Backend:
@@ -71,6 +71,14 @@ def load(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, str | None]:
-    """Return for every backend, best first, why it cannot run such q, k, v; None where it can."""
-    return {name: backend.unsupported(device, dtype, head_size) for name, backend in BACKENDS.items()}
+def reasons(
+    device: torch.device, dtype: torch.dtype, head_size: int, *, unnamed: bool = False
+) -> dict[str, str | None]:
+    """Return for every backend, best first, why it cannot run such q, k, v; None where it can.
+
+    With `unnamed` also why one that can run is passed over where no backend is named.
+    """
+    why = {name: backend.unsupported(device, dtype, head_size) for name, backend in BACKENDS.items()}
+    if unnamed and why[metal.NAME] is None:
+        why[metal.NAME] = metal.slower(device, dtype, head_size)
+    return why

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import platform
 from dataclasses import dataclass
 
 import torch
 
+from ..backends import metal
 from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
 from ..verify import BUDGET, QUANTITIES, error_ratios, within_budget
-from .environment import DTYPES, backend_answers, by_reason, device_name, dtype_name, pick_device
+from .environment import DTYPES, backend_answers, by_reason, device_name, dtype_name, pick_device, versions
 from .text import table
 
 HEAD_SIZE = 64
@@ -57,11 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     rows: list[tuple[str, ...]] = [("backend", "dtype", *QUANTITIES, "")]
     passed = True
+    verdicts: dict[str, dict[str, Verdict]] = {}
     for backend, answers in backend_answers(device, HEAD_SIZE).items():
         for reason, dtypes in by_reason({dtype: reason for dtype, reason in answers.items() if reason}).items():
             rows.append((backend, dtypes, *["-"] * len(QUANTITIES), f"cannot run: {reason}"))
         for dtype in (dtype for dtype in DTYPES if answers[dtype_name(dtype)] is None):
             verdict = judge(backend, device, dtype)
+            verdicts.setdefault(backend, {})[dtype_name(dtype)] = verdict
             passed &= verdict.passed
             ratios = [f"{verdict.ratios[name]:.2f}" if name in verdict.ratios else "-" for name in QUANTITIES]
             rows.append(
@@ -69,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print(table(rows))
     print("Every backend that can run here is within the budget." if passed else "At least one backend is WRONG here.")
+    if device.type == "mps":
+        print("No Mac was at hand when the Metal kernels were written. Please paste this line into an issue:")
+        print(json.dumps(report_of_mac(device, verdicts)))
     return 0 if passed else 1
 
 
@@ -82,6 +90,31 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
             return Verdict({}, f"{type(error).__name__}: {error}".splitlines()[0])
         worst = {name: max(worst[name], ratio, key=_nan_last) for name, ratio in ratios.items()}
     return Verdict(worst)
+
+
+def report_of_mac(device: torch.device, verdicts: dict[str, dict[str, Verdict]]) -> dict[str, object]:
+    """Return what is to know of the Metal kernels on this Mac, as plain data: errors, failures and times."""
+    kernels = []
+    for dtype in DTYPES:
+        for head_size in metal.HEAD_SIZES:
+            failure = metal.unsupported(device, dtype, head_size)
+            times = None if failure else metal.milliseconds(device, dtype, head_size)
+            kernels.append(
+                {"dtype": dtype_name(dtype), "head_size": head_size, "failure": failure, "milliseconds": times}
+            )
+    return {
+        "chip": device_name(device),
+        "macos": platform.mac_ver()[0],
+        "versions": versions(),
+        "kernels": kernels,
+        "errors": {
+            backend: {
+                dtype: verdict.failure or {name: round(ratio, 3) for name, ratio in verdict.ratios.items()}
+                for dtype, verdict in by_dtype.items()
+            }
+            for backend, by_dtype in verdicts.items()
+        },
+    }
 
 
 def layouts() -> dict[str, BlockLayout]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -88,8 +89,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _processor() -> str:
     try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    except (OSError, subprocess.CalledProcessError):
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -466,7 +466,7 @@ class CovisibilityGraph:
 
     def to(self, device: torch.device | str) -> CovisibilityGraph:
         """Return the graph on another device."""
-        asynchronous = torch.device(device).type != "cpu"
+        asynchronous = torch.device(device).type == "cuda"  # others may read memory that is gone
         return CovisibilityGraph(
             self.indptr.to(device, non_blocking=asynchronous),
             self.indices.to(device, non_blocking=asynchronous),

@@ -104,6 +104,8 @@ def fingerprint(
     in both with a probability of at most 2^-64 (the words are at most 32 bits wide; multilinear hashing, Dietzfelbinger
     et al. 1997). That is no protection against someone who makes images agree on purpose.
     """
+    if images.device.type == "mps":  # its 64-bit integers have gaps
+        images = images.cpu()
     words = images.detach().contiguous().flatten(1).view(WORDS[images.element_size()])
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (2, words.shape[1]), generator=generator).to(images.device)

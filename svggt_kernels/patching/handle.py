@@ -230,7 +230,7 @@ class Patch:
         chosen, passed_over = None, {}
         if forward.kind is not None:
             chosen = choose_backend(*forward.kind, self._backend)
-            for name, reason in backends.reasons(*forward.kind).items():
+            for name, reason in backends.reasons(*forward.kind, unnamed=self._backend is None).items():
                 if name == chosen:
                     break
                 passed_over[name] = reason or f"backend={chosen!r} was asked for"
