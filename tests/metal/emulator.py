@@ -53,7 +53,7 @@ def _build_folder() -> tempfile.TemporaryDirectory[str]:
 @cache
 def building(text: str, flags: tuple[str, ...] = PLAIN) -> Future[Path]:
     """Begin to compile a source as a program for the CPU, each once."""
-    return _compilers().submit(_build, text, flags)
+    return _compilers().submit(_build, text, flags, Path(_build_folder().name))
 
 
 @cache
@@ -61,10 +61,10 @@ def _compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2)
 
 
-def _build(text: str, flags: tuple[str, ...]) -> Path:
+def _build(text: str, flags: tuple[str, ...], folder: Path) -> Path:
     program = source.cpu_program(text)
     name = hashlib.sha256("\0".join((program, *flags)).encode()).hexdigest()[:16]
-    path = Path(_build_folder().name, name)
+    path = folder / name
     cpp = path.with_suffix(".cpp")
     cpp.write_text(program)
     done = subprocess.run(
