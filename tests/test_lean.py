@@ -173,6 +173,11 @@ def test_gradients_hooks_and_training_run_the_blocks_as_they_are():
             network(IMAGES)
         assert seen == [1] and handle.report().lean_blocks == 7
         hook.remove()
+        norm2 = network.aggregator.frame_blocks[0].norm2
+        norm2.forward = lambda x: seen.append(2) or nn.LayerNorm.forward(norm2, x)
+        with torch.no_grad():
+            network(IMAGES)
+        assert seen == [1, 2] and handle.report().lean_blocks == 7
 
 
 def test_a_block_that_computes_something_else_runs_as_it_is():

@@ -63,23 +63,12 @@ def _obstacle_of_embedding(attn: Any) -> str | None:
 
 
 def can_run_now(block: Any) -> bool:
-    """Whether a block may be run so in this call: at inference, and if nobody's hooks would be passed over."""
+    """Whether a block may be run so in this call: at inference, and if no hook of anybody's would be passed over."""
     if torch.is_grad_enabled() or block.training:
         return False
     attn: Any = block.attn
-    passed_over: tuple[Any, ...] = (
-        block.norm1,
-        block.norm2,
-        block.ls1,
-        block.ls2,
-        attn,
-        attn.q_norm,
-        attn.k_norm,
-        attn.rope,
-    )
-    return not any(
-        module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in passed_over
-    )
+    passed_over = (block.norm1, block.norm2, block.ls1, block.ls2, attn, attn.q_norm, attn.k_norm, attn.rope)
+    return not any(module is not None and _is_hooked(module) for module in passed_over)
 
 
 def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dtype | None) -> Tensor:
@@ -121,6 +110,12 @@ def compute_dtype(block: Any) -> torch.dtype:
     weight = block.attn.qkv.weight
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")  # tools that offload weights put theirs here
+    is_replaced = forward is not None and getattr(forward, "replaced", forward) is not None  # by more than a patch
+    return is_replaced or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_affine(norm: Any) -> bool:

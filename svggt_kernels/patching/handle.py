@@ -328,11 +328,13 @@ class Patch:
     def _attend_lean(self, name: str, x: Tensor) -> Callable[..., Tensor]:
         return lambda q, k, v, scale: self._answer(name, (x,), q, k, v, scale=scale)
 
+    @uncompiled(recursive=False)
     def _run_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a head on layer outputs in bfloat16."""
         (layers, *others) = args or (kwargs.pop("aggregated_tokens_list"),)
         return widened(stand_in.original, stand_in.module, layers, *others, **kwargs)
 
+    @uncompiled(recursive=False)
     def _keep_outputs(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a stage of the aggregator and keep the outputs that are read."""
         tokens, after, outputs = stand_in.original(*args, **kwargs)
