@@ -319,6 +319,9 @@ class TestArguments:
 class TestFirstUse:
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch: pytest.MonkeyPatch, emulated: Any) -> None:
+        # On an Apple GPU, which the CPU stands for, there is no CPU backend.
+        others = {name: backend for name, backend in backends.BACKENDS.items() if name != "cpu"}
+        monkeypatch.setattr(backends, "BACKENDS", others)
         monkeypatch.setattr(trial, "failure", TRY)
         monkeypatch.setattr(trial, "_failures", {})
         monkeypatch.setattr(trial, "_milliseconds", {})
