@@ -118,15 +118,11 @@ struct Nothing {
 };
 
 // One panel of c = [factor * c] + a b for kRows rows; without factors c is overwritten. `beside` is called in every step.
+// The product is summed apart and then added: sums over many tiles round less often so.
 template <class Type, int kWide, class Beside>
 inline void multiply_panel(Left<typename Type::Element> a, const typename Type::Element* b, int64_t depth, float* c,
                            int64_t c_stride, const float* factors, Beside& beside) {
-  Floats sums[kRows][kWide];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j)
-      sums[i][j] = factors ? splat(factors[i]) * load(c + i * c_stride + j * kLanes) : Floats{};
+  Floats sums[kRows][kWide] = {};
 #pragma GCC unroll 2
   for (int64_t step = 0; step < depth / Type::kPairs; ++step) {
     beside();
@@ -143,7 +139,10 @@ inline void multiply_panel(Left<typename Type::Element> a, const typename Type::
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < kWide; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
+    for (int j = 0; j < kWide; ++j) {
+      float* const to = c + i * c_stride + j * kLanes;
+      store(to, factors ? splat(factors[i]) * load(to) + sums[i][j] : sums[i][j]);
+    }
 }
 
 // The same, for a panel whose width is known when it runs: kWide vectors or fewer.
