@@ -40,7 +40,7 @@ class BuildWithNinja(build_ext):
         try:
             super().run()
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            why = f"it was not built when the package was installed: {error}; install a C++17 compiler, then this again"
+            why = f"it was not built at installation: {error}; it needs a C++17 compiler, pybind11 and ninja"
             print(f"warning: no CPU kernels: {why}", file=sys.stderr)
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(f"{why}\n")

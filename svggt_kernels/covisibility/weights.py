@@ -108,7 +108,8 @@ def _from_hub(name: str) -> Path:
 def _advice() -> str:
     return (
         f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
-        f"MegaLoc.from_pretrained(path); {OTHERWISE}"
+        "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
+        f"--megaloc FILE; {OTHERWISE}"
     )
 
 

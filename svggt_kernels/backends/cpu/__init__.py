@@ -64,7 +64,8 @@ def _look() -> str | None:
     try:
         extension()
     except ImportError as error:
-        why = NOT_BUILT.read_text().strip() if NOT_BUILT.exists() else str(error)
+        not_installed = f"{error}; where this runs from a clone, pip install -e . builds it"
+        why = NOT_BUILT.read_text().strip() if NOT_BUILT.exists() else not_installed
         return f"its C++ extension is not there: {why}"
     if instruction_set() == SLOW and INSTRUCTION_SET != SLOW:
         return "this CPU has no AVX2, and without it PyTorch is faster"
