@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vggt_double import VGGT
+from vggt_double import VGGT, Aggregator
 
 import svggt_kernels
 from svggt_kernels.lean import arithmetic, blocks
@@ -78,6 +78,19 @@ def test_queries_and_keys_are_normalised_rotated_and_rounded_once(kind: str, dty
         normed = F.layer_norm(before[:, :, index].double(), (D,), layer.weight.double(), layer.bias.double(), layer.eps)
         rounded_once(qkv[:, :, index], rotated(normed, positions) * scale)
     assert torch.equal(qkv[:, :, 2], before[:, :, 2])
+
+
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_takes_any_strides(kind: str, dtype: torch.dtype, into: torch.dtype):
+    torch.manual_seed(0)
+    layer = norm(96)
+    function = implementation(kind, "layer_norm", into)
+    wide = torch.randn(6, 96, 192).to(DEVICE, dtype)
+    for x in (wide.mT, wide[0].mT, wide[..., ::2]):
+        assert x.stride(-1) != 1
+        out = function(x, layer.weight, layer.bias, layer.eps, into) if kind == "triton" else function(x, layer, into)
+        rounded_once(out, F.layer_norm(x.double(), (96,), layer.weight.double(), layer.bias.double(), layer.eps))
 
 
 @pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
@@ -156,8 +169,13 @@ def test_a_layer_that_was_not_kept_says_so():
         assert len(layers) == 4 and layers[1].shape == layers[3].shape
         with pytest.raises(RuntimeError, match=r'layer 2 was not kept.*outputs="all"'):
             layers[2][:, :, 5:]
-        with pytest.raises(RuntimeError, match="layer 0 was not kept"):
-            torch.cat([layers[0], layers[1]])
+        for parts in ((0, 1), (1, 0), (1, 2)):
+            with pytest.raises(RuntimeError, match=f"layer {2 if 2 in parts else 0} was not kept"):
+                torch.cat([layers[part] for part in parts])
+            with pytest.raises(RuntimeError, match="was not kept"):
+                torch.add(*(layers[part] for part in parts))
+        with pytest.raises(RuntimeError, match="was not kept"):
+            torch.stack(tensors=[layers[0], layers[2]])
     with torch.no_grad(), svggt_kernels.patch(network.aggregator, covisibility="all"):
         assert all(isinstance(layer, Tensor) for layer in network.aggregator(IMAGES)[0])
 
@@ -178,6 +196,57 @@ def test_gradients_hooks_and_training_run_the_blocks_as_they_are():
         with torch.no_grad():
             network(IMAGES)
         assert seen == [1, 2] and handle.report().lean_blocks == 7
+
+
+@pytest.mark.parametrize("inside", ["attn.qkv", "mlp", "mlp.1", "attn.proj"])
+def test_a_hook_sees_what_it_sees_without_a_patch(inside: str):
+    network, seen = model(), []
+    for block in network.aggregator.global_blocks:
+        block.get_submodule(inside).register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        network(IMAGES)
+        with svggt_kernels.patch(network, covisibility="all") as handle:
+            network(IMAGES)
+    assert handle.report().lean_blocks == 4 and len(seen) == 8
+    for plain, patched in zip(seen[:4], seen[4:], strict=True):
+        torch.testing.assert_close(patched, plain)
+
+
+class CallsByKeywords(Aggregator):
+    def _process_frame_attention(self, tokens, B, S, P, C, frame_idx, pos=None):
+        tokens = self.frame_blocks[frame_idx](pos=pos, x=tokens.reshape(B * S, P, C))
+        return tokens, frame_idx + 1, [tokens.view(B, S, P, C)]
+
+
+def test_blocks_may_be_called_by_keywords_in_any_order():
+    network = model()
+    with torch.no_grad():
+        plain = network(IMAGES)
+    network.aggregator.__class__ = CallsByKeywords
+    lean, handle = outputs(network)
+    assert handle.report().lean_blocks == 8
+    torch.testing.assert_close(lean, plain)
+
+
+def test_graphs_of_tokens_are_the_same_with_lean_blocks():
+    network = model()
+    covisibility = svggt_kernels.TokenSimilarity(neighbours=2)
+    graphs = []
+    for options in ({"lean": False}, {}, {"precision": "bf16"}):
+        with torch.no_grad(), svggt_kernels.patch(network, covisibility=covisibility, **options) as handle:
+            network(IMAGES)
+            graphs.append(handle.graph.to_dense())
+    assert torch.equal(graphs[0], graphs[1]) and torch.equal(graphs[0], graphs[2])
+    assert 0 < graphs[0].float().mean() < 1
+
+
+def test_tokens_that_are_not_finite_prove_nothing():
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all") as handle:
+        assert network(torch.full_like(IMAGES, math.nan))["pose"].isnan().all()
+        assert handle.report().lean_blocks == 0 and handle.report().not_lean == {}
+        network(IMAGES)
+        assert handle.report().lean_blocks == 8
 
 
 def test_a_block_that_computes_something_else_runs_as_it_is():

@@ -63,12 +63,13 @@ def _obstacle_of_embedding(attn: Any) -> str | None:
 
 
 def can_run_now(block: Any) -> bool:
-    """Whether a block may be run so in this call: at inference, and if no hook of anybody's would be passed over."""
+    """Whether a block may be run so in this call: at inference, and if nobody hooks into what is inside it.
+
+    Modules inside are passed over, see a part of the tokens, or return what is changed in place.
+    """
     if torch.is_grad_enabled() or block.training:
         return False
-    attn: Any = block.attn
-    passed_over = (block.norm1, block.norm2, block.ls1, block.ls2, attn, attn.q_norm, attn.k_norm, attn.rope)
-    return not any(module is not None and _is_hooked(module) for module in passed_over)
+    return not any(_is_hooked(module) for module in block.modules() if module is not block)
 
 
 def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dtype | None) -> Tensor:
@@ -103,6 +104,11 @@ def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dty
     for part in rows.split(TOKENS_AT_ONCE):
         add_scaled(part, block.mlp(layer_norm(part, block.norm2, kind)), _gamma(block.ls2), out=part)
     return x
+
+
+def entering(block: Any, x: Tensor) -> Tensor:
+    """Return the tokens that enter a block's attention, `[B, N, C]`, in float32."""
+    return layer_norm(x, block.norm1, torch.float32)
 
 
 def compute_dtype(block: Any) -> torch.dtype:

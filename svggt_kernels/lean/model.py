@@ -46,13 +46,14 @@ class Lean:
                     self.blocks[name] = module
                 else:
                     self.not_lean[type(module).__name__] = reason
-        if self.dtype is not None and not self.blocks:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.not_lean.items())
-            raise ValueError(
-                f'precision="bf16" needs blocks of VGGT\'s shape, and {type(root).__name__} has none ({reasons}); '
-                'leave precision="upstream"'
-            )
         staged = outputs.are_upstreams(type(root))
+        if self.dtype is not None and not (self.blocks and staged):
+            reasons = [f"{name}: {reason}" for name, reason in self.not_lean.items()]
+            reasons += [] if staged else [f"{type(root).__name__} lacks {' and '.join(outputs.STAGES)}"]
+            raise ValueError(
+                "precision=\"bf16\" needs blocks of VGGT's shape and an aggregator that runs them as VGGT's does, and "
+                f'{type(root).__name__} has none ({"; ".join(reasons)}); leave precision="upstream"'
+            )
         depth = len(getattr(root, "global_blocks", ()))
         self.layers = outputs.layers_read(model, depth) if staged and keep == "read" else None
         self.heads = {name: head for name, head in model.named_modules() if outputs.reads(head)} if self.dtype else {}
@@ -96,6 +97,8 @@ class Lean:
         # Rounding of what a block adds, a few times over; another formula is wrong by as much as it adds.
         allowed = min(50 * torch.finfo(blocks.compute_dtype(block)).eps, 0.1)
         error, added = (actual - expected).float().norm(), (expected - x).float().norm()
+        if not error.isfinite():
+            return False  # by the tokens of this call; they prove nothing
         self._proven[key] = bool(error <= allowed * added)
         if not self._proven[key]:
             self.not_lean[type(block).__name__] = "its forward computes something else than the fused block"

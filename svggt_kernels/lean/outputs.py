@@ -16,6 +16,10 @@ from torch import Tensor, nn
 STAGES = ("_process_frame_attention", "_process_global_attention")
 """Methods of an aggregator that each return tokens, the index of the next block, and the outputs to keep."""
 
+DPT_ARGUMENTS = ("self", "aggregated_tokens_list", "images", "patch_start_idx", "frames_chunk_size")
+CAMERA_ARGUMENTS = ("self", "aggregated_tokens_list", "num_iterations")
+"""What the forwards of VGGT's heads take."""
+
 STAGE_ARGUMENTS = ("self", "tokens", "B", "S", "P", "C")
 """What both take first; then comes the index of the block, then positions."""
 
@@ -40,9 +44,11 @@ class Hole:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Hole:
         """Joined with another hole it stays one: what the aggregator does to make a layer's output."""
-        if func.__name__ == "cat" and all(isinstance(part, cls) for part in args[0]):
-            return args[0][0]
-        return args[0][0]._refuse() if isinstance(args[0], Sequence) else args[0]._refuse()
+        given = [part for each in (*args, *(kwargs or {}).values()) for part in (each if _is_list(each) else [each])]
+        hole = next(part for part in given if isinstance(part, cls))
+        if func is not torch.cat or any(isinstance(part, Tensor) for part in given):
+            hole._refuse()
+        return hole
 
     def __getitem__(self, index: object) -> Any:
         """Refuse."""
@@ -61,6 +67,10 @@ class Hole:
         )
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def layers_read(model: nn.Module, depth: int) -> frozenset[int] | None:
     """Return which of `depth` layers the heads of a model read; None if it has no head that says so.
 
@@ -73,8 +83,8 @@ def layers_read(model: nn.Module, depth: int) -> frozenset[int] | None:
 
 
 def reads(head: nn.Module) -> bool:
-    """Whether a head reads layer outputs itself, as VGGT's DPT and camera heads do."""
-    return hasattr(head, "intermediate_layer_idx") or type(head).__name__ == "CameraHead"
+    """Whether a head reads layer outputs as VGGT's DPT and camera heads do."""
+    return tuple(inspect.signature(type(head).forward).parameters) in (DPT_ARGUMENTS, CAMERA_ARGUMENTS)
 
 
 def widened(original: Callable[..., Any], head: Any, layers: Sequence[Any], *args: Any, **kwargs: Any) -> Any:

@@ -31,9 +31,11 @@ def _layer_norm(x, weight, bias, out, eps, row_stride, C: tl.constexpr, BLOCK: t
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """See `arithmetic.layer_norm`; rows of x lie at equal distances."""
+    """See `arithmetic.layer_norm`."""
     C = x.shape[-1]
     rows = x.reshape(-1, C)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     with _current(x.device):
         _layer_norm[(len(rows),)](

@@ -16,6 +16,7 @@ from .. import backends
 from ..attention import block_sparse_attention, choose_backend, prepare
 from ..covisibility import CovisibilityGraph, GraphSummary
 from ..layout import BlockLayout
+from ..lean import blocks
 from ..lean.model import Lean, Outputs, Precision
 from ..lean.outputs import STAGES, kept, widened
 from ..models import ForwardInputs, find_model, stated_record
@@ -320,13 +321,14 @@ class Patch:
         """Run a block lean where that is possible."""
         lean, block, name = self._lean, stand_in.module, f"{stand_in.name}.attn"
         assert lean is not None
-        x, pos = (*args, *kwargs.values(), None)[:2]
-        attend = self._attend_lean(name, x) if name in self.modules else None
+        _, x, *rest = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments.values()
+        pos = rest[0] if rest else None
+        attend = self._attend_lean(name, block, x) if name in self.modules else None
         out = lean.run(block, x, pos, attend, stand_in.original) if self._active is not None else None
         return stand_in.original(*args, **kwargs) if out is None else out
 
-    def _attend_lean(self, name: str, x: Tensor) -> Callable[..., Tensor]:
-        return lambda q, k, v, scale: self._answer(name, (x,), q, k, v, scale=scale)
+    def _attend_lean(self, name: str, block: Any, x: Tensor) -> Callable[..., Tensor]:
+        return lambda q, k, v, scale: self._answer(name, lambda: (blocks.entering(block, x),), q, k, v, scale=scale)
 
     @uncompiled(recursive=False)
     def _run_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +346,7 @@ class Patch:
     @uncompiled(recursive=True)
     def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a global attention module, its attention call answered here."""
-        with Answering(partial(self._answer, stand_in.name, (*args, *kwargs.values()))) as answering:
+        with Answering(partial(self._answer, stand_in.name, lambda: (*args, *kwargs.values()))) as answering:
             output = stand_in.original(*args, **kwargs)
         if not answering.answered:
             raise RuntimeError(
@@ -358,7 +360,7 @@ class Patch:
     def _answer(
         self,
         name: str,
-        module_inputs: tuple[Any, ...],
+        module_inputs: Callable[[], tuple[Any, ...]],
         query: Tensor,  # [B, H, N, D]
         key: Tensor,  # [B, H, N, D]
         value: Tensor,  # [B, H, N, D]

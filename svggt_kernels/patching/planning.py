@@ -147,14 +147,14 @@ class Planner:
             with forward.step("graph"):
                 forward.graphs = _checked_graphs("what the covisibility function returns", self.source(images))
 
-    def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: tuple[Any, ...]) -> None:
+    def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: Callable[[], tuple[Any, ...]]) -> None:
         """Find the graphs of a forward at its first global attention and lay them over its tokens.
 
         Args:
             forward: Where graphs and layouts are put.
             name: What messages call the attention module.
             query: Its queries, `[B, H, N, D]`.
-            module_inputs: Its arguments, its tokens `[B, N, C]` among them.
+            module_inputs: Returns its arguments, its tokens `[B, N, C]` among them.
         """
         inputs, batch, num_tokens = forward.inputs, query.shape[0], query.shape[2]
         frames = _num_frames(forward, name, num_tokens)
@@ -166,7 +166,7 @@ class Planner:
                 for images, order in zip(inputs.images, orders, strict=True)
             )
         elif isinstance(self.source, TokenSimilarity):
-            patches = _patch_tokens(name, module_inputs, (batch, frames, per_frame), inputs)
+            patches = _patch_tokens(name, module_inputs(), (batch, frames, per_frame), inputs)
             with forward.step("graph"):
                 forward.graphs = tuple(
                     self.source.graph(
