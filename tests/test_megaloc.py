@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -272,18 +274,22 @@ def test_hub_is_asked_only_for_what_the_cache_lacks(published: Path, monkeypatch
         return str(published)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url: asked.append(url))
     MegaLoc.from_pretrained(config=CONFIG)
     here = ("gberton/MegaLoc", "model.safetensors", True)
-    assert asked == ([here] if in_cache else [here, (*here[:2], False)])
+    assert asked == ([here] if in_cache else [here, hub.hf_hub_url(*here[:2]), (*here[:2], False)])
 
 
-def test_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_network_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    download = hub.hf_hub_download
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *names, **how: download(*names, cache_dir=tmp_path, **how))
 
-    def download(name: str, file: str, *, local_files_only: bool = False) -> str:
-        raise hub.errors.LocalEntryNotFoundError("no cache") if local_files_only else ConnectionError("no network")
+    def no_network(*arguments: object, **options: object) -> None:
+        raise socket.gaierror("no network")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to try again"))
     with pytest.raises(FileNotFoundError) as error:
         MegaLoc.from_pretrained()
     for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"tokens"', "poses"):

@@ -84,7 +84,7 @@ def find_weights(source: str | Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise ImportError(
@@ -96,6 +96,8 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
+        # Without a network hf_hub_download tries for 23 s; this asks for the file's size and fails at once.
+        get_hf_file_metadata(hf_hub_url(name, FILE))
         return Path(hf_hub_download(name, FILE))
     except Exception as error:  # of several HTTP libraries
         reason = (str(error).strip().splitlines() or [""])[0]
