@@ -208,8 +208,22 @@ def test_too_few_patches():
     assert megaloc().describe(pictures(1, 5, 9), size=SIZE).isfinite().all()
     with pytest.raises(ValueError, match="28 x 28 pixels hold 4"):
         megaloc().describe(pictures(), size=28)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        megaloc().describe(pictures(), size=SIZE, batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["size", "batch_size"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "must be at least 1, got 0"),
+        (2.5, TypeError, "must be an integer, got 2.5"),
+        ("56", TypeError, "must be an integer, got '56'"),
+        (None, TypeError, "must be an integer, got None"),
+    ],
+    ids=str,
+)
+def test_counts_that_are_none(name: str, value: object, error: type[Exception], message: str):
+    with pytest.raises(error, match=f"^{name} {message}"):
+        megaloc().describe(pictures(), **{"size": SIZE, name: value})  # type: ignore[arg-type]
 
 
 def test_weights_that_overflow_are_found():
@@ -306,6 +320,12 @@ def test_no_hub_package(monkeypatch: pytest.MonkeyPatch):
 def test_path_that_is_not_there(source: str):
     with pytest.raises(FileNotFoundError, match=r"there is no such file; download .*\"tokens\""):
         MegaLoc.from_pretrained(source)
+
+
+@pytest.mark.parametrize("source", [None, 3, nn.Identity()], ids=lambda source: type(source).__name__)
+def test_source_that_is_no_path(source: object):
+    with pytest.raises(TypeError, match=f"must be given as a path or as the name .*, got {type(source).__name__}"):
+        MegaLoc.from_pretrained(source)  # type: ignore[arg-type]
 
 
 def test_folder_without_weights(tmp_path: Path):

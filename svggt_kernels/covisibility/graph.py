@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import integer
 from .neighbours import FrameSimilarity, connected_components
 
 MAX_EDGES = 2**31 - 1
@@ -125,8 +125,8 @@ class CovisibilityGraph:
     origin: GraphOrigin | None = None
 
     def __post_init__(self) -> None:
-        frames = _integer("num_frames", self.num_frames, 1)
-        key_frames = frames if self.num_key_frames is None else _integer("num_key_frames", self.num_key_frames, 1)
+        frames = integer("num_frames", self.num_frames, 1)
+        key_frames = frames if self.num_key_frames is None else integer("num_key_frames", self.num_key_frames, 1)
         for name, array in (("indptr", self.indptr), ("indices", self.indices)):
             if not isinstance(array, Tensor):
                 raise TypeError(f"{name} must be an int32 tensor, got {type(array).__name__}; use torch.as_tensor")
@@ -173,9 +173,9 @@ class CovisibilityGraph:
             TypeError: If a pair does not hold integers.
             ValueError: If a pair is out of range, is given twice or is not a pair.
         """
-        num_frames = _integer("num_frames", num_frames, 1)
+        num_frames = integer("num_frames", num_frames, 1)
         square = num_key_frames is None
-        key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
+        key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
         edges = _pairs_to_tensor(pairs)
         outside = (edges < 0) | (edges >= torch.tensor([num_frames, key_frames], device=edges.device))
         if bool(outside.any()):
@@ -227,8 +227,8 @@ class CovisibilityGraph:
     @classmethod
     def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
         """Build the full graph, in which attention over the graph is dense attention."""
-        num_frames = _integer("num_frames", num_frames, 1)
-        key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
+        num_frames = integer("num_frames", num_frames, 1)
+        key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
         _check_edge_count(num_frames * key_frames)
         indptr = torch.arange(num_frames + 1, dtype=torch.int32) * key_frames
         return cls(indptr, torch.arange(key_frames, dtype=torch.int32).repeat(num_frames), num_frames, key_frames)
@@ -242,8 +242,8 @@ class CovisibilityGraph:
             window: Frames seen before and after; 0 leaves each frame alone.
             loop: Whether the last frame is next to the first one.
         """
-        num_frames = _integer("num_frames", num_frames, 1)
-        codes = _window(num_frames, _integer("window", window, 0), loop, torch.device("cpu"))
+        num_frames = integer("num_frames", num_frames, 1)
+        codes = _window(num_frames, integer("window", window, 0), loop, torch.device("cpu"))
         return cls._from_codes(codes, num_frames, num_frames)
 
     @classmethod
@@ -296,12 +296,12 @@ class CovisibilityGraph:
         if descriptors.ndim != 2 or 0 in descriptors.shape:
             raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
         frames, device = len(descriptors), descriptors.device
-        neighbours = min(_integer("neighbours", neighbours, 0), frames - 1)
-        window = _integer("window", window, 0)
-        chunk = _integer("chunk", chunk, 1)
-        anchors = min(8, frames // 16) if anchors is None else _integer("anchors", anchors, 0, frames)
+        neighbours = min(integer("neighbours", neighbours, 0), frames - 1)
+        window = integer("window", window, 0)
+        chunk = integer("chunk", chunk, 1)
+        anchors = min(8, frames // 16) if anchors is None else integer("anchors", anchors, 0, frames)
         if reference_frame is not None:
-            reference_frame = _integer("reference_frame", reference_frame, 0, frames - 1)
+            reference_frame = integer("reference_frame", reference_frame, 0, frames - 1)
 
         similarity = FrameSimilarity.from_descriptors(descriptors, chunk)
         everyone = torch.arange(frames, device=similarity.device)
@@ -521,17 +521,6 @@ class CovisibilityGraph:
                 f"{what} needs the same frames as queries and keys, got {self.num_frames} query frames and "
                 f"{self.num_key_frames} key frames"
             )
-
-
-def _integer(name: str, value: int, least: int, most: int | None = None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < least or (most is not None and number > most):
-        wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {wanted}, got {number}")
-    return number
 
 
 def _check_edge_count(edges: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
     Raises:
         FileNotFoundError: If there is no such file here or on the hub.
         ValueError: If the file is damaged or holds something else.
+        TypeError: If the source is neither a path nor a name.
         ImportError: If safetensors or huggingface_hub is needed and not installed.
     """
     path = find_weights(source)
@@ -67,8 +69,14 @@ def find_weights(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such file here or on the hub.
+        TypeError: If the source is neither a path nor a name.
         ImportError: If huggingface_hub is needed and not installed.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "MegaLoc's weights must be given as a path or as the name of a repository of the Hugging Face hub, got "
+            f"{type(source).__name__}"
+        )
     path = Path(source).expanduser()
     if path.is_file():
         return path
