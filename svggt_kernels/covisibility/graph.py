@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .arguments import integer
-from .neighbours import FrameSimilarity, connected_components
+from .connectivity import EXACT_DIAMETER_FRAMES, connected_components, hop_diameter
+from .neighbours import FrameSimilarity
 
 MAX_EDGES = 2**31 - 1
 USELESS_DENSITY = 0.6
-EXACT_DIAMETER_FRAMES = 2000
 REAL_NEIGHBOURS = 2
 
 
@@ -388,9 +388,11 @@ class CovisibilityGraph:
         """
         graph = self.to("cpu")
         degrees = graph.indptr.diff().to(torch.int64)
+        components = diameter = None
         if self.is_square:
             degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=self.num_frames)
-        components = graph.num_components if self.is_square else None
+            both_ways = graph.symmetrized()
+            components, diameter = graph.num_components, hop_diameter(both_ways.indptr, both_ways.indices)
         blind = int((degrees == 0).sum())
         warnings = []
         if self.density > USELESS_DENSITY:
@@ -426,7 +428,7 @@ class CovisibilityGraph:
             edges=self.num_edges,
             density=self.density,
             components=components,
-            hop_diameter=_hop_diameter(graph.symmetrized()) if self.is_square else None,
+            hop_diameter=diameter,
             hop_diameter_is_exact=self.is_square and self.num_frames <= EXACT_DIAMETER_FRAMES,
             degree_min=int(degrees.min()),
             degree_median=float(np.median(degrees.numpy())),
@@ -526,39 +528,6 @@ class CovisibilityGraph:
 def _check_edge_count(edges: int) -> None:
     if edges > MAX_EDGES:
         raise ValueError(f"a graph holds at most {MAX_EDGES} edges (int32 offsets), got {edges}; make it sparser")
-
-
-def _hop_diameter(graph: CovisibilityGraph) -> int:
-    """Largest hop count within a component of a symmetric CPU graph; a lower bound above EXACT_DIAMETER_FRAMES."""
-    indptr, indices = graph.indptr.numpy().astype(np.int64), graph.indices.numpy()
-    if graph.num_frames <= EXACT_DIAMETER_FRAMES:
-        batches = np.split(np.arange(graph.num_frames), range(64, graph.num_frames, 64))
-        return max(_spread(indptr, indices, sources)[0] for sources in batches)
-    spread_out = np.linspace(0, graph.num_frames - 1, 64).astype(np.int64)
-    hops, reached_last = _spread(indptr, indices, spread_out)
-    return max(hops, _spread(indptr, indices, reached_last[:64])[0])
-
-
-def _spread(indptr: np.ndarray, indices: np.ndarray, sources: np.ndarray) -> tuple[int, np.ndarray]:
-    """Walk breadth first from up to 64 frames at once, one bit each; return hops and the frames reached last."""
-    num_frames = len(indptr) - 1
-    fresh: np.ndarray = np.zeros(num_frames, dtype=np.uint64)
-    fresh[sources] = np.uint64(1) << np.arange(len(sources), dtype=np.uint64)
-    reached = fresh.copy()
-    everywhere = np.bitwise_or.reduce(fresh)
-    frontier, hops = np.sort(sources), 0
-    while not (reached == everywhere).all():
-        degrees = indptr[frontier + 1] - indptr[frontier]
-        ends = degrees.cumsum()
-        edges = np.arange(ends[-1]) + np.repeat(indptr[frontier] - ends + degrees, degrees)
-        arrived = np.zeros(num_frames, dtype=np.uint64)
-        np.bitwise_or.at(arrived, indices[edges], np.repeat(fresh[frontier], degrees))
-        fresh = arrived & ~reached
-        if not fresh.any():
-            break
-        reached |= fresh
-        frontier, hops = fresh.nonzero()[0], hops + 1
-    return hops, frontier
 
 
 def _diagonal(num_frames: int, device: torch.device) -> Tensor:
