@@ -318,6 +318,7 @@ class TestCompare:
         written = json.loads((tmp_path / "report.json").read_text())
         assert written["warning"] == models.RANDOM_WEIGHTS
         assert written["backend"] in backends.BACKENDS
+        assert f"dense attention is PyTorch's, sparse that of backend {written['backend']}." in out
         assert "CUDA" in written["passed_over"]["triton"]
         assert written["frame_names"] == [f"{i}.png" for i in range(1, 7)]
         assert written["attention"]["shape"] == [1, 2, 6 * (5 + 4 * 3), 8]
@@ -352,6 +353,7 @@ class TestCompare:
         ]
         assert main([str(word) for word in words]) == 0
         assert drawn["warning"] == models.RANDOM_WEIGHTS
+        assert "attention, PyTorch against " in str(drawn["title"])
         assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
         assert len(drawn["photos"]) == 4  # type: ignore[arg-type]
 
