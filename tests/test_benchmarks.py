@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -514,6 +515,16 @@ def test_report_of_nothing_is_refused(content, tmp_path, capsys):
         file.write_text(content)
     assert main(["report", "--results", str(file), "--output", str(tmp_path)]) == 2
     assert str(file) in capsys.readouterr().err
+
+
+def test_report_reads_what_its_command_writes_here(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
+    monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path)
+    assert main(["report"]) == 2
+    command = re.search("`python -m benchmarks (.*) --output (.*)`", capsys.readouterr().err)
+    assert main([command[1], *"--cases s2-p4-band0-h1 --backends sdpa --seconds 0.01".split()]) == 0
+    assert [str(file) for file in tmp_path.iterdir()] == [command[2]]
+    assert main(["report"]) == 0
 
 
 def test_time_is_the_median_of_the_calls():
