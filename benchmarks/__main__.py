@@ -69,7 +69,7 @@ def _report(options: argparse.Namespace) -> int:
         else:
             files = model_report.write(model_report.read(options.results), options.output)
     except ImportError as error:
-        print(f"error: the figure needs matplotlib, install svggt-kernels[viz]: {error}", file=sys.stderr)
+        print(f"error: the figure needs matplotlib: pip install -e '.[viz]' ({error})", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
