@@ -32,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print(options.listing())
         return 0
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device or _default_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda needs a CUDA device, and PyTorch sees none here", file=sys.stderr)
         return 2
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    file = options.output or RESULTS / f"{options.command}-{device.type}.jsonl"
+    file = options.output or _lines_of(options.command, device.type)
     try:
         cases = options.select(options.cases)
     except ValueError as error:
@@ -53,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not lines or any(line["check"] == "failed" for line in lines))
 
 
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _lines_of(command: str, device_type: str) -> Path:
+    """Return where a command adds its lines, and its report reads them."""
+    return RESULTS / f"{command}-{device_type}.jsonl"
+
+
 def _report(options: argparse.Namespace) -> int:
     try:
         if options.command == "report":
@@ -60,7 +69,7 @@ def _report(options: argparse.Namespace) -> int:
         else:
             files = model_report.write(model_report.read(options.results), options.output)
     except ImportError as error:
-        print(f"error: the figure needs matplotlib, install svggt-kernels[viz]: {error}", file=sys.stderr)
+        print(f"error: the figure needs matplotlib: pip install -e '.[viz]' ({error})", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -135,13 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     three.set_defaults(select=select, run=_run_repeat, listing=_list_attention)
 
     four = commands.add_parser("report", help="a Markdown table and a figure of one run of `attention`")
-    four.add_argument("--results", type=Path, nargs="+", default=[RESULTS / "attention-cuda.jsonl"])
+    four.add_argument("--results", type=Path, nargs="+", default=[_lines_of("attention", _default_device())])
     four.add_argument("--run", help="id of the run; by default the latest in the results")
     four.add_argument("--direction", default="fwd", choices=WORK, help="what the figure shows (fwd)")
     four.add_argument("--output", type=Path, default=RESULTS, help="folder for report.md and report.png")
 
     five = commands.add_parser("model-report", help="a Markdown table and a figure of the latest lines of `model`")
-    five.add_argument("--results", type=Path, nargs="+", default=[RESULTS / "model-cuda.jsonl"])
+    five.add_argument("--results", type=Path, nargs="+", default=[_lines_of("model", _default_device())])
     five.add_argument("--output", type=Path, default=RESULTS, help="folder for models.md and models.png")
 
     for command in (one, two, three):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from .models import ModelCase
-from .record import Line
+from .record import Line, read_lines
 
 PANELS = (("seconds_full", "seconds, full forward"), ("peak_gib", "peak memory, GiB"))
 
@@ -20,10 +19,8 @@ def read(files: Sequence[Path]) -> list[Line]:
     Raises:
         ValueError: If a file is missing or the files hold no such line.
     """
-    if missing := [str(file) for file in files if not file.exists()]:
-        raise ValueError(f"{', '.join(missing)} must be a file of result lines; run `python -m benchmarks model`")
-    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    measured = sorted((line for line in lines if line.get("measured")), key=lambda line: line["date"])
+    measured = [line for line in read_lines(files, "model") if line.get("measured")]
+    measured.sort(key=lambda line: line["date"])
     latest = {(line["case"], line["system"]): line for line in measured}
     if not latest:
         raise ValueError(f"there is no measured line of `model` in {[*map(str, files)]}")

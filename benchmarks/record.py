@@ -77,6 +77,25 @@ def write(line: Line, file: Path) -> None:
         stream.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+def read_lines(files: Sequence[Path], command: str) -> list[Line]:
+    """Return the lines of all files.
+
+    Args:
+        files: Files of result lines.
+        command: The command that writes such files, for the message where one is missing.
+
+    Raises:
+        ValueError: If a file is missing.
+    """
+    for file in files:
+        if not file.exists():
+            raise ValueError(
+                f"{file} must be a file of result lines, and there is none; make it with `python -m benchmarks "
+                f"{command} --output {file}`, or name another with --results"
+            )
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def table(lines: Iterable[Line], columns: dict[str, str]) -> str:
     """Return a table for the terminal.
 

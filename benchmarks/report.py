@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .cases import Case
-from .record import Line
+from .record import Line, read_lines
 
 COLUMNS = {
     "case": "case",
@@ -39,10 +38,7 @@ def read(files: Sequence[Path], run: str | None = None) -> list[Line]:
     Raises:
         ValueError: If a file is missing or the files hold no such line.
     """
-    if missing := [str(file) for file in files if not file.exists()]:
-        raise ValueError(f"{', '.join(missing)} must be a file of result lines; run `python -m benchmarks attention`")
-    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "useful_tflops" in line]
+    lines = [line for line in read_lines(files, "attention") if "useful_tflops" in line]
     if run is None and lines:
         run = max(lines, key=lambda line: line["date"])["run"]
     lines = [line for line in lines if line["run"] == run]

@@ -185,11 +185,16 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
         ("k", k, layout.num_key_tokens),
         ("v", v, layout.num_key_tokens),
     ):
+        if x.shape[1] == tokens != x.shape[2]:
+            raise ValueError(
+                f"{name} must have shape [B, H, N, D] with N = {tokens}, the layout's tokens, got {list(x.shape)}; "
+                "these look like [B, N, H, D]; transpose(1, 2) first"
+            )
         if x.shape != (B, H, tokens, D):
             raise ValueError(
                 f"{name} must have shape {[B, H, tokens, D]} to fit q and the layout "
                 f"({layout.num_tokens} query tokens, {layout.num_key_tokens} key tokens), got {list(x.shape)}"
-                + ("; expand k and v to the heads of q" if x.dim() == 4 and x.shape[1] != H else "")
+                + ("; expand k and v to the heads of q" if x.shape[1] != H else "")
             )
     if layout.device != q.device:
         raise ValueError(

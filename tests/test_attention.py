@@ -254,6 +254,13 @@ def test_bad_input_is_explained(band: BlockLayout):
         ),
         ((q[:, :, 1:], k, v, band), {}, ValueError, r"q must have shape .*54 query tokens.*got \[1, 2, 53, 16\]"),
         ((q, k, v[..., :8], band), {}, ValueError, "v must have shape"),
+        (
+            tuple(x.transpose(1, 2) for x in (q, k, v)) + (band,),
+            {},
+            ValueError,
+            r"q must have .* N = 54.*got \[1, 54, 2, 16\]; these look like \[B, N, H, D\]; transpose\(1, 2\) first",
+        ),
+        ((q, k.transpose(1, 2), v, band), {}, ValueError, r"k must have .*these look like \[B, N, H, D\]"),
         ((q.numpy(), k, v, band), {}, TypeError, "q must be a torch.Tensor, got ndarray"),
         ((q[..., :0], k[..., :0], v[..., :0], band), {}, ValueError, "head size must be 1 or more"),
         ((q, k.double(), v, band), {}, TypeError, "one dtype, got torch.float32, torch.float64 and torch.float32"),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -516,88 +517,22 @@ def test_report_of_nothing_is_refused(content, tmp_path, capsys):
     assert str(file) in capsys.readouterr().err
 
 
+def test_report_reads_what_its_command_writes_here(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
+    monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path)
+    assert main(["report"]) == 2
+    command = re.search("`python -m benchmarks (.*) --output (.*)`", capsys.readouterr().err)
+    assert main([command[1], *"--cases s2-p4-band0-h1 --backends sdpa --seconds 0.01".split()]) == 0
+    assert [str(file) for file in tmp_path.iterdir()] == [command[2]]
+    assert main(["report"]) == 0
+
+
 def test_time_is_the_median_of_the_calls():
     calls = []
     timing = measure(lambda: calls.append(None), CPU, seconds=1e-6)
     assert len(calls) >= 7
     assert 0 <= timing.low <= timing.median <= timing.high
     assert timing.peak_mib is None
-
-
-# Models
-
-
-@pytest.mark.parametrize("name", ["toy-16f-4n", "vggt-1b-100f-10n", "vggt-1b-100f-10n-random"])
-def test_model_graph_has_its_neighbours_and_frame_0(name):
-    case = models.ModelCase.parse(name)
-    assert case.name == name
-    visible = case.graph().to_dense()
-    assert visible[0].all()
-    assert visible[:, 0].all()
-    assert torch.equal(visible, visible.T)
-    others = visible.sum(1)[case.neighbours : -case.neighbours].double() - 2
-    assert (others.mean() if case.random else others).sub(case.neighbours).abs().max() <= (1 if case.random else 0)
-
-
-def test_model_lines_are_complete(tmp_path):
-    file = tmp_path / "out.jsonl"
-    assert main([*"model --cases toy-5f-2n --device cpu --repeats 1 --output".split(), str(file)]) == 0
-    upstream, ours = [json.loads(line) for line in file.read_text().splitlines()]
-    for line in (upstream, ours):
-        assert tuple(line) == models.KEYS
-        assert line["measured"]
-        assert line["seconds_full"] > 0
-        assert line["case"] == "toy-5f-2n"
-        assert line["shape"] == [5, 3, 112, 154]
-    assert (upstream["system"], upstream["density"], upstream["check"]) == ("upstream", 1.0, None)
-    assert (ours["system"], ours["check"]) == ("svggt", "passed")
-    assert ours["density"] < 1
-    assert 0 <= ours["deviation"] < 1e-4
-
-
-def test_model_report_shows_the_latest_line_of_each_system(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
-    line = {"case": "toy-8f-2n", "system": "svggt", "density": 0.5, "seconds_aggregator": None, "peak_gib": None}
-    line |= {"measured": True, "seconds_full": 2.0, "date": "2026-01-01"}
-    lines = [line, line | {"seconds_full": 1.0, "date": "2026-01-02"}, line | {"system": "upstream"}]
-    lines += [line | {"case": "toy-4f-2n"}, line | {"measured": False}]
-    file = tmp_path / "lines.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["model-report", "--results", str(file), "--output", str(tmp_path / "report")]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "report" / name) for name in ("models.md", "models.png")]
-    rows = (tmp_path / "report" / "models.md").read_text().splitlines()[2:]
-    assert [row.split(" | ")[:2] for row in rows] == [
-        ["| toy-4f-2n", "svggt"], ["| toy-8f-2n", "upstream"], ["| toy-8f-2n", "svggt"],
-    ]  # fmt: skip
-    assert "| 1.00 |" in rows[2]
-    file.write_text("")
-    assert main(["model-report", "--results", str(file), "--output", str(tmp_path)]) == 2
-
-
-def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):
-    patch = models.patch
-
-    def wrong(model, *, covisibility, **options):
-        graph = models.CovisibilityGraph.sequential(models.CHECKED_FRAMES, 0) if covisibility == "all" else covisibility
-        return patch(model, covisibility=graph, **options)
-
-    monkeypatch.setattr(models, "patch", wrong)
-    file = tmp_path / "out.jsonl"
-    assert main([*"model --cases toy-5f-2n --systems svggt --device cpu --output".split(), str(file)]) == 1
-    [line] = [json.loads(line) for line in file.read_text().splitlines()]
-    assert (line["check"], line["measured"], line["seconds_full"]) == ("failed", False, None)
-    assert "at most 2x" in line["reason"]
-
-
-def test_out_of_memory_is_a_line(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("there is none left")
-
-    monkeypatch.setattr(models.ModelRunner, "_seconds", full)
-    file = tmp_path / "out.jsonl"
-    assert main([*"model --cases toy-5f-2n --systems upstream --device cpu --output".split(), str(file)]) == 0
-    [line] = [json.loads(line) for line in file.read_text().splitlines()]
-    assert (line["measured"], line["seconds_full"], line["reason"]) == (False, None, "out of memory")
 
 
 def _trainable(case, dtype):

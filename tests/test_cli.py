@@ -21,6 +21,7 @@ from svggt_kernels.toy import ToyMultiViewTransformer
 
 COMMANDS = ("info", "check", "layout", "compare", "demo")
 SEED = 0
+TOY = ("--covisibility", "tokens", "--model", "toy", "--device", "cpu")
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -50,6 +51,11 @@ def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> models.ModelKind:
     )
     monkeypatch.setitem(models.KINDS, "toy", kind)
     return kind
+
+
+def succeed(*words: object) -> None:
+    """Runs a command that must do what it is told."""
+    assert main([str(word) for word in words]) == 0
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -170,19 +176,8 @@ class TestCheck:
 class TestLayout:
     def test_writes_report_and_picture(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         output = tmp_path / "deep" / "output"
-        words = [
-            "layout",
-            str(folder),
-            "--covisibility",
-            "thumbnails",
-            "--neighbours",
-            "2",
-            "--long-side",
-            "56",
-            "--output",
-            str(output),
-        ]
-        assert main(words) == 0
+        made = ["--covisibility", "thumbnails", "--neighbours", 2, "--long-side", 56]
+        succeed("layout", folder, *made, "--output", output)
         assert "2 neighbours by similar thumbnails" in capsys.readouterr().out
         written = json.loads((output / "report.json").read_text())
         assert written["command"].startswith("svggt-kernels layout")
@@ -212,20 +207,8 @@ class TestLayout:
         tiny_toy: models.ModelKind,
     ) -> None:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
-        words = [
-            "layout",
-            folder,
-            "--covisibility",
-            kind,
-            "--window",
-            1,
-            "--neighbours",
-            1,
-            "--device",
-            "cpu",
-            "--json",
-        ]
-        assert main([str(word) for word in [*words, "--long-side", 28, "--output", tmp_path]]) == 0
+        made = ["--covisibility", kind, "--window", 1, "--neighbours", 1, "--long-side", 28]
+        succeed("layout", folder, *made, "--device", "cpu", "--output", tmp_path, "--json")
         printed = json.loads(capsys.readouterr().out)
         assert printed == json.loads((tmp_path / "report.json").read_text())
         assert printed["graph"]["frames"] == 6
@@ -238,8 +221,8 @@ class TestLayout:
         asked = []
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: asked.append(source) or tiny.megaloc())
         words = ["layout", folder, "--neighbours", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
-        assert main([str(word) for word in words]) == 0
-        assert main([str(word) for word in [*words, "--megaloc", tmp_path / "m.pt"]]) == 0
+        succeed(*words)
+        succeed(*words, "--megaloc", tmp_path / "m.pt")
         assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
         assert "2 neighbours by MegaLoc" in capsys.readouterr().out
 
@@ -252,33 +235,20 @@ class TestLayout:
         (tmp_path / "walk.mp4").touch()
         clip = (torch.rand(4, 3, 42, 56), [0.0, 0.5, 1.0, 2.0])
         monkeypatch.setattr(layout, "load_video", lambda path, **options: clip)
-        words = ["layout", tmp_path / "walk.mp4", "--covisibility", "sequential", "--output", tmp_path, "--json"]
-        assert main([str(word) for word in words]) == 0
+        succeed("layout", tmp_path / "walk.mp4", "--covisibility", "sequential", "--output", tmp_path, "--json")
         assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
 
     def test_one_photo(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        words = [
-            "layout",
-            folder,
-            "--covisibility",
-            "all",
-            "--max-frames",
-            1,
-            "--long-side",
-            56,
-            "--output",
-            tmp_path,
-            "--json",
-        ]
-        assert main([str(word) for word in words]) == 0
+        one = ["--covisibility", "all", "--max-frames", 1, "--long-side", 56]
+        succeed("layout", folder, *one, "--output", tmp_path, "--json")
         assert json.loads(capsys.readouterr().out)["graph"]["density"] == 1
 
     def test_truth_gives_the_recall(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         table = tmp_path / "pairs.csv"
         table.write_text("a,b,matches\n3.png,4.png,50\n3,5,40\n6.png,1.png,3\n")
-        words = ["layout", folder, "--covisibility", "sequential", "--window", 1, "--long-side", 28]
-        words += ["--truth", table, "--truth-above", 10, "--output", tmp_path, "--json"]
-        assert main([str(word) for word in words]) == 0
+        made = ["--covisibility", "sequential", "--window", 1, "--long-side", 28]
+        judged = ["--truth", table, "--truth-above", 10]
+        succeed("layout", folder, *made, *judged, "--output", tmp_path, "--json")
         found = json.loads(capsys.readouterr().out)["truth"]
         # Neighbours and frame 0 are seen, both ways: 3-4 is in, 3-5 is not; 10 + 8 of 30 ordered pairs are in.
         assert found == {
@@ -293,23 +263,7 @@ class TestCompare:
     def test_writes_report_and_pictures(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: models.ModelKind
     ) -> None:
-        words = [
-            "compare",
-            folder,
-            "--covisibility",
-            "tokens",
-            "--model",
-            "toy",
-            "--device",
-            "cpu",
-            "--neighbours",
-            1,
-            "--repeats",
-            2,
-            "--output",
-            tmp_path,
-        ]
-        assert main([str(word) for word in words]) == 0
+        succeed("compare", folder, *TOY, "--neighbours", 1, "--repeats", 2, "--output", tmp_path)
         out = capsys.readouterr().out
         assert "weights: random, seed 0" in out
         assert models.RANDOM_WEIGHTS in out
@@ -318,6 +272,7 @@ class TestCompare:
         written = json.loads((tmp_path / "report.json").read_text())
         assert written["warning"] == models.RANDOM_WEIGHTS
         assert written["backend"] in backends.BACKENDS
+        assert f"dense attention is PyTorch's, sparse that of backend {written['backend']}." in out
         assert "CUDA" in written["passed_over"]["triton"]
         assert written["frame_names"] == [f"{i}.png" for i in range(1, 7)]
         assert written["attention"]["shape"] == [1, 2, 6 * (5 + 4 * 3), 8]
@@ -336,66 +291,21 @@ class TestCompare:
         monkeypatch.setattr(
             compare, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[1])
         )
-        words = [
-            "compare",
-            folder,
-            "--covisibility",
-            "tokens",
-            "--model",
-            "toy",
-            "--device",
-            "cpu",
-            "--repeats",
-            1,
-            "--output",
-            tmp_path,
-        ]
-        assert main([str(word) for word in words]) == 0
+        succeed("compare", folder, *TOY, "--repeats", 1, "--output", tmp_path)
         assert drawn["warning"] == models.RANDOM_WEIGHTS
+        assert "attention, PyTorch against " in str(drawn["title"])
         assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
         assert len(drawn["photos"]) == 4  # type: ignore[arg-type]
 
     def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
-        words = [
-            "compare",
-            folder,
-            "--covisibility",
-            "tokens",
-            "--model",
-            "toy",
-            "--device",
-            "cpu",
-            "--covisibility",
-            "all",
-            "--repeats",
-            1,
-            "--output",
-            tmp_path,
-        ]
-        assert main([str(word) for word in words]) == 0
+        succeed("compare", folder, *TOY, "--covisibility", "all", "--repeats", 1, "--output", tmp_path)
         written = json.loads((tmp_path / "report.json").read_text())
         assert written["ideal_speedup"] == 1
         assert written["deviations"]["depth"]["relative_l2"] < 1e-5
         assert written["rotation_degrees"]["max"] < 0.01
 
     def test_one_photo(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
-        words = [
-            "compare",
-            folder,
-            "--covisibility",
-            "tokens",
-            "--model",
-            "toy",
-            "--device",
-            "cpu",
-            "--max-frames",
-            1,
-            "--repeats",
-            1,
-            "--output",
-            tmp_path,
-        ]
-        assert main([str(word) for word in words]) == 0
+        succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
 
     def test_the_model_is_as_before(self, tiny_toy: models.ModelKind) -> None:
@@ -408,23 +318,8 @@ class TestCompare:
     def test_depth_anything_3(self, folder: Path, tmp_path: Path) -> None:
         pytest.importorskip("depth_anything_3", reason="depth-anything-3 is not installed")
         pytest.importorskip("omegaconf", reason="omegaconf, which depth-anything-3 needs, is not installed")
-        words = [
-            "compare",
-            folder,
-            "--covisibility",
-            "tokens",
-            "--model",
-            "da3-small",
-            "--device",
-            "cpu",
-            "--long-side",
-            56,
-            "--max-frames",
-            4,
-            "--neighbours",
-            1,
-        ]
-        assert main([str(word) for word in [*words, "--repeats", 1, "--output", tmp_path]]) == 0
+        small = ["--long-side", 56, "--max-frames", 4, "--neighbours", 1, "--repeats", 1]
+        succeed("compare", folder, *TOY, "--model", "da3-small", *small, "--output", tmp_path)
         written = json.loads((tmp_path / "report.json").read_text())
         assert written["layers"] == 4
         assert set(written["deviations"]) == {"depth", "depth_conf", "extrinsics", "intrinsics"}
@@ -437,7 +332,7 @@ class TestCompare:
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(ToyMultiViewTransformer, "forward", exhausted)
-        said = refusal(capsys, "compare", folder, "--covisibility", "tokens", "--model", "toy", "--output", tmp_path)
+        said = refusal(capsys, "compare", folder, *TOY, "--output", tmp_path)
         assert said.endswith("use fewer photos (--max-frames) or smaller ones (--long-side)\n")
 
 
@@ -465,23 +360,21 @@ class TestRefusals:
         ("words", "message"),
         [
             (["--model", "gpt"], "invalid choice: 'gpt'"),
-            (["--model", "toy", "--neighbours", "-1"], "--neighbours: must be at least 0, got -1"),
-            (["--model", "toy", "--neighbours", "many"], "--neighbours: must be a whole number, got 'many'"),
-            (["--model", "toy", "--max-frames", "0"], "--max-frames: must be at least 1, got 0"),
-            (["--model", "toy", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
-            (["--model", "toy", "--long-side", "13"], "long_side must be at least one patch"),
-            (["--model", "toy", "--device", "tpu"], "--device must be auto or one of"),
-            (["--model", "toy", "--backend", "cuda"], "invalid choice: 'cuda'"),
-            (["--model", "toy", "--weights", "w.pt"], "no trained weights exist"),
+            (["--neighbours", "-1"], "--neighbours: must be at least 0, got -1"),
+            (["--neighbours", "many"], "--neighbours: must be a whole number, got 'many'"),
+            (["--max-frames", "0"], "--max-frames: must be at least 1, got 0"),
+            (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
+            (["--long-side", "13"], "long_side must be at least one patch"),
+            (["--device", "tpu"], "--device must be auto or one of"),
+            (["--backend", "cuda"], "invalid choice: 'cuda'"),
+            (["--weights", "w.pt"], "no trained weights exist"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
     def test_options(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
     ) -> None:
-        assert message in refusal(
-            capsys, "compare", folder, "--covisibility", "tokens", *words, "--output", tmp_path / "out"
-        )
+        assert message in refusal(capsys, "compare", folder, *TOY, *words, "--output", tmp_path / "out")
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -499,19 +392,7 @@ class TestRefusals:
         assert message in refusal(capsys, "layout", folder, *words)
 
     def test_a_backend_that_cannot_run_here(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        said = refusal(
-            capsys,
-            "compare",
-            folder,
-            "--covisibility",
-            "tokens",
-            "--model",
-            "toy",
-            "--device",
-            "cpu",
-            "--backend",
-            "triton",
-        )
+        said = refusal(capsys, "compare", folder, *TOY, "--backend", "triton")
         assert "it needs a CUDA device, got cpu; leave --backend out" in said
 
     def test_output_is_a_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,7 +421,7 @@ class TestRefusals:
     ) -> None:
         for package in ("depth_anything_3", "vggt", "vggt.models.vggt", "pi3", "pi3.models.pi3"):
             monkeypatch.setitem(sys.modules, package, None)
-        said = refusal(capsys, "compare", folder, "--covisibility", "tokens", "--model", name)
+        said = refusal(capsys, "compare", folder, *TOY, "--model", name)
         assert "pip install --no-deps" in said
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -206,8 +208,22 @@ def test_too_few_patches():
     assert megaloc().describe(pictures(1, 5, 9), size=SIZE).isfinite().all()
     with pytest.raises(ValueError, match="28 x 28 pixels hold 4"):
         megaloc().describe(pictures(), size=28)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        megaloc().describe(pictures(), size=SIZE, batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["size", "batch_size"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "must be at least 1, got 0"),
+        (2.5, TypeError, "must be an integer, got 2.5"),
+        ("56", TypeError, "must be an integer, got '56'"),
+        (None, TypeError, "must be an integer, got None"),
+    ],
+    ids=str,
+)
+def test_counts_that_are_none(name: str, value: object, error: type[Exception], message: str):
+    with pytest.raises(error, match=f"^{name} {message}"):
+        megaloc().describe(pictures(), **{"size": SIZE, name: value})  # type: ignore[arg-type]
 
 
 def test_weights_that_overflow_are_found():
@@ -272,18 +288,22 @@ def test_hub_is_asked_only_for_what_the_cache_lacks(published: Path, monkeypatch
         return str(published)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url: asked.append(url))
     MegaLoc.from_pretrained(config=CONFIG)
     here = ("gberton/MegaLoc", "model.safetensors", True)
-    assert asked == ([here] if in_cache else [here, (*here[:2], False)])
+    assert asked == ([here] if in_cache else [here, hub.hf_hub_url(*here[:2]), (*here[:2], False)])
 
 
-def test_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_network_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    download = hub.hf_hub_download
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *names, **how: download(*names, cache_dir=tmp_path, **how))
 
-    def download(name: str, file: str, *, local_files_only: bool = False) -> str:
-        raise hub.errors.LocalEntryNotFoundError("no cache") if local_files_only else ConnectionError("no network")
+    def no_network(*arguments: object, **options: object) -> None:
+        raise socket.gaierror("no network")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to try again"))
     with pytest.raises(FileNotFoundError) as error:
         MegaLoc.from_pretrained()
     for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"tokens"', "poses"):
@@ -300,6 +320,12 @@ def test_no_hub_package(monkeypatch: pytest.MonkeyPatch):
 def test_path_that_is_not_there(source: str):
     with pytest.raises(FileNotFoundError, match=r"there is no such file; download .*\"tokens\""):
         MegaLoc.from_pretrained(source)
+
+
+@pytest.mark.parametrize("source", [None, 3, nn.Identity()], ids=lambda source: type(source).__name__)
+def test_source_that_is_no_path(source: object):
+    with pytest.raises(TypeError, match=f"must be given as a path or as the name .*, got {type(source).__name__}"):
+        MegaLoc.from_pretrained(source)  # type: ignore[arg-type]
 
 
 def test_folder_without_weights(tmp_path: Path):

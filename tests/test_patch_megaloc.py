@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import doubles
@@ -57,6 +58,21 @@ def test_unreachable_weights_leave_the_model_alone(monkeypatch: pytest.MonkeyPat
     with pytest.raises(FileNotFoundError, match="out of reach"):
         patch(model)
     assert "forward" not in model.aggregator.__dict__
+
+
+def test_weights_of_another_type_are_refused_when_the_model_is_patched():
+    model = FAMILY["vggt"].create()
+    with pytest.raises(TypeError, match=r"must be given as a path .*, got int"):
+        patch(model, covisibility=MegaLocSimilarity(weights=3))  # type: ignore[arg-type]
+    assert "forward" not in model.aggregator.__dict__
+
+
+@pytest.mark.parametrize("name", ["size", "batch_size", "neighbours", "window", "anchors"])
+def test_counts_of_another_type_are_refused(name: str):
+    model = FAMILY["vggt"].create()
+    with patch(model, covisibility=dataclasses.replace(MEGALOC, **{name: "many"}), backend="sdpa"):
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, got 'many'"):
+            model(images())
 
 
 def test_graph_is_that_of_the_descriptors():

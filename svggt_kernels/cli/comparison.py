@@ -115,7 +115,7 @@ class Comparison:
 
     @property
     def reached(self) -> float:
-        """Share of the ideal speed-up that one global attention reaches."""
+        """Share of the ideal speed-up that one global attention reaches; above 1 where its kernel is the faster one."""
         return self.attention.speedup / self.ideal_speedup
 
     @property

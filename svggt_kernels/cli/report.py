@@ -53,6 +53,8 @@ def as_text(comparison: Comparison) -> str:
         *(f"Note: {warning}" for warning in c.graph["warnings"]),
         "",
         _costs(c),
+        "  The ideal counts work alone, but the kernels differ too: dense attention is PyTorch's, sparse that of "
+        f"backend {c.backend}.",
         f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense "
         "time, the rest stays.",
         *([f"  Runs of the same thing differ by {times(c.unrest)}, so the times are rough."] if c.unrest > 1.5 else []),
@@ -95,8 +97,9 @@ def headline(comparison: Comparison) -> str:
     return (
         f"{c.model}, {c.frames} frames of {c.width} x {c.height} px on {c.device_name}; density "
         f"{percent(c.token_density)} over tokens\nwhole model: dense {milliseconds(c.dense.median_ms)}, sparse "
-        f"{milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); global attention: {times(c.attention.speedup)} of "
-        f"{times(c.ideal_speedup)} ideal; depth differs by {percent(c.deviations['depth'].relative_l2)} (relative L2)"
+        f"{milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); attention, PyTorch against {c.backend}: "
+        f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal; depth differs by "
+        f"{percent(c.deviations['depth'].relative_l2)} (relative L2)"
     )
 
 

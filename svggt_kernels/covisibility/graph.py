@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .neighbours import FrameSimilarity, connected_components
+from .arguments import integer
+from .connectivity import EXACT_DIAMETER_FRAMES, connected_components, hop_diameter
+from .neighbours import FrameSimilarity
 
 MAX_EDGES = 2**31 - 1
 USELESS_DENSITY = 0.6
-EXACT_DIAMETER_FRAMES = 2000
 REAL_NEIGHBOURS = 2
 
 
@@ -125,8 +125,8 @@ class CovisibilityGraph:
     origin: GraphOrigin | None = None
 
     def __post_init__(self) -> None:
-        frames = _integer("num_frames", self.num_frames, 1)
-        key_frames = frames if self.num_key_frames is None else _integer("num_key_frames", self.num_key_frames, 1)
+        frames = integer("num_frames", self.num_frames, 1)
+        key_frames = frames if self.num_key_frames is None else integer("num_key_frames", self.num_key_frames, 1)
         for name, array in (("indptr", self.indptr), ("indices", self.indices)):
             if not isinstance(array, Tensor):
                 raise TypeError(f"{name} must be an int32 tensor, got {type(array).__name__}; use torch.as_tensor")
@@ -173,9 +173,9 @@ class CovisibilityGraph:
             TypeError: If a pair does not hold integers.
             ValueError: If a pair is out of range, is given twice or is not a pair.
         """
-        num_frames = _integer("num_frames", num_frames, 1)
+        num_frames = integer("num_frames", num_frames, 1)
         square = num_key_frames is None
-        key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
+        key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
         edges = _pairs_to_tensor(pairs)
         outside = (edges < 0) | (edges >= torch.tensor([num_frames, key_frames], device=edges.device))
         if bool(outside.any()):
@@ -227,8 +227,8 @@ class CovisibilityGraph:
     @classmethod
     def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
         """Build the full graph, in which attention over the graph is dense attention."""
-        num_frames = _integer("num_frames", num_frames, 1)
-        key_frames = num_frames if num_key_frames is None else _integer("num_key_frames", num_key_frames, 1)
+        num_frames = integer("num_frames", num_frames, 1)
+        key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
         _check_edge_count(num_frames * key_frames)
         indptr = torch.arange(num_frames + 1, dtype=torch.int32) * key_frames
         return cls(indptr, torch.arange(key_frames, dtype=torch.int32).repeat(num_frames), num_frames, key_frames)
@@ -242,8 +242,8 @@ class CovisibilityGraph:
             window: Frames seen before and after; 0 leaves each frame alone.
             loop: Whether the last frame is next to the first one.
         """
-        num_frames = _integer("num_frames", num_frames, 1)
-        codes = _window(num_frames, _integer("window", window, 0), loop, torch.device("cpu"))
+        num_frames = integer("num_frames", num_frames, 1)
+        codes = _window(num_frames, integer("window", window, 0), loop, torch.device("cpu"))
         return cls._from_codes(codes, num_frames, num_frames)
 
     @classmethod
@@ -296,12 +296,12 @@ class CovisibilityGraph:
         if descriptors.ndim != 2 or 0 in descriptors.shape:
             raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
         frames, device = len(descriptors), descriptors.device
-        neighbours = min(_integer("neighbours", neighbours, 0), frames - 1)
-        window = _integer("window", window, 0)
-        chunk = _integer("chunk", chunk, 1)
-        anchors = min(8, frames // 16) if anchors is None else _integer("anchors", anchors, 0, frames)
+        neighbours = min(integer("neighbours", neighbours, 0), frames - 1)
+        window = integer("window", window, 0)
+        chunk = integer("chunk", chunk, 1)
+        anchors = min(8, frames // 16) if anchors is None else integer("anchors", anchors, 0, frames)
         if reference_frame is not None:
-            reference_frame = _integer("reference_frame", reference_frame, 0, frames - 1)
+            reference_frame = integer("reference_frame", reference_frame, 0, frames - 1)
 
         similarity = FrameSimilarity.from_descriptors(descriptors, chunk)
         everyone = torch.arange(frames, device=similarity.device)
@@ -388,9 +388,11 @@ class CovisibilityGraph:
         """
         graph = self.to("cpu")
         degrees = graph.indptr.diff().to(torch.int64)
+        components = diameter = None
         if self.is_square:
             degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=self.num_frames)
-        components = graph.num_components if self.is_square else None
+            both_ways = graph.symmetrized()
+            components, diameter = graph.num_components, hop_diameter(both_ways.indptr, both_ways.indices)
         blind = int((degrees == 0).sum())
         warnings = []
         if self.density > USELESS_DENSITY:
@@ -426,7 +428,7 @@ class CovisibilityGraph:
             edges=self.num_edges,
             density=self.density,
             components=components,
-            hop_diameter=_hop_diameter(graph.symmetrized()) if self.is_square else None,
+            hop_diameter=diameter,
             hop_diameter_is_exact=self.is_square and self.num_frames <= EXACT_DIAMETER_FRAMES,
             degree_min=int(degrees.min()),
             degree_median=float(np.median(degrees.numpy())),
@@ -523,53 +525,9 @@ class CovisibilityGraph:
             )
 
 
-def _integer(name: str, value: int, least: int, most: int | None = None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < least or (most is not None and number > most):
-        wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {wanted}, got {number}")
-    return number
-
-
 def _check_edge_count(edges: int) -> None:
     if edges > MAX_EDGES:
         raise ValueError(f"a graph holds at most {MAX_EDGES} edges (int32 offsets), got {edges}; make it sparser")
-
-
-def _hop_diameter(graph: CovisibilityGraph) -> int:
-    """Largest hop count within a component of a symmetric CPU graph; a lower bound above EXACT_DIAMETER_FRAMES."""
-    indptr, indices = graph.indptr.numpy().astype(np.int64), graph.indices.numpy()
-    if graph.num_frames <= EXACT_DIAMETER_FRAMES:
-        batches = np.split(np.arange(graph.num_frames), range(64, graph.num_frames, 64))
-        return max(_spread(indptr, indices, sources)[0] for sources in batches)
-    spread_out = np.linspace(0, graph.num_frames - 1, 64).astype(np.int64)
-    hops, reached_last = _spread(indptr, indices, spread_out)
-    return max(hops, _spread(indptr, indices, reached_last[:64])[0])
-
-
-def _spread(indptr: np.ndarray, indices: np.ndarray, sources: np.ndarray) -> tuple[int, np.ndarray]:
-    """Walk breadth first from up to 64 frames at once, one bit each; return hops and the frames reached last."""
-    num_frames = len(indptr) - 1
-    fresh: np.ndarray = np.zeros(num_frames, dtype=np.uint64)
-    fresh[sources] = np.uint64(1) << np.arange(len(sources), dtype=np.uint64)
-    reached = fresh.copy()
-    everywhere = np.bitwise_or.reduce(fresh)
-    frontier, hops = np.sort(sources), 0
-    while not (reached == everywhere).all():
-        degrees = indptr[frontier + 1] - indptr[frontier]
-        ends = degrees.cumsum()
-        edges = np.arange(ends[-1]) + np.repeat(indptr[frontier] - ends + degrees, degrees)
-        arrived = np.zeros(num_frames, dtype=np.uint64)
-        np.bitwise_or.at(arrived, indices[edges], np.repeat(fresh[frontier], degrees))
-        fresh = arrived & ~reached
-        if not fresh.any():
-            break
-        reached |= fresh
-        frontier, hops = fresh.nonzero()[0], hops + 1
-    return hops, frontier
 
 
 def _diagonal(num_frames: int, device: torch.device) -> Tensor:

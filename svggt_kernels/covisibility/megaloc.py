@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import integer
 from .dinov2 import PATCH, DINOv2
 from .weights import PUBLISHED, read_weights
 
@@ -90,6 +91,7 @@ class MegaLoc(nn.Module):
         Raises:
             FileNotFoundError: If the weights can be had neither here nor from the hub. The message says what to do.
             ValueError: If the file is damaged, or does not hold exactly the parameters of MegaLoc.
+            TypeError: If `source` is neither a path nor a name.
             ImportError: If the package that reads the file is not installed.
         """
         model = cls(config)
@@ -173,13 +175,12 @@ class MegaLoc(nn.Module):
         Raises:
             ValueError: If images are not `[S, 3, H, W]`, hold NaN, or leave [0, 1]; if `size` gives too few patches or
                 `batch_size` is below 1; or if a descriptor is not finite.
-            TypeError: If they are neither uint8 nor floating point.
+            TypeError: If they are neither uint8 nor floating point, or `size` or `batch_size` is not an integer.
         """
         _require_rgb(images)
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        size, batch_size = integer("size", size, 1), integer("batch_size", batch_size, 1)
         if images.is_floating_point():
             _require_unit_range(images)
         device = self.backbone.cls_token.device

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .connectivity import connected_components
+
 FRACTION_BITS = 26  # a product of two unit vectors is at most 2^52, which float64 holds exactly
 ROUNDING_ROWS = 1024
 
@@ -157,25 +159,6 @@ class FrameSimilarity:
                 if at < column_at < len(row_parts):
                     _keep_best(scores, partners, columns, tile.T, part)
         return scores[rows], partners[rows]
-
-
-def connected_components(rows: Tensor, columns: Tensor, num_frames: int) -> Tensor:
-    """Return the smallest frame of each frame's component, `[S]` int64, edges `[E]` taken both ways.
-
-    Parents are hooked to the smallest grandparent in sight and paths are shortened by pointer jumping, after FastSV
-    (Zhang, Azad, Hu: "FastSV: a distributed-memory connected component algorithm with fast convergence", 2020).
-    """
-    ends = torch.cat([rows, columns]).to(torch.int64)
-    other_ends = torch.cat([columns, rows]).to(torch.int64)
-    parents = torch.arange(num_frames, device=rows.device)
-    while True:
-        grandparents = parents[parents]
-        seen = grandparents[other_ends]
-        hooked = parents.scatter_reduce(0, parents[ends], seen, "amin")
-        hooked = torch.minimum(hooked.scatter_reduce(0, ends, seen, "amin"), grandparents)
-        if torch.equal(hooked, parents):
-            return parents
-        parents = hooked
 
 
 def _keep_best(scores: Tensor, partners: Tensor, frames: Tensor, tile: Tensor, candidates: Tensor) -> None:

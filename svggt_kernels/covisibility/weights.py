@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
     Raises:
         FileNotFoundError: If there is no such file here or on the hub.
         ValueError: If the file is damaged or holds something else.
+        TypeError: If the source is neither a path nor a name.
         ImportError: If safetensors or huggingface_hub is needed and not installed.
     """
     path = find_weights(source)
@@ -67,8 +69,14 @@ def find_weights(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such file here or on the hub.
+        TypeError: If the source is neither a path nor a name.
         ImportError: If huggingface_hub is needed and not installed.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "MegaLoc's weights must be given as a path or as the name of a repository of the Hugging Face hub, got "
+            f"{type(source).__name__}"
+        )
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -84,7 +92,7 @@ def find_weights(source: str | Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise ImportError(
@@ -96,6 +104,8 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
+        # Without a network hf_hub_download tries for 23 s; this asks for the file's size and fails at once.
+        get_hf_file_metadata(hf_hub_url(name, FILE))
         return Path(hf_hub_download(name, FILE))
     except Exception as error:  # of several HTTP libraries
         reason = (str(error).strip().splitlines() or [""])[0]
