@@ -105,12 +105,20 @@ METAL_FUNC float2 inner_products(const thread float2* rows, const threadgroup EL
   return sum;
 }
 
-// Adds to 8 rows the sums of 8 columns, of which `lines` is the first, each with its weight.
-METAL_FUNC void add_weighted(thread float2* rows, float2 weights, const threadgroup ELEMENT* lines, Place at) {
+// Adds to 8 rows the sums of a tile's columns, each with its weight. A tile is summed apart: the error of float grows with
+// the number of terms that one sum takes up one after the other.
+METAL_FUNC void add_weighted(
+    thread float2* rows, const thread float2* weights, const threadgroup ELEMENT* lines, Place at) {
   const threadgroup ELEMENT* line = lines + at.row * LINE + at.column;
   UNROLL
   for (int d = 0; d < BLOCKS; d++) {
-    multiply_add(rows[d], weights, float2(float(line[d * 8]), float(line[d * 8 + 1])));
+    float2 sum = float2(0.0f);
+    UNROLL
+    for (int c = 0; c < COLUMN_BLOCKS; c++) {
+      const int i = c * 8 * LINE + d * 8;
+      multiply_add(sum, weights[c], float2(float(line[i]), float(line[i + 1])));
+    }
+    rows[d] += sum;
   }
 }
 
@@ -248,8 +256,8 @@ struct ForwardStrides {
         weights[c].x = power_of_2<ELEMENT>(weights[c].x - highest);
         weights[c].y = power_of_2<ELEMENT>(weights[c].y - highest);
         total += weights[c];
-        add_weighted(out_row, weights[c], v_lines + c * 8 * LINE, at);
       }
+      add_weighted(out_row, weights, v_lines, at);
     }
   }
 
@@ -330,16 +338,16 @@ struct QueryStrides {
       load_columns(v_lines, v_head, strides.v.token, run.x, first, count, column_tokens, index);
       threadgroup_barrier(mem_flags::mem_threadgroup);
 
+      float2 changes[COLUMN_BLOCKS];
       UNROLL
       for (int c = 0; c < COLUMN_BLOCKS; c++) {
-        const threadgroup ELEMENT* k_block = k_lines + c * 8 * LINE;
-        const float2 products = inner_products(q_row, k_block, at);
+        const float2 products = inner_products(q_row, k_lines + c * 8 * LINE, at);
         const float2 scores = scores_of(products, scale * LOG2_E, c * 8 + at.column, count);
-        float2 change = inner_products(grad_row, v_lines + c * 8 * LINE, at);
-        change.x = power_of_2<ELEMENT>(scores.x - row_lse) * (change.x - row_inner);
-        change.y = power_of_2<ELEMENT>(scores.y - row_lse) * (change.y - row_inner);
-        add_weighted(dq_row, change, k_block, at);
+        const float2 grads = inner_products(grad_row, v_lines + c * 8 * LINE, at);
+        changes[c].x = power_of_2<ELEMENT>(scores.x - row_lse) * (grads.x - row_inner);
+        changes[c].y = power_of_2<ELEMENT>(scores.y - row_lse) * (grads.y - row_inner);
       }
+      add_weighted(dq_row, changes, k_lines, at);
     }
   }
 
@@ -412,20 +420,20 @@ struct KeyStrides {
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
 
+      float2 weights[COLUMN_BLOCKS], changes[COLUMN_BLOCKS];
       UNROLL
       for (int c = 0; c < COLUMN_BLOCKS; c++) {
         const int column = c * 8 + at.column;
-        const threadgroup ELEMENT* q_block = q_lines + c * 8 * LINE;
-        const threadgroup ELEMENT* grad_block = grad_lines + c * 8 * LINE;
-        float2 weights = scores_of(inner_products(k_row, q_block, at), scale * LOG2_E, column, count);
-        weights.x = power_of_2<ELEMENT>(weights.x - column_lse[column]);
-        weights.y = power_of_2<ELEMENT>(weights.y - column_lse[column + 1]);
-        add_weighted(dv_row, weights, grad_block, at);
-        float2 change = inner_products(v_row, grad_block, at);
-        change.x = weights.x * (change.x - column_inner[column]);
-        change.y = weights.y * (change.y - column_inner[column + 1]);
-        add_weighted(dk_row, change, q_block, at);
+        const float2 products = inner_products(k_row, q_lines + c * 8 * LINE, at);
+        weights[c] = scores_of(products, scale * LOG2_E, column, count);
+        weights[c].x = power_of_2<ELEMENT>(weights[c].x - column_lse[column]);
+        weights[c].y = power_of_2<ELEMENT>(weights[c].y - column_lse[column + 1]);
+        const float2 grads = inner_products(v_row, grad_lines + c * 8 * LINE, at);
+        changes[c].x = weights[c].x * (grads.x - column_inner[column]);
+        changes[c].y = weights[c].y * (grads.y - column_inner[column + 1]);
       }
+      add_weighted(dv_row, weights, grad_lines, at);
+      add_weighted(dk_row, changes, q_lines, at);
     }
   }
 

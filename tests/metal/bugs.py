@@ -173,8 +173,8 @@ BUGS = [
     Bug(
         "scores are made without the scale",
         "numbers",
-        "k_row, q_block, at), scale * LOG2_E",
-        "k_row, q_block, at), LOG2_E",
+        "products, scale * LOG2_E, column",
+        "products, LOG2_E, column",
         backward=True,
     ),
     Bug(

@@ -25,7 +25,7 @@ from . import on_cuda
 
 VARIANTS = [(dtype, head_size) for dtype in shader.ELEMENTS for head_size in shader.HEAD_SIZES]
 TOOLS = {
-    "memcheck": ["compute-sanitizer", "--tool", "memcheck", "--leak-check", "no"],
+    "memcheck": ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"],
     "racecheck": ["compute-sanitizer", "--tool", "racecheck", "--racecheck-report", "all"],
 }
 Result = dict[str, Any]
