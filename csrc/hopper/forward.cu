@@ -3,8 +3,9 @@
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
 // stream, by the copy engine: as one box where they lie side by side, else in boxes of 8 tokens, and row by row only where
-// 8 straddle runs or dense tokens. Every tile is full but the last. A consumer warpgroup starts S = Q K^T of a tile
-// together with O += P V of the tile before, and turns S into P while that second product runs.
+// 8 straddle runs; dense tokens come from copies in which they lie side by side. Every tile is full but the last. A
+// consumer warpgroup starts S = Q K^T of a tile together with O += P V of the tile before, and turns S into P while that
+// second product runs.
 //
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
 // with no maximum at all, and the proof comes after: a row's sum between SMALLEST and LARGEST lost nothing to overflow or
@@ -45,6 +46,7 @@ constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
 struct Parameters {
   TensorMap k_map, v_map;       // boxes of [64, COLUMNS]
   TensorMap k_pieces, v_pieces; // boxes of [64, PIECE]
+  TensorMap k_dense, v_dense;   // likewise, of the dense columns alone
   Tensor4 q, k, v, out;
   float* lse;  // [B, H, N]
   int* next;   // the next item to be taken, 0 at first
@@ -105,7 +107,7 @@ DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
 
 // The second and third loading warps: stream the tiles of K, and of V (`offset` behind K in a stage).
 DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const TensorMap& pieces,
-                            const Tensor4& tensor, uint32 offset) {
+                            const TensorMap& dense, const Tensor4& tensor, uint32 offset) {
   Ring<2> work_ring;
   Ring<STAGES> ring;
   while (true) {
@@ -128,7 +130,7 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
           }
         }
       } else {
-        load_pieces<D, COLUMNS>(p.layout, work, cursor, tile, pieces, tensor, full);
+        load_pieces<D, COLUMNS>(p.layout, work, cursor, tile, pieces, dense, tensor, full);
         copy_wait();
         proxy_fence();
         __syncwarp();
@@ -526,9 +528,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
     if (warp == 0) {
       produce_rows(p, shared);
     } else if (warp == 1) {
-      produce_columns(p, shared, p.k_map, p.k_pieces, p.k, 0);
+      produce_columns(p, shared, p.k_map, p.k_pieces, p.k_dense, p.k, 0);
     } else if (warp == 2) {
-      produce_columns(p, shared, p.v_map, p.v_pieces, p.v, TILE_BYTES);
+      produce_columns(p, shared, p.v_map, p.v_pieces, p.v_dense, p.v, TILE_BYTES);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();

@@ -133,10 +133,19 @@ struct Cursor {
   // Whether the next `columns` lie side by side, from token `start + place` on.
   DEVICE_MEMBER bool is_contiguous(int columns) const { return run < end && place + columns <= length; }
 
-  // Token here, or -1 behind the last column.
-  DEVICE_MEMBER int token(const Layout& layout) const {
-    return run < end ? start + place : run == end ? layout.dense_columns[place] : -1;
+  // What is here: a token; or a place among the dense columns, with the highest bit; or behind the last column, NONE.
+  DEVICE_MEMBER int column() const { return run < end ? start + place : run == end ? ~PLACE | place : NONE; }
+
+  static constexpr int PLACE = 0x7fffffff, NONE = -1;
+
+  static DEVICE_MEMBER bool is_dense(int column) { return column < NONE; }
+
+  // The token of a column, or -1.
+  static DEVICE_MEMBER int token(const Layout& layout, int column) {
+    return is_dense(column) ? layout.dense_columns[column & PLACE] : column;
   }
+
+  DEVICE_MEMBER int token(const Layout& layout) const { return token(layout, column()); }
 };
 
 // Copy tokens of one head into panels of `rows` rows at `shared`; zeros where `token` is -1. Thread `thread` of `THREADS`
@@ -154,20 +163,20 @@ DEVICE void copy_row(uint32 shared, int rows, const Element* head, int64 stride,
 constexpr int PIECE = 8; // tokens: where the swizzle's pattern begins anew
 
 // Load the next TOKENS tokens from `cursor` on into panels of as many rows, by one warp; zeros behind the last column.
-// Pieces whose tokens lie side by side come by the copy engine, `map` having boxes of [64, PIECE], and count towards
-// `barrier`; others are copied row by row.
+// Pieces whose tokens lie side by side come by the copy engine and count towards `barrier`: `map` and `dense_map`, the
+// latter of the dense columns alone, have boxes of [64, PIECE]. Other pieces are copied row by row.
 template <int D, int TOKENS>
 DEVICE void load_pieces(const Layout& layout, const Work& work, Cursor cursor, uint32 shared, const TensorMap& map,
-                        const Tensor4& tensor, uint32 barrier) {
+                        const TensorMap& dense_map, const Tensor4& tensor, uint32 barrier) {
   const int lane = threadIdx.x % 32;
   const Element* head = tensor.at(work.batch, work.head);
   cursor.advance(layout, work.group, lane);
 #pragma unroll 1 // few registers
   for (int first = 0; first < TOKENS; first += 32) {
-    const int token = cursor.token(layout);
+    const int column = cursor.column();
     cursor.advance(layout, work.group, 32);
-    const int first_token = __shfl_sync(0xffffffff, token, lane / PIECE * PIECE);
-    const bool follows = first_token < 0 ? token < 0 : token == first_token + lane % PIECE;
+    const int first_column = __shfl_sync(0xffffffff, column, lane / PIECE * PIECE);
+    const bool follows = column == (first_column == Cursor::NONE ? Cursor::NONE : first_column + lane % PIECE);
     uint32 split = 0; // a bit for each piece, at its first lane
     const uint32 following = __ballot_sync(0xffffffff, follows);
 #pragma unroll
@@ -178,10 +187,11 @@ DEVICE void load_pieces(const Layout& layout, const Work& work, Cursor cursor, u
 #pragma unroll
       for (int panel = 0; panel < D / 64; ++panel) {
         // Before the first token there are zeros, too.
-        load_box(shared + (panel * TOKENS + first + lane) * SWIZZLE_ROW, &map, barrier, 64 * panel,
-                 token < 0 ? -PIECE : token, work.head, work.batch);
+        load_box(shared + (panel * TOKENS + first + lane) * SWIZZLE_ROW, Cursor::is_dense(column) ? &dense_map : &map,
+                 barrier, 64 * panel, column == Cursor::NONE ? -PIECE : column & Cursor::PLACE, work.head, work.batch);
       }
     }
+    const int token = split != 0 ? Cursor::token(layout, column) : -1;
     for (; split != 0; split &= split - 1) {
       const int piece = __ffs(split) - 1;
 #pragma unroll

@@ -40,7 +40,7 @@ class Parameters(ctypes.Structure):
     """`Parameters` of forward.cu."""
 
     _fields_ = (
-        *((name, TensorMap) for name in ("k_map", "v_map", "k_pieces", "v_pieces")),
+        *((name, TensorMap) for name in ("k_map", "v_map", "k_pieces", "v_pieces", "k_dense", "v_dense")),
         ("q", Tensor4),
         ("k", Tensor4),
         ("v", Tensor4),
@@ -82,8 +82,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     layout = Layout.of(tables, ROWS, q)
     # The next item of each launch; which items have rows that failed, and whether any has.
     counters = q.new_zeros(2 + layout.items + 1 if bounded else 2, dtype=torch.int32)
+    # Copies in which dense columns lie side by side.
+    k_dense, v_dense = (x.index_select(2, tables.dense_columns) if len(tables.dense_columns) else x for x in (k, v))
     parameters = Parameters(
         *(tensor_map(x, tokens) for tokens in (config.columns, PIECE) for x in (k, v)),
+        *(tensor_map(x, PIECE) for x in (k_dense, v_dense)),
         *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(),
         counters[2:].data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip
