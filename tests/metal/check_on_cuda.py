@@ -155,7 +155,7 @@ def machine() -> Result:
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": os.environ.get("SVGGT_COMMIT") or git.stdout.strip() or "unknown",
         "command": "tests/metal/cuda/run.sh",
     }
 
