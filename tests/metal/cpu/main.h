@@ -2,7 +2,6 @@
 //
 // Every buffer is its size in 8 bytes and its content. The program runs the kernel from the same buffers under the first
 // `schedules` schedules, which must agree bit by bit, and writes the buffers that the kernel may write.
-#pragma once
 
 #include <cstdio>
 #include <cstdlib>
