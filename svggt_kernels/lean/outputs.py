@@ -105,7 +105,7 @@ class OnHost:
     def __init__(self, tokens: Tensor, stream: torch.cuda.Stream) -> None:
         self.device = tokens.device
         self.stream = stream
-        self.tensor = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self.tensor = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.tensor.copy_(tokens, non_blocking=True)
