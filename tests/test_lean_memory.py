@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vggt_double import DIM, SPECIAL, VGGT, Aggregator, DPTHead
+from vggt_double import DIM, SPECIAL, VGGT, DPTHead
 
 import svggt_kernels
-from svggt_kernels.lean import embedding, memory, outputs
+from svggt_kernels.lean import blocks, embedding, memory, outputs
+from svggt_kernels.lean.model import Lean
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 GIB = memory.GIB
@@ -194,12 +195,12 @@ def test_heads_never_see_more_frames_than_planned(monkeypatch: pytest.MonkeyPatc
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, made inside it."""
+    """Counts the bytes of storages that are alive, but for those of the tensors given."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -223,7 +224,7 @@ class Live(TorchDispatchMode):
 def highest(network: nn.Module) -> Iterator[list[int]]:
     """Give the peak of the blocks, and what is alive when the heads begin."""
     found: list[int] = []
-    live = Live()
+    live = Live([*network.parameters(), *network.buffers(), IMAGES])
     hooks = [network.camera_head.register_forward_pre_hook(lambda *_: found.extend((live.peak, live.now)))]
     with live:
         yield found
@@ -246,6 +247,29 @@ def test_offloaded_outputs_are_not_alive():
     assert first[0] == pytest.approx(both[0], rel=0.01)
     assert nothing[1] - first[1] == pytest.approx(output, rel=0.01)
     assert first[1] - both[1] == pytest.approx(output, rel=0.01)
+
+
+@pytest.mark.usefixtures("tight", "away")
+def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch):
+    """With kernels that hold nothing but their results, as they are on GPUs."""
+
+    def add(x: Tensor, y: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+        return (torch.empty_like(x) if out is None else out).copy_(x).addcmul_(y, gamma)
+
+    def attend(self, query: Tensor, *arguments: object) -> Tensor:
+        return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+    monkeypatch.setattr(blocks, "add_scaled", add)
+    monkeypatch.setattr(blocks, "normalise_and_rotate_", lambda qkv, *arguments: qkv)
+    monkeypatch.setattr(svggt_kernels.Patch, "_run", attend)
+    monkeypatch.setattr(Lean, "_is_proven", lambda *arguments: True)
+    network = model()
+    for plan in plans(network)[:3]:
+        with highest(network) as found:
+            _, report = run(network, memory_budget=plan.peak_bytes / GIB)
+        weights = sum(x.nbytes for x in (*network.parameters(), *network.buffers(), IMAGES))
+        planned = max(plan.moments[moment] for moment in ("first block", "last block")) - weights
+        assert 0.9 * planned < found[0] <= planned, report.memory
 
 
 def test_patch_tokens_are_let_go_once_they_are_joined():
@@ -318,7 +342,7 @@ def test_what_a_budget_cannot_do_is_refused_before_any_work():
     assert ran == []
     with pytest.raises(ValueError, match="leave lean=True"):
         patch(network, memory_budget=8, lean=False)
-    with pytest.raises(ValueError, match=r'Aggregator is not .no head says which layers it reads'):
+    with pytest.raises(ValueError, match=r"Aggregator is not .no head says which layers it reads"):
         patch(network.aggregator, covisibility="all", memory_budget=8)
     with pytest.raises(ValueError, match='outputs="all"'):
         patch(network, covisibility="all", memory_budget=8, outputs="all")

@@ -80,6 +80,7 @@ class Aggregator(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
         B, S, _, H, W = images.shape
+        images = (images - 0.45) / 0.23
         patches = self.patch_embed(images.flatten(0, 1))
         if isinstance(patches, dict):
             patches = patches["x_norm_patchtokens"]
@@ -134,6 +135,7 @@ class VGGT(nn.Module):
         self.aggregator, self.depth_head, self.camera_head = Aggregator(twist), DPTHead(), CameraHead()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        images = images if images.dim() == 5 else images[None]
         layers, first = self.aggregator(images)
         with torch.autocast(images.device.type, enabled=False):
             pose = self.camera_head(layers)
