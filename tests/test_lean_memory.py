@@ -250,8 +250,9 @@ def test_offloaded_outputs_are_not_alive():
 
 
 @pytest.mark.usefixtures("tight", "away")
-def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch):
-    """With kernels that hold nothing but their results, as they are on GPUs."""
+@pytest.mark.parametrize("tokens_at_once", [16, 64], ids=["attention", "mlp"])
+def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(tokens_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """With kernels that hold nothing but their results, as they do on GPUs; which part is highest is the name."""
 
     def add(x: Tensor, y: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
         return (torch.empty_like(x) if out is None else out).copy_(x).addcmul_(y, gamma)
@@ -259,6 +260,7 @@ def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(monkeypatch: pyte
     def attend(self, query: Tensor, *arguments: object) -> Tensor:
         return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
+    monkeypatch.setattr(memory, "TOKENS_AT_ONCE", tokens_at_once)
     monkeypatch.setattr(blocks, "add_scaled", add)
     monkeypatch.setattr(blocks, "normalise_and_rotate_", lambda qkv, *arguments: qkv)
     monkeypatch.setattr(svggt_kernels.Patch, "_run", attend)
@@ -392,4 +394,5 @@ def test_offloading_on_cuda_is_exact_and_within_its_budget(precision: str, monke
                     assert torch.equal(planned[name], value), (name, offloaded)
                 del planned
             budget = (report.memory.peak_bytes - 1) / GIB
-            assert used <= report.memory.peak_bytes
+            present = sum(x.nbytes for x in (*network.parameters(), *network.buffers(), images))
+            assert used <= report.memory.peak_bytes - present
