@@ -40,9 +40,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "svggt-attention": {"lean": False},
     "svggt": {},
     "svggt-bf16": {"precision": "bf16"},
+    "svggt-40gib": {"memory_budget": 40},
+    "svggt-24gib": {"memory_budget": 24},
 }
-"""The model as it is, with its global attention patched, with all that `patch` does, and with residuals and kept layers
-in bfloat16; with the options of `patch` that make the difference."""
+"""The model as it is, with its global attention patched, with all that `patch` does, with residuals and kept layers in
+bfloat16, and within a budget of memory; with the options of `patch` that make the difference."""
 
 FASTVGGT: dict[str, int | None] = {"pruned-dense": None, "fastvggt": 0}
 """FastVGGT's code, with the first layer that merges tokens: none, its baseline VGGT*, and the first, as published. It
@@ -246,6 +248,9 @@ class ModelRunner:
         with patch(model, covisibility=graph, **options) as handle:
             self._measure(case, model, line)
             report = handle.report()
+        peak, budget = line.get("peak_gib"), options.get("memory_budget")
+        if peak is not None and budget is not None and peak > budget:
+            raise RuntimeError(f"the peak must be within the budget of {budget} GiB, got {peak:.2f}; {report.memory}")
         edges = sum(summary.edges for summary in report.graphs)
         if report.calls_last_forward != len(report.modules) or edges != graph.num_edges:
             raise RuntimeError(

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from vggt_double import VGGT
 
 from benchmarks import models
 from benchmarks.__main__ import main
@@ -71,6 +72,27 @@ def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):
     [line] = [json.loads(line) for line in file.read_text().splitlines()]
     assert (line["check"], line["measured"], line["seconds_full"]) == ("failed", False, None)
     assert "at most 2x" in line["reason"]
+
+
+def test_a_model_over_its_budget_has_no_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_build", lambda name, device: VGGT().eval())
+    monkeypatch.setitem(models.SYSTEMS, "svggt-40gib", {"memory_budget": 2})
+    measure, peak = models.ModelRunner._measure, 1.9
+
+    def measured(self, case, model, line):
+        measure(self, case, model, line)
+        line["peak_gib"] = peak
+
+    monkeypatch.setattr(models.ModelRunner, "_measure", measured)
+    file = tmp_path / "out.jsonl"
+    command = [*"model --cases toy-5f-2n --systems svggt-40gib --device cpu --repeats 1 --output".split(), str(file)]
+    assert main(command) == 0
+    peak = 2.1
+    assert main(command) == 1
+    within, over = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (within["check"], within["peak_gib"]) == ("passed", 1.9)
+    assert (over["check"], over["peak_gib"]) == ("failed", None)
+    assert "within the budget of 2 GiB, got 2.10; 1." in over["reason"] and "in host memory" in over["reason"]
 
 
 def test_out_of_memory_is_a_line(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         quarter = x.shape[-1] // 4
-        frequency = self.base_frequency ** (-torch.arange(quarter, dtype=x.dtype) / quarter)
+        frequency = self.base_frequency ** (-torch.arange(quarter, dtype=x.dtype, device=x.device) / quarter)
         out = []
         for half, axis in zip(x.chunk(2, -1), (0, 1), strict=True):
             angle = (positions[:, None, :, axis, None] * frequency).repeat(1, 1, 1, 2)
@@ -62,22 +62,31 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+class PatchEmbed(nn.Conv2d):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        patches = super().forward(images).flatten(2).mT
+        return {"x_norm_patchtokens": patches, "x_prenorm": patches}
+
+
 class Aggregator(nn.Module):
     def __init__(self, twist: bool) -> None:
         super().__init__()
         rope = Rotary()
         self.patch_size, self.patch_start_idx = PATCH, SPECIAL
-        self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
+        self.patch_embed = PatchEmbed(3, DIM, PATCH, PATCH)
         self.special = nn.Parameter(torch.randn(1, SPECIAL, DIM))
         self.frame_blocks = nn.ModuleList(Block(rope, twist) for _ in range(DEPTH))
         self.global_blocks = nn.ModuleList(Block(rope, twist) for _ in range(DEPTH))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
         B, S, _, H, W = images.shape
-        patches = self.patch_embed(images.flatten(0, 1)).flatten(2).mT
+        images = (images - 0.45) / 0.23
+        patches = self.patch_embed(images.flatten(0, 1))
+        if isinstance(patches, dict):
+            patches = patches["x_norm_patchtokens"]
         tokens = torch.cat([self.special.expand(B * S, -1, -1), patches], 1)
         grid = torch.cartesian_prod(torch.arange(H // PATCH), torch.arange(W // PATCH)) + 1
-        pos = torch.cat([torch.zeros(SPECIAL, 2, dtype=grid.dtype), grid]).expand(B * S, -1, -1)
+        pos = torch.cat([torch.zeros(SPECIAL, 2, dtype=grid.dtype), grid]).to(images.device).expand(B * S, -1, -1)
         layers, index = [], 0
         for _ in range(DEPTH):
             tokens, index, frame = self._process_frame_attention(tokens, B, S, len(grid) + SPECIAL, DIM, index, pos=pos)
@@ -126,6 +135,7 @@ class VGGT(nn.Module):
         self.aggregator, self.depth_head, self.camera_head = Aggregator(twist), DPTHead(), CameraHead()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        images = images if images.dim() == 5 else images[None]
         layers, first = self.aggregator(images)
         with torch.autocast(images.device.type, enabled=False):
             pose = self.camera_head(layers)

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arithmetic import add_scaled, layer_norm, normalise_and_rotate_
-
-TOKENS_AT_ONCE = 2**16
-"""Tokens whose hidden activations of an MLP are held at once: 512 MiB of 4096 in 16 bits."""
+from .memory import TOKENS_AT_ONCE
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of q, k and v `[B, H, N, D]` with a scale."""
@@ -72,7 +70,14 @@ def can_run_now(block: Any) -> bool:
     return not any(_is_hooked(module) for module in block.modules() if module is not block)
 
 
-def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dtype | None) -> Tensor:
+def run(
+    block: Any,
+    x: Tensor,
+    pos: Any,
+    attend: Attend | None,
+    dtype: torch.dtype | None,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+) -> Tensor:
     """Run a block, for which `obstacle` is None.
 
     Args:
@@ -81,6 +86,7 @@ def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dty
         pos: Positions of the tokens `[B, N, 2]`, or None for a block that does not rotate.
         attend: The attention, or None for PyTorch's over all N tokens.
         dtype: Dtype of the residual stream, or None for that of x.
+        tokens_at_once: Tokens whose hidden activations of the MLP are held at once.
 
     Returns:
         New tokens `[B, N, C]` in `dtype`.
@@ -101,7 +107,7 @@ def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dty
     x = add_scaled(x, attn.proj(out.transpose(1, 2).reshape(B, N, C)), _gamma(block.ls1))
     del out
     rows = x.view(B * N, C)
-    for part in rows.split(TOKENS_AT_ONCE):
+    for part in rows.split(tokens_at_once):
         add_scaled(part, block.mlp(layer_norm(part, block.norm2, kind)), _gamma(block.ls2), out=part)
     return x
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import blocks, outputs
+from . import blocks, memory, outputs
+from .embedding import embed
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
@@ -23,20 +24,33 @@ class Lean:
         root: The module in it that runs the blocks.
         precision: Dtype of the residual stream and of the layer outputs kept: upstream's, or bfloat16.
         keep: Keep the layer outputs that heads read, or all.
+        memory_budget: What one forward may allocate, see `memory`.
 
     Attributes:
         blocks: The blocks that can run lean, by name in `root`.
         layers: The layers whose outputs are kept; None for all.
-        heads: With bfloat16 outputs the heads that read them and must be given float32.
+        keeps: Whether outputs that are kept are not tensors but `outputs.Output`.
+        heads: The heads that then run some frames at a time, by name in `model`.
+        embedding: The patch embedding, if it runs some images at a time.
         not_lean: Why blocks with an attention cannot, by name of their class.
-        runs: Blocks run lean in the last forward.
+        plan: How the last forward kept to its budget; None without one.
+        keeper: Who keeps the outputs of the forward that is running.
 
     Raises:
-        ValueError: If residuals should be bfloat16 and no block can run lean.
+        ValueError: If residuals should be bfloat16 and no block can run lean, or a budget is given for a model whose
+            memory is not known.
     """
 
-    def __init__(self, model: nn.Module, root: nn.Module, precision: Precision, keep: Outputs) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        root: nn.Module,
+        precision: Precision,
+        keep: Outputs,
+        memory_budget: memory.MemoryBudget,
+    ) -> None:
         self.dtype = torch.bfloat16 if precision == "bf16" else None
+        self.budget = memory_budget
         self.blocks: dict[str, nn.Module] = {}
         self.not_lean: dict[str, str] = {}
         for name, module in root.named_modules():
@@ -47,18 +61,109 @@ class Lean:
                 else:
                     self.not_lean[type(module).__name__] = reason
         staged = outputs.are_upstreams(type(root))
+        reasons = [f"{name}: {reason}" for name, reason in self.not_lean.items()]
+        reasons += [] if staged else [f"{type(root).__name__} lacks {' and '.join(outputs.STAGES)}"]
         if self.dtype is not None and not (self.blocks and staged):
-            reasons = [f"{name}: {reason}" for name, reason in self.not_lean.items()]
-            reasons += [] if staged else [f"{type(root).__name__} lacks {' and '.join(outputs.STAGES)}"]
             raise ValueError(
                 "precision=\"bf16\" needs blocks of VGGT's shape and an aggregator that runs them as VGGT's does, and "
                 f'{type(root).__name__} has none ({"; ".join(reasons)}); leave precision="upstream"'
             )
-        depth = len(getattr(root, "global_blocks", ()))
-        self.layers = outputs.layers_read(model, depth) if staged and keep == "read" else None
-        self.heads = {name: head for name, head in model.named_modules() if outputs.reads(head)} if self.dtype else {}
-        self.runs = 0
+        self.depth = len(getattr(root, "global_blocks", ()))
+        self.layers = outputs.layers_read(model, self.depth) if staged and keep == "read" else None
+        if memory_budget is not None and (reasons or self.layers is None):
+            if self.layers is None:
+                reasons.append('no head says which layers it reads, or outputs="all"')
+            raise ValueError(
+                "memory_budget needs a model of VGGT's shape with its heads, whose memory is known, and that of "
+                f"{type(model).__name__} is not ({'; '.join(reasons)}); leave memory_budget=None"
+            )
+        self.keeps = self.dtype is not None or memory_budget is not None
+        heads = {name: head for name, head in model.named_modules() if outputs.reads_some_frames(head)}
+        self.heads = heads if self.keeps else {}
+        self.plan: memory.Plan | None = None
+        self.keeper: outputs.Keeper | None = None
+        embedding = getattr(root, "patch_embed", None)
+        self.embedding = embedding if memory_budget is not None and isinstance(embedding, nn.Module) else None
+        self._root = root
+        self._model = None if memory_budget is None else model  # a copy of `root` alone shall not copy the heads
+        self._ran: set[nn.Module] = set()
         self._proven: dict[tuple[type, type, bool], bool] = {}
+
+    @property
+    def runs(self) -> int:
+        """Blocks run lean in the last forward."""
+        return len(self._ran)
+
+    def begin(self, images: Tensor, tokens_per_frame: int | None, tokens_describe: bool) -> None:
+        """Begin a forward: make its plan.
+
+        Args:
+            images: `[B, S, 3, H, W]`.
+            tokens_per_frame: P.
+            tokens_describe: Whether the graph is made of tokens.
+
+        Raises:
+            ValueError: If the budget cannot be kept, or the forward is not one of inference.
+        """
+        self._ran.clear()
+        if not self.keeps:
+            return
+        if self.budget is not None:
+            model = self._model
+            assert model is not None and tokens_per_frame is not None
+            if torch.is_grad_enabled() or model.training:
+                raise ValueError(
+                    "memory_budget plans inference; call model.eval(), and the model inside torch.no_grad(), or "
+                    "patch(model, memory_budget=None)"
+                )
+            sizes = self._sizes(model, images, tokens_per_frame, tokens_describe)
+            self.plan = memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
+        upstreams = None if self.dtype is None else torch.float32
+        if self.plan is None:
+            self.keeper = outputs.Keeper(upstreams, (), None)
+        else:
+            self.keeper = outputs.Keeper(upstreams, self.plan.offloaded, self.plan.frames_at_once)
+
+    def end(self) -> None:
+        """End a forward, also one that raised."""
+        if self.keeper is not None:
+            self.keeper.settle()
+        self.keeper = None
+
+    def keep(self, made: list[Tensor], after: int) -> list[Any]:
+        """Return the outputs of a stage as they are kept; `after` is the index of the next block."""
+        if self.keeper is not None:
+            self.keeper.settle()
+        return outputs.kept(made, after, self.layers, self.keeper)
+
+    def embed(self, original: Callable[[Tensor], Any], images: Tensor) -> Any:
+        """Run the patch embedding on images `[B S, 3, H, W]` as the plan says."""
+        assert self.plan is not None
+        return embed(original, images, self.plan.images_at_once)
+
+    def _sizes(self, model: nn.Module, images: Tensor, tokens: int, tokens_describe: bool) -> memory.Sizes:
+        block: Any = self._root.get_submodule("global_blocks.0")
+        product = blocks.compute_dtype(block)
+        weights = block.attn.qkv.weight.dtype
+        cast = [p for p in self._root.parameters() if p.requires_grad and p.dtype == torch.float32 != product]
+        present = {id(x): x.nbytes for x in (images, *model.parameters(), *model.buffers())}
+        assert self.layers is not None
+        return memory.Sizes(
+            samples=images.shape[0],
+            frames=images.shape[1],
+            tokens=tokens,
+            channels=block.attn.qkv.in_features,
+            pixels=images.shape[3] * images.shape[4],
+            depth=self.depth,
+            layers=tuple(sorted(self.layers)),
+            heads=sum(not getattr(head, "feature_only", False) for head in self.heads.values()),
+            wide=weights.itemsize,
+            residual=(self.dtype or weights).itemsize,
+            product=product.itemsize,
+            present=sum(present.values()),
+            casts=sum(p.numel() * product.itemsize for p in cast),
+            tokens_describe=tokens_describe,
+        )
 
     def run(
         self,
@@ -81,8 +186,9 @@ class Lean:
             return None
         if not self._is_proven(block, x, pos, attend, original):
             return None
-        self.runs += 1
-        return blocks.run(block, x, pos, attend, self.dtype)
+        self._ran.add(block)
+        at_once = memory.TOKENS_AT_ONCE if self.plan is None else self.plan.tokens_at_once
+        return blocks.run(block, x, pos, attend, self.dtype, at_once)
 
     def _is_proven(
         self, block: Any, x: Tensor, pos: Tensor | None, attend: blocks.Attend | None, original: Callable[..., Any]

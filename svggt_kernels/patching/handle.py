@@ -16,9 +16,9 @@ from .. import backends
 from ..attention import block_sparse_attention, choose_backend, prepare
 from ..covisibility import CovisibilityGraph, GraphSummary
 from ..layout import BlockLayout
-from ..lean import blocks
+from ..lean import blocks, memory
 from ..lean.model import Lean, Outputs, Precision
-from ..lean.outputs import STAGES, kept, widened
+from ..lean.outputs import STAGES, run_head
 from ..models import ForwardInputs, find_model, stated_record
 from .interception import Answering, StandIn, uncompiled
 from .planning import Covisibility, Forward, Planner, require_redundant
@@ -38,6 +38,7 @@ def patch(
     lean: bool = True,
     precision: Precision = "upstream",
     outputs: Outputs = "read",
+    memory_budget: memory.MemoryBudget = None,
     modules: Iterable[str | nn.Module] | None = None,
     tokens_per_frame: int | None = None,
     num_special_tokens: int | tuple[int, int] = 0,
@@ -73,6 +74,10 @@ def patch(
             which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
             holes in the list that say so when read; "all": all, as upstream. Needs `lean` too.
+        memory_budget: What one forward may allocate on the device in all, in GiB; weights and images count. To keep to
+            it, kept layer outputs wait in host memory until heads read them, and fewer tokens and frames run at once;
+            what is computed is the same. "auto": what is free on the CUDA device when the forward begins, less 1 GiB.
+            None: whatever it takes. Needs `lean`, `outputs="read"`, and VGGT's shape (docs/whole-model.md).
         modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
         tokens_per_frame: With `modules`, the tokens P of a frame, special ones included. Not needed if `covisibility`
             gives graphs, whose number of frames tells.
@@ -87,7 +92,7 @@ def patch(
         ValueError: If no record knows the model and `modules` is not given, the model is patched already, an argument
             has no meaning, or MegaLoc's weights are damaged. Calls of the patched model raise ValueError for attention
             that a layout cannot express: dropout, causal attention, masks that hide visible frames, keys that are not
-            the queries' tokens.
+            the queries' tokens; and for a `memory_budget` that is too small, before any work is done.
         TypeError: If an argument is of another type.
         FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
         ImportError: If the packages that fetch and read them are missing; the message says how to install them.
@@ -101,6 +106,9 @@ def patch(
         )
     if precision == "bf16" and not lean:
         raise ValueError('precision="bf16" is done by the lean blocks; leave lean=True')
+    memory.check(memory_budget)
+    if memory_budget is not None and not lean:
+        raise ValueError("memory_budget is kept by the lean blocks; leave lean=True")
     if backend is not None:
         backends.load(backend)
     if modules is None:
@@ -125,7 +133,8 @@ def patch(
             'use patch(model, special_tokens="masked")'
         )
     planner = Planner(record, covisibility, special_tokens == "dense")
-    return Patch(root, path, attention, planner, backend, Lean(model, root, precision, outputs) if lean else None)
+    parts = Lean(model, root, precision, outputs, memory_budget) if lean else None
+    return Patch(root, path, attention, planner, backend, parts)
 
 
 class Patch:
@@ -159,8 +168,10 @@ class Patch:
         if lean is not None:
             self._stand_ins += [StandIn(block, full(name), self._run_block) for name, block in lean.blocks.items()]
             self._stand_ins += [StandIn(head, name, self._run_head) for name, head in lean.heads.items()]
-            if lean.layers is not None:
+            if lean.layers is not None or lean.keeps:
                 self._stand_ins += [StandIn(root, full(stage), self._keep_outputs, stage) for stage in STAGES]
+            if lean.embedding is not None:
+                self._stand_ins.append(StandIn(lean.embedding, full("patch_embed"), self._embed))
         self._reorders = self.record.reorders_between(root)
         if self._reorders is not None:
             before, after = self._reorders
@@ -250,6 +261,7 @@ class Patch:
             lean_blocks=0 if self._lean is None else self._lean.runs,
             not_lean={} if self._lean is None else dict(self._lean.not_lean),
             layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
+            memory=None if self._lean is None else self._lean.plan,
         )
 
     def __repr__(self) -> str:
@@ -297,14 +309,17 @@ class Patch:
             recomputable=torch.is_grad_enabled(),
             reorders=self._reorders is not None,
         )
+        if self._lean is not None:
+            inputs = forward.inputs
+            self._lean.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens)
         self._planner.begin(forward)
         self._active = forward
-        if self._lean is not None:
-            self._lean.runs = 0
         try:
             output = stand_in.original(*args, **kwargs)
         finally:
             self._active = None
+            if self._lean is not None:
+                self._lean.end()
         missed = [name for name in self.modules if not forward.answered[name]]
         if missed:
             raise RuntimeError(
@@ -332,16 +347,24 @@ class Patch:
 
     @uncompiled(recursive=False)
     def _run_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
-        """Run a head on layer outputs in bfloat16."""
+        """Run a head on layer outputs that may lie elsewhere, or in bfloat16."""
         (layers, *others) = args or (kwargs.pop("aggregated_tokens_list"),)
-        return widened(stand_in.original, stand_in.module, layers, *others, **kwargs)
+        return run_head(stand_in.original, stand_in.module, layers, *others, **kwargs)
 
     @uncompiled(recursive=False)
     def _keep_outputs(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a stage of the aggregator and keep the outputs that are read."""
         tokens, after, outputs = stand_in.original(*args, **kwargs)
-        assert self._lean is not None and self._lean.layers is not None
-        return tokens, after, kept(outputs, after, self._lean.layers)
+        assert self._lean is not None
+        return tokens, after, self._lean.keep(outputs, after)
+
+    @uncompiled(recursive=False)
+    def _embed(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run the patch embedding some images at a time."""
+        if self._active is None or kwargs or len(args) != 1:
+            return stand_in.original(*args, **kwargs)
+        assert self._lean is not None
+        return self._lean.embed(stand_in.original, *args)
 
     @uncompiled(recursive=True)
     def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
@@ -483,6 +506,7 @@ class PatchReport:
         lean_blocks: Blocks run lean in the last forward.
         not_lean: Why blocks did not, by name of their class.
         layers_kept: The layers whose outputs are kept; None for all.
+        memory: How the last forward kept to its budget; None without one.
     """
 
     model: str
@@ -499,6 +523,7 @@ class PatchReport:
     lean_blocks: int
     not_lean: dict[str, str]
     layers_kept: tuple[int, ...] | None
+    memory: memory.Plan | None
 
     @property
     def planning_seconds(self) -> float:
@@ -532,6 +557,8 @@ class PatchReport:
         lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
         if self.layers_kept is not None:
             lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
+        if self.memory is not None:
+            lines.append(f"memory: {self.memory}")
         lines.append(f"backend: {self.backend}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
         return "\n".join(lines)

@@ -120,6 +120,11 @@ class Planner:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layouts": OrderedDict()}
 
+    @property
+    def describes_tokens(self) -> bool:
+        """Whether graphs are made of the tokens that enter the first global attention."""
+        return isinstance(self.source, TokenSimilarity)
+
     def forget(self) -> None:
         """Drop what is kept."""
         self._layouts.clear()

@@ -1,0 +1,220 @@
+"""How much memory one forward takes, moment by moment, and the plan that keeps it within a budget.
+
+Plans are functions of sizes alone, so they can be made and tested without a device. What is counted, and how it was
+checked, is in docs/whole-model.md, "What is alive when".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+MemoryBudget = Literal["auto"] | float | None
+"""What one forward may allocate, in GiB; "auto": what is free when it begins; None: whatever it takes."""
+
+GIB = 2**30
+
+TOKENS_AT_ONCE = 2**16
+"""Tokens that the MLP of a block runs at once: 512 MiB of 4096 hidden activations in 16 bits."""
+
+FRAMES_AT_ONCE = 8
+"""Frames that heads run at once, as VGGT's do by default."""
+
+HALVINGS = 4
+"""How often both may be halved: to 4096 tokens, and to 1 frame after three."""
+
+MARGIN = GIB
+"""What "auto" leaves free: the allocator cannot use every hole."""
+
+WORKSPACE = GIB
+"""For what has no size here: workspaces of products and convolutions, tables of layouts, MegaLoc's network."""
+
+BYTES_PER_TOKEN = 128
+"""Positions of a token, and the log-sum-exp of its heads."""
+
+BYTES_PER_PIXEL = 1536
+"""What a DPT head holds for each pixel of a frame that it runs: three feature maps of 128 channels in float32."""
+
+OUTPUTS_PER_PIXEL = 16
+"""What it returns for each pixel: a point and its confidence, in float32."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one forward from which its memory follows.
+
+    Attributes:
+        samples: B.
+        frames: S.
+        tokens: Tokens P of a frame, special ones included.
+        channels: C of a token; a layer's output has twice as many.
+        pixels: Pixels of a frame.
+        depth: Layers.
+        layers: Those whose outputs are kept, in order.
+        heads: Heads that return something for each pixel.
+        wide: Bytes of a value of the patch tokens, and of what heads read.
+        residual: Bytes of a value of the residual stream.
+        product: Bytes of a value that matrix products take and give.
+        present: Bytes that are there when the forward begins: weights and images.
+        casts: Bytes of the weights that autocast keeps in its dtype.
+        tokens_describe: Whether the graph is made of the tokens that enter the first global attention.
+    """
+
+    samples: int
+    frames: int
+    tokens: int
+    channels: int
+    pixels: int
+    depth: int
+    layers: tuple[int, ...]
+    heads: int
+    wide: int
+    residual: int
+    product: int
+    present: int
+    casts: int
+    tokens_describe: bool = False
+
+    @property
+    def output(self) -> int:
+        """Bytes of one layer's output as it is kept."""
+        return 2 * self.samples * self.frames * self.tokens * self.channels * self.residual
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one forward does to stay within its budget.
+
+    Attributes:
+        offloaded: Layers whose outputs lie in host memory until heads read them.
+        tokens_at_once: Tokens that the MLP of a block runs at once.
+        images_at_once: Images that the patch embedding runs at once, of about as many tokens.
+        frames_at_once: Frames that heads run at once, or fewer if they ask for fewer.
+        host_bytes: What is in host memory at the end of the aggregator.
+        moments: Bytes alive on the device at the moments that may be the highest, by name.
+    """
+
+    offloaded: tuple[int, ...]
+    tokens_at_once: int
+    images_at_once: int
+    frames_at_once: int
+    host_bytes: int
+    moments: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes alive at the highest moment."""
+        return max(self.moments.values())
+
+    def __str__(self) -> str:
+        where = "no layer output in host memory"
+        if self.offloaded:
+            listed = ", ".join(map(str, self.offloaded))
+            where = f"layer outputs {listed} in host memory ({self.host_bytes / GIB:.1f} GiB)"
+        return (
+            f"{self.peak_bytes / GIB:.1f} GiB by plan; {where}; {self.tokens_at_once} tokens of a block and "
+            f"{self.frames_at_once} frames of heads at once"
+        )
+
+
+def make_plan(sizes: Sizes, budget: int) -> Plan:
+    """Return the first plan that fits a budget in bytes.
+
+    Outputs are offloaded only if they must be: as few layers as suffice, the earliest first, whose copies have the most
+    time, and the last at the very end, as it costs nothing until the blocks are done. If that does not suffice, tokens
+    and frames at once are halved, together, up to four times.
+
+    Raises:
+        ValueError: If no plan fits; the message says what the least budget is.
+    """
+    plans = list(_plans(sizes))
+    for plan in plans:
+        if plan.peak_bytes <= budget:
+            return plan
+    least = -(-min(plan.peak_bytes for plan in plans) * 10 // GIB) / 10
+    raise ValueError(
+        f"memory_budget must be at least {least:.1f} GiB for {sizes.frames} frames of {sizes.tokens} tokens"
+        + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
+        + f', got {budget / GIB:.1f} GiB; give fewer or smaller images, or precision="bf16"'
+    )
+
+
+def _plans(sizes: Sizes) -> Iterator[Plan]:
+    """Yield plans, from the one that changes least to the one that needs least."""
+    for count in range(len(sizes.layers) + 1):
+        yield _plan(sizes, sizes.layers[:count], TOKENS_AT_ONCE, FRAMES_AT_ONCE)
+    for halvings in range(1, HALVINGS + 1):
+        yield _plan(sizes, sizes.layers, TOKENS_AT_ONCE >> halvings, max(1, FRAMES_AT_ONCE >> halvings))
+
+
+def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_at_once: int) -> Plan:
+    frames = sizes.samples * sizes.frames
+    tokens = frames * sizes.tokens
+    values = tokens * sizes.channels
+    residual, product, wide = values * sizes.residual, values * sizes.product, values * sizes.wide
+    staying = [layer for layer in sizes.layers if layer not in offloaded]
+    images = 3 * frames * sizes.pixels * sizes.wide  # normalised ones, which the aggregator holds to its end
+
+    # Of an MLP on some tokens: norm, hidden activations before and after GELU, sum. Of DINOv2: its stream twice.
+    some = max(min(tokens, tokens_at_once), sizes.tokens) * sizes.channels
+    of_mlp = 10 * some * sizes.product
+    of_embedding = 2 * some * sizes.wide + of_mlp
+    # Of the global attention: what enters it, queries, keys and values, and its output.
+    attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
+    # Beside it, as the last global block runs, the outputs that stay; of the last layer nothing but what enters.
+    earlier = sizes.output * sum(layer != sizes.depth - 1 for layer in staying)
+
+    # Of heads on some frames: the outputs that they read, as two halves, joined, and the next halves.
+    of_frame = len(sizes.layers) * 3 * 2 * sizes.tokens * sizes.channels * sizes.wide + BYTES_PER_PIXEL * sizes.pixels
+    of_heads = sizes.samples * min(sizes.frames, frames_at_once) * of_frame
+    returned = frames * sizes.pixels * OUTPUTS_PER_PIXEL * sizes.heads
+    base = sizes.present + sizes.casts + WORKSPACE
+    moments = {
+        "images": base + 2 * images,
+        "patch embedding": base + images + wide + max(wide, of_embedding),
+        "first block": base + images + (wide if sizes.wide != sizes.residual else 0) + attention,
+        "last block": base + images + earlier + max(attention, 2 * residual + of_mlp),
+        "heads": base + sizes.output * len(staying) + of_heads + returned,
+    }
+    if sizes.tokens_describe:
+        moments["graph"] = base + images + residual + 3 * product + 4 * values
+    images_at_once = max(1, tokens_at_once // sizes.tokens)
+    return Plan(offloaded, tokens_at_once, images_at_once, frames_at_once, sizes.output * len(offloaded), moments)
+
+
+def check(budget: object) -> None:
+    """Raise unless a budget has a meaning.
+
+    Raises:
+        ValueError: If it is a number that is not positive, or another word than "auto".
+        TypeError: If it is something else.
+    """
+    if budget is None or budget == "auto":
+        return
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise TypeError(f'memory_budget must be a number of GiB, "auto" or None, got {type(budget).__name__}')
+    if isinstance(budget, str) or not 0 < budget < float("inf"):
+        raise ValueError(f'memory_budget must be a positive number of GiB, "auto" or None, got {budget!r}')
+
+
+def allowed(budget: Literal["auto"] | float, device: torch.device, present: int) -> int:
+    """Return a budget in bytes.
+
+    Args:
+        budget: In GiB, or "auto".
+        device: Where the forward runs.
+        present: Bytes of weights and images, which are there.
+
+    Raises:
+        ValueError: If it is "auto" and the device cannot tell what is free.
+    """
+    if budget != "auto":
+        return int(budget * GIB)
+    if device.type != "cuda":
+        raise ValueError(f'memory_budget="auto" asks CUDA what is free, and {device} has no such query; give GiB')
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return present + max(0, free + unused - MARGIN)
