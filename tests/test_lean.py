@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vggt_double import VGGT, Aggregator
 
 import svggt_kernels
-from svggt_kernels.lean import arithmetic, blocks
+from svggt_kernels.lean import arithmetic, blocks, within_frames
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 HAS_TRITON = arithmetic._HAS_TRITON
@@ -150,6 +150,50 @@ def test_full_graph_is_the_unpatched_model(keep: str, cast: bool):
         allowed = (plain[name].double() - expected).norm()
         assert (lean[name].double() - expected).norm() <= 2 * allowed, name
         assert torch.equal(again[name], plain[name]), name
+
+
+def test_frames_attend_by_pytorch_where_hopper_cannot_run():
+    _, handle = outputs(model())
+    assert handle.report().within_frames == ("pytorch",)
+    assert "attention within frames by pytorch" in str(handle.report())
+
+
+@pytest.mark.parametrize(("backend", "runs"), [(None, True), ("sdpa", True), ("cpu", False)])
+def test_frames_attend_by_the_operator_where_the_faster_backend_runs(monkeypatch, backend: str | None, runs: bool):
+    """The reference backend stands in for Hopper's, which needs its GPU."""
+    if backend == "cpu" and svggt_kernels.backends.load("cpu").unsupported(torch.device("cpu"), torch.float32, 64):
+        pytest.skip("the CPU kernels are not built")
+    network, layouts = model(), []
+    plain, _ = outputs(network)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, layout: svggt_kernels.BlockLayout, **options: object) -> Tensor:
+        layouts.append(layout)
+        return svggt_kernels.block_sparse_attention(q, k, v, layout, **options)
+
+    monkeypatch.setattr(within_frames, "FASTER", "sdpa")
+    monkeypatch.setattr(within_frames, "block_sparse_attention", attention)
+    lean, handle = outputs(network, backend=backend)
+    assert handle.report().within_frames == (("sdpa",) if runs else ("pytorch",))
+    assert len(layouts) == (5 if runs else 0)  # four blocks, and the proof
+    assert all(layout is layouts[0] and layout.num_tokens == 11 for layout in layouts)
+    torch.testing.assert_close(lean, plain)
+
+
+@pytest.mark.gpu
+def test_frames_attend_by_hopper_within_the_error_of_bf16():
+    network = model().cuda()
+    device, images = torch.device("cuda"), IMAGES.cuda()
+    if (reason := svggt_kernels.backends.load("hopper").unsupported(device, torch.bfloat16, 64)) is not None:
+        pytest.skip(reason)
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(images.double())
+        with torch.autocast("cuda", torch.bfloat16), svggt_kernels.patch(network, covisibility="all") as handle:
+            lean = network(images)
+        with torch.autocast("cuda", torch.bfloat16):
+            plain = network(images)
+    assert handle.report().within_frames == ("hopper",)
+    for name, expected in exact.items():
+        assert (lean[name].double() - expected).norm() <= 2 * (plain[name].double() - expected).norm(), name
 
 
 def test_bf16_residuals_and_outputs_stay_near():

@@ -17,7 +17,7 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         quarter = x.shape[-1] // 4
-        frequency = self.base_frequency ** (-torch.arange(quarter, dtype=x.dtype) / quarter)
+        frequency = self.base_frequency ** (-torch.arange(quarter, dtype=x.dtype, device=x.device) / quarter)
         out = []
         for half, axis in zip(x.chunk(2, -1), (0, 1), strict=True):
             angle = (positions[:, None, :, axis, None] * frequency).repeat(1, 1, 1, 2)
@@ -77,7 +77,7 @@ class Aggregator(nn.Module):
         patches = self.patch_embed(images.flatten(0, 1)).flatten(2).mT
         tokens = torch.cat([self.special.expand(B * S, -1, -1), patches], 1)
         grid = torch.cartesian_prod(torch.arange(H // PATCH), torch.arange(W // PATCH)) + 1
-        pos = torch.cat([torch.zeros(SPECIAL, 2, dtype=grid.dtype), grid]).expand(B * S, -1, -1)
+        pos = F.pad(grid, (0, 0, SPECIAL, 0)).to(images.device).expand(B * S, -1, -1)
         layers, index = [], 0
         for _ in range(DEPTH):
             tokens, index, frame = self._process_frame_attention(tokens, B, S, len(grid) + SPECIAL, DIM, index, pos=pos)

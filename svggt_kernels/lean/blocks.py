@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arithmetic import add_scaled, layer_norm, normalise_and_rotate_
@@ -72,14 +71,14 @@ def can_run_now(block: Any) -> bool:
     return not any(_is_hooked(module) for module in block.modules() if module is not block)
 
 
-def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dtype | None) -> Tensor:
+def run(block: Any, x: Tensor, pos: Any, attend: Attend, dtype: torch.dtype | None) -> Tensor:
     """Run a block, for which `obstacle` is None.
 
     Args:
         block: The block.
         x: Tokens `[B, N, C]`; not changed.
         pos: Positions of the tokens `[B, N, 2]`, or None for a block that does not rotate.
-        attend: The attention, or None for PyTorch's over all N tokens.
+        attend: The attention.
         dtype: Dtype of the residual stream, or None for that of x.
 
     Returns:
@@ -92,11 +91,10 @@ def run(block: Any, x: Tensor, pos: Any, attend: Attend | None, dtype: torch.dty
     scale = qkv.shape[-1] ** -0.5
     if attn.rope is not None:
         # Scores in units of log2 spare the kernels a multiplication, and queries are rounded once even so.
-        factor = 1.0 if attend is None else scale / math.log(2)
+        factor, scale = scale / math.log(2), math.log(2)
         normalise_and_rotate_(qkv, pos, attn.q_norm, attn.k_norm, attn.rope.base_frequency, factor)
-        scale = scale / factor
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale) if attend is None else attend(q, k, v, scale)
+    out = attend(q, k, v, scale)
     del q, k, v, qkv
     x = add_scaled(x, attn.proj(out.transpose(1, 2).reshape(B, N, C)), _gamma(block.ls1))
     del out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import blocks, outputs
+from .within_frames import AttentionWithinFrames
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
@@ -23,6 +24,7 @@ class Lean:
         root: The module in it that runs the blocks.
         precision: Dtype of the residual stream and of the layer outputs kept: upstream's, or bfloat16.
         keep: Keep the layer outputs that heads read, or all.
+        backend: The backend that the patch was given, or None.
 
     Attributes:
         blocks: The blocks that can run lean, by name in `root`.
@@ -30,12 +32,15 @@ class Lean:
         heads: With bfloat16 outputs the heads that read them and must be given float32.
         not_lean: Why blocks with an attention cannot, by name of their class.
         runs: Blocks run lean in the last forward.
+        within_frames: The attention of the blocks whose attention is not patched.
 
     Raises:
         ValueError: If residuals should be bfloat16 and no block can run lean.
     """
 
-    def __init__(self, model: nn.Module, root: nn.Module, precision: Precision, keep: Outputs) -> None:
+    def __init__(
+        self, model: nn.Module, root: nn.Module, precision: Precision, keep: Outputs, backend: str | None
+    ) -> None:
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.blocks: dict[str, nn.Module] = {}
         self.not_lean: dict[str, str] = {}
@@ -58,7 +63,13 @@ class Lean:
         self.layers = outputs.layers_read(model, depth) if staged and keep == "read" else None
         self.heads = {name: head for name, head in model.named_modules() if outputs.reads(head)} if self.dtype else {}
         self.runs = 0
+        self.within_frames = AttentionWithinFrames(backend)
         self._proven: dict[tuple[type, type, bool], bool] = {}
+
+    def begin(self) -> None:
+        """Count anew what runs in a forward."""
+        self.runs = 0
+        self.within_frames.ran.clear()
 
     def run(
         self,
@@ -82,7 +93,7 @@ class Lean:
         if not self._is_proven(block, x, pos, attend, original):
             return None
         self.runs += 1
-        return blocks.run(block, x, pos, attend, self.dtype)
+        return blocks.run(block, x, pos, attend or self.within_frames, self.dtype)
 
     def _is_proven(
         self, block: Any, x: Tensor, pos: Tensor | None, attend: blocks.Attend | None, original: Callable[..., Any]
@@ -93,7 +104,7 @@ class Lean:
             return self._proven.get(key, False)
         x, pos = x[:1, :PROOF_TOKENS], None if pos is None else pos[:1, :PROOF_TOKENS]
         expected = original(x) if pos is None else original(x, pos=pos)
-        actual = blocks.run(block, x, pos, None, None)
+        actual = blocks.run(block, x, pos, self.within_frames, None)
         # Rounding of what a block adds, a few times over; another formula is wrong by as much as it adds.
         allowed = min(50 * torch.finfo(blocks.compute_dtype(block)).eps, 0.1)
         error, added = (actual - expected).float().norm(), (expected - x).float().norm()

@@ -125,7 +125,8 @@ def patch(
             'use patch(model, special_tokens="masked")'
         )
     planner = Planner(record, covisibility, special_tokens == "dense")
-    return Patch(root, path, attention, planner, backend, Lean(model, root, precision, outputs) if lean else None)
+    leanly = Lean(model, root, precision, outputs, backend) if lean else None
+    return Patch(root, path, attention, planner, backend, leanly)
 
 
 class Patch:
@@ -248,6 +249,7 @@ class Patch:
             passed_over=passed_over,
             step_seconds=dict(forward.seconds),
             lean_blocks=0 if self._lean is None else self._lean.runs,
+            within_frames=() if self._lean is None else tuple(sorted(self._lean.within_frames.ran)),
             not_lean={} if self._lean is None else dict(self._lean.not_lean),
             layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
         )
@@ -300,7 +302,7 @@ class Patch:
         self._planner.begin(forward)
         self._active = forward
         if self._lean is not None:
-            self._lean.runs = 0
+            self._lean.begin()
         try:
             output = stand_in.original(*args, **kwargs)
         finally:
@@ -481,6 +483,8 @@ class PatchReport:
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
             "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
         lean_blocks: Blocks run lean in the last forward.
+        within_frames: What computed the attention within frames of those blocks: "hopper" where that backend can,
+            else "pytorch".
         not_lean: Why blocks did not, by name of their class.
         layers_kept: The layers whose outputs are kept; None for all.
     """
@@ -497,6 +501,7 @@ class PatchReport:
     passed_over: dict[str, str]
     step_seconds: dict[str, float]
     lean_blocks: int
+    within_frames: tuple[str, ...]
     not_lean: dict[str, str]
     layers_kept: tuple[int, ...] | None
 
@@ -528,7 +533,8 @@ class PatchReport:
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
         steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
         lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
-        lines.append(f"lean blocks: {self.lean_blocks}")
+        within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
+        lines.append(f"lean blocks: {self.lean_blocks}{within}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
         if self.layers_kept is not None:
             lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
