@@ -65,18 +65,25 @@ def rounded_once(actual: Tensor, exact: Tensor) -> None:
     assert bool((error <= 0.51 * eps * exact.abs() + 2e-6 * exact.abs().max()).all())
 
 
+@pytest.mark.parametrize("kinds", ["normalised and rotated", "normalised", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_queries_and_keys_are_normalised_rotated_and_rounded_once(kind: str, dtype: torch.dtype):
+def test_queries_and_keys_are_normalised_rotated_and_rounded_once(kind: str, dtype: torch.dtype, kinds: str):
     function = implementation(kind, "normalise_and_rotate_", dtype)
     torch.manual_seed(0)
     B, N, H, D = 2, 37, 3, 64
     qkv = torch.randn(B, N, 3, H, D).to(DEVICE, dtype)
     before, positions = qkv.clone(), torch.randint(0, 40, (B, N, 2), device=DEVICE)
-    q_norm, k_norm, factor = norm(D), norm(D), D**-0.5 / math.log(2)
-    assert function(qkv, positions, q_norm, k_norm, BASE, factor) is qkv
+    q_norm, k_norm = (norm(D), norm(D)) if "normalised" in kinds else (None, None)
+    at, base = (positions, BASE) if "rotated" in kinds else (None, None)
+    factor = D**-0.5 / math.log(2)
+    assert function(qkv, at, q_norm, k_norm, base, factor) is qkv
     for index, layer, scale in ((0, q_norm, factor), (1, k_norm, 1.0)):
-        normed = F.layer_norm(before[:, :, index].double(), (D,), layer.weight.double(), layer.bias.double(), layer.eps)
-        rounded_once(qkv[:, :, index], rotated(normed, positions) * scale)
+        exact = before[:, :, index].double()
+        if layer is not None:
+            exact = F.layer_norm(exact, (D,), layer.weight.double(), layer.bias.double(), layer.eps)
+        if base is not None:
+            exact = rotated(exact, positions)
+        rounded_once(qkv[:, :, index], exact * scale)
     assert torch.equal(qkv[:, :, 2], before[:, :, 2])
 
 
@@ -105,16 +112,48 @@ def test_layer_norm_is_rounded_once(kind: str, dtype: torch.dtype, into: torch.d
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scaled_sum_is_rounded_once(kind: str, dtype: torch.dtype, in_place: bool):
+def test_scaled_sum_is_rounded_once(kind: str, dtype: torch.dtype, scaled: bool, in_place: bool):
     function = implementation(kind, "add_scaled", dtype)
     torch.manual_seed(0)
     x, y = torch.randn(2, 700, 64).to(DEVICE, dtype), torch.randn(2, 700, 64).to(DEVICE, torch.bfloat16)
-    gamma = torch.randn(64, device=DEVICE)
-    exact = x.double() + gamma.double() * y.double()
+    gamma = torch.randn(64, device=DEVICE) if scaled else None
+    exact = x.double() + y.double() * (1 if gamma is None else gamma.double())
     out = function(x, y, gamma, x if in_place else torch.empty_like(x))
     assert (out is x) == in_place
     rounded_once(out, exact)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_sum_and_its_norm_are_each_rounded_once(kind: str, dtype: torch.dtype, into: torch.dtype, scaled: bool):
+    function = implementation(kind, "add_scaled_and_normalise", dtype)
+    implementation(kind, "add_scaled_and_normalise", into)
+    torch.manual_seed(0)
+    x, y = torch.randn(70, 96).to(DEVICE, dtype), torch.randn(70, 96).to(DEVICE, torch.float16)
+    gamma, layer, out = torch.randn(96, device=DEVICE) if scaled else None, norm(96), torch.empty_like(x)
+    exact = x.double() + y.double() * (1 if gamma is None else gamma.double())
+    given = (layer.weight, layer.bias, layer.eps) if kind == "triton" else (layer,)
+    normed = function(x, y, gamma, *given, into, out)
+    rounded_once(out, exact)
+    assert normed.dtype == into
+    rounded_once(normed, F.layer_norm(out.double(), (96,), layer.weight.double(), layer.bias.double(), layer.eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gelu_is_the_exact_one_rounded_once(kind: str, dtype: torch.dtype):
+    function = implementation(kind, "gelu_", dtype)
+    x = torch.linspace(-6, 6, 7001, device=DEVICE).to(dtype)
+    exact = F.gelu(x.double())
+    assert function(x) is x
+    rounded_once(x, exact)
+    tanh = F.gelu(torch.linspace(-6, 6, 7001, device=DEVICE).to(dtype).double(), approximate="tanh")
+    with pytest.raises(AssertionError):
+        rounded_once(x, tanh)
+    ends = torch.tensor([math.nan, math.inf, -65504.0, 65504.0, -0.0], device=DEVICE).to(dtype)
+    assert torch.equal(function(ends.clone())[1:], F.gelu(ends)[1:]) and function(ends)[0].isnan()
 
 
 # The model
@@ -242,7 +281,7 @@ def test_gradients_hooks_and_training_run_the_blocks_as_they_are():
         assert seen == [1, 2] and handle.report().lean_blocks == 7
 
 
-@pytest.mark.parametrize("inside", ["attn.qkv", "mlp", "mlp.1", "attn.proj"])
+@pytest.mark.parametrize("inside", ["attn.qkv", "mlp", "mlp.act", "attn.proj"])
 def test_a_hook_sees_what_it_sees_without_a_patch(inside: str):
     network, seen = model(), []
     for block in network.aggregator.global_blocks:

@@ -50,12 +50,21 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class Block(nn.Module):
     def __init__(self, rope: Rotary, twist: bool) -> None:
         super().__init__()
         self.norm1, self.norm2, self.ls1, self.ls2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM), LayerScale(), LayerScale()
         self.attn = Attention(rope, twist)
-        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+        self.mlp = Mlp()
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), pos=pos))

@@ -125,7 +125,7 @@ def patch(
             'use patch(model, special_tokens="masked")'
         )
     planner = Planner(record, covisibility, special_tokens == "dense")
-    leanly = Lean(model, root, precision, outputs, backend) if lean else None
+    leanly = Lean(model, root, tuple(attention.values()), precision, outputs, backend) if lean else None
     return Patch(root, path, attention, planner, backend, leanly)
 
 
@@ -195,12 +195,12 @@ class Patch:
         """
         if not self._installed:
             raise RuntimeError("this patch was undone already; patch(model) makes a new one")
-        covered = [stand_in.name for stand_in in self._stand_ins if not stand_in.installed]
+        covered = [stand_in.name for stand_in in self._stand_ins if stand_in.in_place not in self._stand_ins]
         if covered:
             raise RuntimeError(
                 f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then undo()"
             )
-        for stand_in in self._stand_ins:
+        for stand_in in reversed(self._stand_ins):
             stand_in.remove()
         self._installed = False
         self._history.clear()
@@ -270,7 +270,7 @@ class Patch:
 
     def _install(self) -> None:
         for stand_in in self._stand_ins:
-            if isinstance(stand_in.replaced, StandIn):
+            if isinstance(stand_in.in_place, StandIn):
                 raise ValueError(
                     f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
                 )
@@ -323,10 +323,10 @@ class Patch:
         """Run a block lean where that is possible."""
         lean, block, name = self._lean, stand_in.module, f"{stand_in.name}.attn"
         assert lean is not None
-        _, x, *rest = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments.values()
-        pos = rest[0] if rest else None
-        attend = self._attend_lean(name, block, x) if name in self.modules else None
-        out = lean.run(block, x, pos, attend, stand_in.original) if self._active is not None else None
+        out, given = None, blocks.arguments(block, args, kwargs) if self._active is not None else None
+        if given is not None:
+            attend = self._attend_lean(name, block, given[0]) if name in self.modules else None
+            out = lean.run(block, *given, attend)
         return stand_in.original(*args, **kwargs) if out is None else out
 
     def _attend_lean(self, name: str, block: Any, x: Tensor) -> Callable[..., Tensor]:
