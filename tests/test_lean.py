@@ -191,6 +191,75 @@ def test_full_graph_is_the_unpatched_model(keep: str, cast: bool):
         assert torch.equal(again[name], plain[name]), name
 
 
+class CroCoRotary(nn.Module):
+    """VGGT's rotary embedding under the names of CroCo, which pi3 has."""
+
+    def __init__(self, base: float = BASE, F0: float = 1.0) -> None:
+        super().__init__()
+        self.base, self.F0 = base, F0
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotated(x.transpose(1, 2), self.F0 * positions).transpose(1, 2).to(x.dtype)
+
+
+def shaped(shape: str) -> VGGT:
+    """A model whose blocks have another shape than VGGT's."""
+    network = model()
+    for block in (*network.aggregator.frame_blocks, *network.aggregator.global_blocks):
+        if shape == "rotated, not normalised":  # pi3's heads
+            block.attn.q_norm = block.attn.k_norm = nn.Identity()
+        elif shape == "named as CroCo's":  # pi3
+            block.attn.rope = CroCoRotary()
+        elif shape == "no LayerScale":  # UniCeption
+            block.ls1 = block.ls2 = nn.Identity()
+        else:
+            block.mlp = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 128))
+    return network.eval()
+
+
+@pytest.mark.parametrize("at_once", [None, 7])
+@pytest.mark.parametrize("shape", ["rotated, not normalised", "named as CroCo's", "no LayerScale", "another MLP"])
+def test_blocks_of_other_shapes_run_lean(shape: str, at_once: int | None, monkeypatch):
+    if at_once is not None:
+        monkeypatch.setattr(blocks, "TOKENS_AT_ONCE", {"cpu": at_once})
+    network = shaped(shape)
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    assert handle.report().lean_blocks == 8 and handle.report().not_lean == {}
+    torch.testing.assert_close(lean, plain)
+
+
+def test_a_rotary_embedding_of_another_formula_is_told_apart():
+    network = model()
+    for block in network.aggregator.frame_blocks:
+        block.attn.rope = CroCoRotary(F0=2.0)
+    for block in network.aggregator.global_blocks:
+        block.attn.rope = CroCoRotary()
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    # The global blocks could run lean, but none of their kind attends within frames, so nothing proves them.
+    assert handle.report().lean_blocks == 0
+    assert "where it could be compared" in handle.report().not_lean["Block"]
+    torch.testing.assert_close(lean, plain)
+
+
+class GlobalFirst(Aggregator):
+    def _process_frame_attention(self, tokens, B, S, P, C, frame_idx, pos=None):
+        if frame_idx == 0:
+            self.global_blocks[0](tokens.reshape(B, S * P, C), pos=pos.reshape(B, S * P, 2))
+        return super()._process_frame_attention(tokens, B, S, P, C, frame_idx, pos)
+
+
+def test_a_global_block_that_comes_first_is_proved_on_another():
+    network = model()
+    network.aggregator.__class__ = GlobalFirst
+    for _ in range(2):
+        _, handle = outputs(network)
+        assert handle.report().lean_blocks == 9
+
+
 def test_frames_attend_by_pytorch_where_hopper_cannot_run():
     _, handle = outputs(model())
     assert handle.report().within_frames == ("pytorch",)

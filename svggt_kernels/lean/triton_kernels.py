@@ -115,7 +115,7 @@ def _gelu(x, n, BLOCK: tl.constexpr):
     exists = place < n
     values = tl.load(x + place, mask=exists, other=0.0).to(tl.float32)
     size = tl.abs(values)
-    # The normal distribution's tail beyond |x|, to 1e-7: Abramowitz and Stegun 7.1.26, half as many instructions as erf.
+    # The normal distribution's tail beyond |x|, to 1e-7: Abramowitz and Stegun 7.1.26, fewer instructions than erf.
     t = 1.0 / (1.0 + 0.23164189 * size)
     tail = (((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796
     tail *= t * tl.exp2(-0.7213475204 * size * size)

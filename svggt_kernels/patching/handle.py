@@ -67,8 +67,8 @@ def patch(
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
-        lean: At inference also run the blocks in few passes over memory where they have VGGT's shape. What is computed
-            is the same up to rounding; each class of block is compared with its own forward once before it runs so.
+        lean: At inference also run the blocks in few passes over memory where they are of VGGT's kind. What is computed
+            is the same up to rounding; each kind of block is compared with its own forward once before it runs so.
         precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
             which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
