@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vggt_double import VGGT, Aggregator
 
 import svggt_kernels
-from svggt_kernels.lean import arithmetic, blocks
+from svggt_kernels.lean import arithmetic, blocks, memory, within_frames
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 HAS_TRITON = arithmetic._HAS_TRITON
@@ -65,18 +65,25 @@ def rounded_once(actual: Tensor, exact: Tensor) -> None:
     assert bool((error <= 0.51 * eps * exact.abs() + 2e-6 * exact.abs().max()).all())
 
 
+@pytest.mark.parametrize("kinds", ["normalised and rotated", "normalised", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_queries_and_keys_are_normalised_rotated_and_rounded_once(kind: str, dtype: torch.dtype):
+def test_queries_and_keys_are_normalised_rotated_and_rounded_once(kind: str, dtype: torch.dtype, kinds: str):
     function = implementation(kind, "normalise_and_rotate_", dtype)
     torch.manual_seed(0)
     B, N, H, D = 2, 37, 3, 64
     qkv = torch.randn(B, N, 3, H, D).to(DEVICE, dtype)
     before, positions = qkv.clone(), torch.randint(0, 40, (B, N, 2), device=DEVICE)
-    q_norm, k_norm, factor = norm(D), norm(D), D**-0.5 / math.log(2)
-    assert function(qkv, positions, q_norm, k_norm, BASE, factor) is qkv
+    q_norm, k_norm = (norm(D), norm(D)) if "normalised" in kinds else (None, None)
+    at, base = (positions, BASE) if "rotated" in kinds else (None, None)
+    factor = D**-0.5 / math.log(2)
+    assert function(qkv, at, q_norm, k_norm, base, factor) is qkv
     for index, layer, scale in ((0, q_norm, factor), (1, k_norm, 1.0)):
-        normed = F.layer_norm(before[:, :, index].double(), (D,), layer.weight.double(), layer.bias.double(), layer.eps)
-        rounded_once(qkv[:, :, index], rotated(normed, positions) * scale)
+        exact = before[:, :, index].double()
+        if layer is not None:
+            exact = F.layer_norm(exact, (D,), layer.weight.double(), layer.bias.double(), layer.eps)
+        if base is not None:
+            exact = rotated(exact, positions)
+        rounded_once(qkv[:, :, index], exact * scale)
     assert torch.equal(qkv[:, :, 2], before[:, :, 2])
 
 
@@ -105,16 +112,48 @@ def test_layer_norm_is_rounded_once(kind: str, dtype: torch.dtype, into: torch.d
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scaled_sum_is_rounded_once(kind: str, dtype: torch.dtype, in_place: bool):
+def test_scaled_sum_is_rounded_once(kind: str, dtype: torch.dtype, scaled: bool, in_place: bool):
     function = implementation(kind, "add_scaled", dtype)
     torch.manual_seed(0)
     x, y = torch.randn(2, 700, 64).to(DEVICE, dtype), torch.randn(2, 700, 64).to(DEVICE, torch.bfloat16)
-    gamma = torch.randn(64, device=DEVICE)
-    exact = x.double() + gamma.double() * y.double()
+    gamma = torch.randn(64, device=DEVICE) if scaled else None
+    exact = x.double() + y.double() * (1 if gamma is None else gamma.double())
     out = function(x, y, gamma, x if in_place else torch.empty_like(x))
     assert (out is x) == in_place
     rounded_once(out, exact)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_sum_and_its_norm_are_each_rounded_once(kind: str, dtype: torch.dtype, into: torch.dtype, scaled: bool):
+    function = implementation(kind, "add_scaled_and_normalise", dtype)
+    implementation(kind, "add_scaled_and_normalise", into)
+    torch.manual_seed(0)
+    x, y = torch.randn(70, 96).to(DEVICE, dtype), torch.randn(70, 96).to(DEVICE, torch.float16)
+    gamma, layer, out = torch.randn(96, device=DEVICE) if scaled else None, norm(96), torch.empty_like(x)
+    exact = x.double() + y.double() * (1 if gamma is None else gamma.double())
+    given = (layer.weight, layer.bias, layer.eps) if kind == "triton" else (layer,)
+    normed = function(x, y, gamma, *given, into, out)
+    rounded_once(out, exact)
+    assert normed.dtype == into
+    rounded_once(normed, F.layer_norm(out.double(), (96,), layer.weight.double(), layer.bias.double(), layer.eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gelu_is_the_exact_one_rounded_once(kind: str, dtype: torch.dtype):
+    function = implementation(kind, "gelu_", dtype)
+    x = torch.linspace(-6, 6, 7001, device=DEVICE).to(dtype)
+    exact = F.gelu(x.double())
+    assert function(x) is x
+    rounded_once(x, exact)
+    tanh = F.gelu(torch.linspace(-6, 6, 7001, device=DEVICE).to(dtype).double(), approximate="tanh")
+    with pytest.raises(AssertionError):
+        rounded_once(x, tanh)
+    ends = torch.tensor([math.nan, math.inf, -65504.0, 65504.0, -0.0], device=DEVICE).to(dtype)
+    assert torch.equal(function(ends.clone())[1:], F.gelu(ends)[1:]) and function(ends)[0].isnan()
 
 
 # The model
@@ -150,6 +189,119 @@ def test_full_graph_is_the_unpatched_model(keep: str, cast: bool):
         allowed = (plain[name].double() - expected).norm()
         assert (lean[name].double() - expected).norm() <= 2 * allowed, name
         assert torch.equal(again[name], plain[name]), name
+
+
+class CroCoRotary(nn.Module):
+    """VGGT's rotary embedding under the names of CroCo, which pi3 has."""
+
+    def __init__(self, base: float = BASE, F0: float = 1.0) -> None:
+        super().__init__()
+        self.base, self.F0 = base, F0
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotated(x.transpose(1, 2), self.F0 * positions).transpose(1, 2).to(x.dtype)
+
+
+def shaped(shape: str) -> VGGT:
+    """A model whose blocks have another shape than VGGT's."""
+    network = model()
+    for block in (*network.aggregator.frame_blocks, *network.aggregator.global_blocks):
+        if shape == "rotated, not normalised":  # pi3's heads
+            block.attn.q_norm = block.attn.k_norm = nn.Identity()
+        elif shape == "named as CroCo's":  # pi3
+            block.attn.rope = CroCoRotary()
+        elif shape == "no LayerScale":  # UniCeption
+            block.ls1 = block.ls2 = nn.Identity()
+        else:
+            block.mlp = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 128))
+    return network.eval()
+
+
+@pytest.mark.parametrize("at_once", [None, 7])
+@pytest.mark.parametrize("shape", ["rotated, not normalised", "named as CroCo's", "no LayerScale", "another MLP"])
+def test_blocks_of_other_shapes_run_lean(shape: str, at_once: int | None, monkeypatch):
+    if at_once is not None:
+        monkeypatch.setattr(memory, "TOKENS_AT_ONCE", at_once)
+    network = shaped(shape)
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    assert handle.report().lean_blocks == 8 and handle.report().not_lean == {}
+    torch.testing.assert_close(lean, plain)
+
+
+def test_a_rotary_embedding_of_another_formula_is_told_apart():
+    network = model()
+    for block in network.aggregator.frame_blocks:
+        block.attn.rope = CroCoRotary(F0=2.0)
+    for block in network.aggregator.global_blocks:
+        block.attn.rope = CroCoRotary()
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    # The global blocks could run lean, but none of their kind attends within frames, so nothing proves them.
+    assert handle.report().lean_blocks == 0
+    assert "where it could be compared" in handle.report().not_lean["Block"]
+    torch.testing.assert_close(lean, plain)
+
+
+class GlobalFirst(Aggregator):
+    def _process_frame_attention(self, tokens, B, S, P, C, frame_idx, pos=None):
+        if frame_idx == 0:
+            self.global_blocks[0](tokens.reshape(B, S * P, C), pos=pos.reshape(B, S * P, 2))
+        return super()._process_frame_attention(tokens, B, S, P, C, frame_idx, pos)
+
+
+def test_a_global_block_that_comes_first_is_proved_on_another():
+    network = model()
+    network.aggregator.__class__ = GlobalFirst
+    for _ in range(2):
+        _, handle = outputs(network)
+        assert handle.report().lean_blocks == 8
+
+
+def test_frames_attend_by_pytorch_where_hopper_cannot_run():
+    _, handle = outputs(model())
+    assert handle.report().within_frames == ("pytorch",)
+    assert "attention within frames by pytorch" in str(handle.report())
+
+
+@pytest.mark.parametrize(("backend", "runs"), [(None, True), ("sdpa", True), ("cpu", False)])
+def test_frames_attend_by_the_operator_where_the_faster_backend_runs(monkeypatch, backend: str | None, runs: bool):
+    """The reference backend stands in for Hopper's, which needs its GPU."""
+    if backend == "cpu" and svggt_kernels.backends.load("cpu").unsupported(torch.device("cpu"), torch.float32, 64):
+        pytest.skip("the CPU kernels are not built")
+    network, layouts = model(), []
+    plain, _ = outputs(network)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, layout: svggt_kernels.BlockLayout, **options: object) -> Tensor:
+        layouts.append(layout)
+        return svggt_kernels.block_sparse_attention(q, k, v, layout, **options)
+
+    monkeypatch.setattr(within_frames, "FASTER", "sdpa")
+    monkeypatch.setattr(within_frames, "block_sparse_attention", attention)
+    lean, handle = outputs(network, backend=backend)
+    assert handle.report().within_frames == (("sdpa",) if runs else ("pytorch",))
+    assert len(layouts) == (5 if runs else 0)  # four blocks, and the proof
+    assert all(layout is layouts[0] and layout.num_tokens == 11 for layout in layouts)
+    torch.testing.assert_close(lean, plain)
+
+
+@pytest.mark.gpu
+def test_frames_attend_by_hopper_within_the_error_of_bf16():
+    network = model().cuda()
+    device, images = torch.device("cuda"), IMAGES.cuda()
+    if (reason := svggt_kernels.backends.load("hopper").unsupported(device, torch.bfloat16, 64)) is not None:
+        pytest.skip(reason)
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(images.double())
+        with torch.autocast("cuda", torch.bfloat16), svggt_kernels.patch(network, covisibility="all") as handle:
+            lean = network(images)
+        with torch.autocast("cuda", torch.bfloat16):
+            plain = network(images)
+    assert handle.report().within_frames == ("hopper",)
+    for name, expected in exact.items():
+        assert (lean[name].double() - expected).norm() <= 2 * (plain[name].double() - expected).norm(), name
 
 
 def test_bf16_residuals_and_outputs_stay_near():
@@ -198,7 +350,7 @@ def test_gradients_hooks_and_training_run_the_blocks_as_they_are():
         assert seen == [1, 2] and handle.report().lean_blocks == 7
 
 
-@pytest.mark.parametrize("inside", ["attn.qkv", "mlp", "mlp.1", "attn.proj"])
+@pytest.mark.parametrize("inside", ["attn.qkv", "mlp", "mlp.act", "attn.proj"])
 def test_a_hook_sees_what_it_sees_without_a_patch(inside: str):
     network, seen = model(), []
     for block in network.aggregator.global_blocks:

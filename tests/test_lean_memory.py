@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -254,14 +255,21 @@ def test_offloaded_outputs_are_not_alive():
 def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(tokens_at_once: int, monkeypatch: pytest.MonkeyPatch):
     """With kernels that hold nothing but their results, as they do on GPUs; which part is highest is the name."""
 
-    def add(x: Tensor, y: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
-        return (torch.empty_like(x) if out is None else out).copy_(x).addcmul_(y, gamma)
+    def add(x: Tensor, y: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(x).addcmul_(y, gamma)
+
+    def add_and_normalise(
+        x: Tensor, y: Tensor, gamma: Tensor, norm: nn.LayerNorm, dtype: torch.dtype, out: Tensor
+    ) -> Tensor:
+        return F.layer_norm(add(x, y, gamma, out), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
     def attend(self, query: Tensor, *arguments: object) -> Tensor:
         return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
     monkeypatch.setattr(memory, "TOKENS_AT_ONCE", tokens_at_once)
     monkeypatch.setattr(blocks, "add_scaled", add)
+    monkeypatch.setattr(blocks, "add_scaled_and_normalise", add_and_normalise)
+    monkeypatch.setattr(blocks, "gelu_", lambda x: x)
     monkeypatch.setattr(blocks, "normalise_and_rotate_", lambda qkv, *arguments: qkv)
     monkeypatch.setattr(svggt_kernels.Patch, "_run", attend)
     monkeypatch.setattr(Lean, "_is_proven", lambda *arguments: True)

@@ -18,6 +18,8 @@ from svggt_kernels import CovisibilityGraph, Patch, patch
 DA3_NEEDS = ("depth_anything_3", "omegaconf", "addict", "einops")
 UNICEPTION_NEEDS = ("uniception", "jaxtyping")
 BAND = CovisibilityGraph.from_pairs(5, [(0, 1), (1, 0), (1, 2), (2, 3), (3, 2), (4, 0)])
+ONE_WAY = CovisibilityGraph.from_pairs(5, [(1, 0), (2, 3)])
+"""No reordering that moves one photo to the front gives what another gives."""
 ISLANDS = CovisibilityGraph.from_pairs(5, [(0, 1), (1, 0), (2, 3), (3, 2)])
 
 
@@ -85,7 +87,7 @@ class TestDepthAnything3:
         self, da3: nn.Module, photos: Tensor, strategy: str
     ):
         """Changing photo 4, which nobody sees, changes no other; changing photo 3 changes only 2, which sees it."""
-        with patch(da3, covisibility=ISLANDS, special_tokens="masked") as handle:
+        with patch(da3, covisibility=ONE_WAY, special_tokens="masked") as handle:
             clean = da3.backbone(photos, ref_view_strategy=strategy)[0]
             reference = self.reference(handle)
             for changed, touched in ((4, {4}), (3, {2, 3})):
@@ -103,7 +105,7 @@ class TestDepthAnything3:
         places = handle.layout.graph.to_dense()
         for photo in range(5):
             order = [photo, *(i for i in range(5) if i != photo)]
-            if torch.equal(places, ISLANDS.to_dense()[order][:, order]):
+            if torch.equal(places, ONE_WAY.to_dense()[order][:, order]):
                 return photo
         raise AssertionError("the layout is no reordering of the graph")
 
@@ -123,9 +125,10 @@ class TestDepthAnything3:
 
     def test_half_precision(self, da3: nn.Module, photos: Tensor):
         with torch.autocast("cpu", torch.bfloat16):
-            with patch(da3, covisibility="all"):
+            with patch(da3, covisibility="all") as handle:
                 features = da3.backbone(photos)[0][-1][0]
             dense = da3.backbone(photos)[0][-1][0]
+        assert handle.report().lean_blocks == 12 and handle.report().not_lean == {}
         exact = da3.backbone(photos)[0][-1][0]
         assert (features - exact).norm() <= 2 * (dense - exact).norm()
 
@@ -157,8 +160,14 @@ class TestDepthAnything3:
 
 class TestUniCeption:
     @pytest.fixture(
-        params=[{}, {"indices": [1, 3]}, {"use_entropy_scaling": True}, {"gradient_checkpointing": True}],
-        ids=["plain", "intermediate", "entropy", "checkpointing"],
+        params=[
+            {},
+            {"indices": [1, 3]},
+            {"use_entropy_scaling": True},
+            {"use_scalable_softmax": True, "qk_norm": True, "init_values": 0.5},
+            {"gradient_checkpointing": True},
+        ],
+        ids=["plain", "intermediate", "entropy", "scalable", "checkpointing"],
     )
     def model(self, request: pytest.FixtureRequest) -> nn.Module:
         require(*UNICEPTION_NEEDS)
@@ -196,6 +205,9 @@ class TestUniCeption:
         dense = self.run(model, per_view, trailing)
         with patch(model, covisibility="all") as handle:
             torch.testing.assert_close(self.run(model, per_view, trailing), dense)
+        wrapped = type(model.self_attention_blocks[0]).__name__ == "_CheckpointingWrapper"
+        assert handle.report().lean_blocks == (0 if wrapped else 4)
+        assert list(handle.report().not_lean) == (["_CheckpointingWrapper"] if wrapped else [])
         assert handle.modules == ("self_attention_blocks.0.attn", "self_attention_blocks.2.attn")
         assert handle.layout.num_tokens == 5 * (12 + per_view) + trailing
         special = 5 * per_view + trailing

@@ -38,3 +38,49 @@ def test_shipped_configurations_fit(capability: int, shared_limit: int):
             # What the keys kernel spills costs less than smaller tiles would: measured.
             assert used["spill_bytes"] <= (128 if used["kernel"] == "backward_keys" else 0), used
             assert used["tensor_copies"] > 0, used
+
+
+LEAN = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from svggt_kernels.lean import triton_kernels
+
+def compiled(name, warps, **arguments):
+    kernel = getattr(triton_kernels, name)
+    typed = {argument: given for argument, given in arguments.items() if isinstance(given, str)}
+    signature = {argument: typed.get(argument, "constexpr") for argument in kernel.arg_names}
+    places = {argument: (place,) for place, argument in enumerate(kernel.arg_names)}
+    constants = {places[argument]: given for argument, given in arguments.items() if argument not in typed}
+    divisible = [argument for argument in typed if typed[argument].startswith("*") or argument == "n"]
+    aligned = {places[argument]: [["tt.divisibility", 16]] for argument in divisible}
+    source = ASTSource(kernel, signature, constants, aligned)
+    code = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
+    print(json.dumps({"kernel": name, "wide_stores": code.asm["ptx"].count("st.global.v")}))
+
+norm = {"weight": "*fp32", "bias": "*fp32", "eps": "fp32", "C": 1024, "BLOCK": 1024}
+heads = {"q_eps": "fp32", "k_eps": "fp32", "log2_base": "fp32", "factor": "fp32", "tokens": "i32"}
+heads |= {"qkv": "*bf16", "H": 16, "QUARTER": 16, "ROWS": 32}
+norms = ("q_weight", "q_bias", "k_weight", "k_bias")
+for gamma in ("*fp32", None):
+    given = {"x": "*fp32", "y": "*bf16", "gamma": gamma, "out": "*fp32"}
+    compiled("_add_scaled", 8, **given, n="i32", C=1024, BLOCK=4096)
+    compiled("_add_scaled_and_normalise", 4, **given, **norm, normed="*bf16")
+compiled("_layer_norm", 4, x="*fp32", out="*bf16", row_stride="i32", **norm)
+compiled("_gelu", 8, x="*bf16", n="i32", BLOCK=4096)
+for normalise, rotate in ((True, True), (True, False), (False, True)):
+    given = dict.fromkeys(norms, "*fp32" if normalise else None) | {"positions": "*i64" if rotate else None}
+    compiled("_queries_and_keys", 4, **heads, **given, NORMALISE=normalise, ROTATE=rotate)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_lean_blocks_compile(capability: int):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", LEAN, str(capability)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(kernels) == 9
+    assert all(used["wide_stores"] > 0 for used in kernels), kernels

@@ -50,12 +50,21 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class Block(nn.Module):
     def __init__(self, rope: Rotary, twist: bool) -> None:
         super().__init__()
         self.norm1, self.norm2, self.ls1, self.ls2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM), LayerScale(), LayerScale()
         self.attn = Attention(rope, twist)
-        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+        self.mlp = Mlp()
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), pos=pos))
@@ -86,7 +95,7 @@ class Aggregator(nn.Module):
             patches = patches["x_norm_patchtokens"]
         tokens = torch.cat([self.special.expand(B * S, -1, -1), patches], 1)
         grid = torch.cartesian_prod(torch.arange(H // PATCH), torch.arange(W // PATCH)) + 1
-        pos = torch.cat([torch.zeros(SPECIAL, 2, dtype=grid.dtype), grid]).to(images.device).expand(B * S, -1, -1)
+        pos = F.pad(grid, (0, 0, SPECIAL, 0)).to(images.device).expand(B * S, -1, -1)
         layers, index = [], 0
         for _ in range(DEPTH):
             tokens, index, frame = self._process_frame_attention(tokens, B, S, len(grid) + SPECIAL, DIM, index, pos=pos)

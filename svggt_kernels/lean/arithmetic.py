@@ -16,7 +16,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     """Normalise the rows of x `[..., C]`, in float32 or better inside, and return them in `dtype`."""
-    if x.is_cuda and _HAS_TRITON and x.dtype != torch.float64:
+    if _by_triton(x):
         from . import triton_kernels
 
         return triton_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
@@ -24,33 +24,51 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(dtype)
 
 
-def add_scaled(x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return x + gamma y in the dtype of x, `[..., C]`; computed in float32 or better.
+def add_scaled(x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor) -> Tensor:
+    """Put x + gamma y, computed in float32 or better, into out, and return it.
 
     Args:
-        x: The residual stream.
+        x: The residual stream `[..., C]`.
         y: What is added to it, in any dtype.
         gamma: Factors of the columns `[C]`, or None for 1.
-        out: Where the result goes, of the shape and dtype of x, or None for a new tensor; may be x.
+        out: Where the result goes, contiguous, of the shape and dtype of x; may be x.
     """
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if gamma is None:
-        return torch.add(x, y, out=out) if x.dtype == y.dtype else out.copy_(x + y)
-    if x.is_cuda and _HAS_TRITON and x.dtype != torch.float64:
+    if _by_triton(x):
         from . import triton_kernels
 
         return triton_kernels.add_scaled(x.contiguous(), y.contiguous(), gamma, out)
     wide = _wide(x.dtype)
-    return out.copy_(x.to(wide) + gamma.to(wide) * y.to(wide))
+    return out.copy_(x.to(wide) + (y.to(wide) if gamma is None else gamma.to(wide) * y.to(wide)))
+
+
+def add_scaled_and_normalise(
+    x: Tensor, y: Tensor, gamma: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype, out: Tensor
+) -> Tensor:
+    """Put x + gamma y into out, as `add_scaled`, and return its rows normalised, as `layer_norm`, in `dtype`."""
+    if _by_triton(x):
+        from . import triton_kernels
+
+        return triton_kernels.add_scaled_and_normalise(
+            x.contiguous(), y.contiguous(), gamma, norm.weight, norm.bias, norm.eps, dtype, out
+        )
+    return layer_norm(add_scaled(x, y, gamma, out), norm, dtype)
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """Put x Phi(x), Phi the standard normal distribution, in the place of x, contiguous, and return it."""
+    if _by_triton(x):
+        from . import triton_kernels
+
+        return triton_kernels.gelu_(x)
+    return x.copy_(F.gelu(x.to(_wide(x.dtype))))
 
 
 def normalise_and_rotate_(
     qkv: Tensor,  # [B, N, 3, H, D]
-    positions: Tensor,  # [B, N, 2]
-    q_norm: nn.LayerNorm,
-    k_norm: nn.LayerNorm,
-    base: float,
+    positions: Tensor | None,  # [B, N, 2]
+    q_norm: nn.LayerNorm | None,
+    k_norm: nn.LayerNorm | None,
+    base: float | None,
     factor: float = 1.0,
 ) -> Tensor:
     """Normalise queries and keys over D and rotate them by their tokens' positions, in place; values stay.
@@ -61,30 +79,40 @@ def normalise_and_rotate_(
 
     Args:
         qkv: Contiguous queries, keys and values `[B, N, 3, H, D]`, D a multiple of 4; with Triton D / 4 a power of 2.
-        positions: Integer positions (y, x) of the tokens `[B, N, 2]`.
-        q_norm: Normalises queries.
-        k_norm: Normalises keys.
-        base: Base of the frequencies.
+        positions: Integer positions (y, x) of the tokens `[B, N, 2]`, or None to rotate nothing.
+        q_norm: Normalises queries, or None.
+        k_norm: Normalises keys, or None; None if q_norm is.
+        base: Base of the frequencies; None if there are no positions.
         factor: By what queries are multiplied before they are rounded.
 
     Returns:
         qkv.
     """
-    if qkv.is_cuda and _HAS_TRITON and qkv.dtype != torch.float64:
+    if _by_triton(qkv):
         from . import triton_kernels
 
-        return triton_kernels.normalise_and_rotate_(qkv, positions.contiguous(), q_norm, k_norm, base, factor)
+        return triton_kernels.normalise_and_rotate_(qkv, positions, q_norm, k_norm, base, factor)
     wide = _wide(qkv.dtype)
-    quarter = qkv.shape[-1] // 4
-    frequency = base ** (-torch.arange(quarter, device=qkv.device, dtype=wide) / quarter)
-    angle = positions[:, :, None, :, None].to(wide) * frequency  # [B, N, 1, 2, D / 4]
-    cos, sin = angle.cos(), angle.sin()
     for index, (norm, scale) in enumerate(((q_norm, factor), (k_norm, 1.0))):
-        x = layer_norm(qkv[:, :, index], norm, wide)
-        first, second = x.unflatten(-1, (2, 2, quarter)).unbind(-2)
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -2)
-        qkv[:, :, index] = (turned.flatten(-3) * scale).to(qkv.dtype)
+        x = qkv[:, :, index].to(wide) if norm is None else layer_norm(qkv[:, :, index], norm, wide)
+        if positions is not None:
+            assert base is not None
+            x = _rotated(x, positions, base)
+        qkv[:, :, index] = (x * scale).to(qkv.dtype)
     return qkv
+
+
+def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    quarter = x.shape[-1] // 4
+    frequency = base ** (-torch.arange(quarter, device=x.device, dtype=x.dtype) / quarter)
+    angle = positions[:, :, None, :, None].to(x.dtype) * frequency  # [B, N, 1, 2, D / 4]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.unflatten(-1, (2, 2, quarter)).unbind(-2)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], -2).flatten(-3)
+
+
+def _by_triton(x: Tensor) -> bool:
+    return x.is_cuda and _HAS_TRITON and x.dtype != torch.float64
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

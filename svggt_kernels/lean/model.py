@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import blocks, memory, outputs
 from .embedding import embed
+from .within_frames import AttentionWithinFrames
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
@@ -22,8 +23,10 @@ class Lean:
     Args:
         model: The model that was given to `patch`, with its heads.
         root: The module in it that runs the blocks.
+        attention: The attention modules that are patched.
         precision: Dtype of the residual stream and of the layer outputs kept: upstream's, or bfloat16.
         keep: Keep the layer outputs that heads read, or all.
+        backend: The backend that the patch was given, or None.
         memory_budget: What one forward may allocate, see `memory`.
 
     Attributes:
@@ -35,6 +38,7 @@ class Lean:
         not_lean: Why blocks with an attention cannot, by name of their class.
         plan: How the last forward kept to its budget; None without one.
         keeper: Who keeps the outputs of the forward that is running.
+        within_frames: The attention of the blocks whose attention is not patched.
 
     Raises:
         ValueError: If residuals should be bfloat16 and no block can run lean, or a budget is given for a model whose
@@ -45,8 +49,10 @@ class Lean:
         self,
         model: nn.Module,
         root: nn.Module,
+        attention: Collection[nn.Module],
         precision: Precision,
         keep: Outputs,
+        backend: str | None,
         memory_budget: memory.MemoryBudget,
     ) -> None:
         self.dtype = torch.bfloat16 if precision == "bf16" else None
@@ -86,8 +92,10 @@ class Lean:
         self.embedding = embedding if memory_budget is not None and isinstance(embedding, nn.Module) else None
         self._root = root
         self._model = None if memory_budget is None else model  # a copy of `root` alone shall not copy the heads
+        self.within_frames = AttentionWithinFrames(backend)
+        self._unpatched = [block for block in self.blocks.values() if block.attn not in attention]
         self._ran: set[nn.Module] = set()
-        self._proven: dict[tuple[type, type, bool], bool] = {}
+        self._proven: dict[Hashable, bool] = {}
 
     @property
     def runs(self) -> int:
@@ -106,6 +114,7 @@ class Lean:
             ValueError: If the budget cannot be kept, or the forward is not one of inference.
         """
         self._ran.clear()
+        self.within_frames.ran.clear()
         if not self.keeps:
             return
         if self.budget is not None:
@@ -165,14 +174,7 @@ class Lean:
             tokens_describe=tokens_describe,
         )
 
-    def run(
-        self,
-        block: Any,
-        x: Tensor,
-        pos: Tensor | None,
-        attend: blocks.Attend | None,
-        original: Callable[..., Any],
-    ) -> Tensor | None:
+    def run(self, block: Any, x: Tensor, pos: Tensor | None, attend: blocks.Attend | None) -> Tensor | None:
         """Run a block lean, or return None if it must run as it is.
 
         Args:
@@ -180,32 +182,42 @@ class Lean:
             x: Its tokens `[B, N, C]`.
             pos: Their positions, or None.
             attend: Its attention if that is patched, else None.
-            original: The block's own forward.
         """
-        if not isinstance(x, Tensor) or not blocks.can_run_now(block):
-            return None
-        if not self._is_proven(block, x, pos, attend, original):
+        if not blocks.can_run_now(block) or not self._is_proven(block, x, pos):
             return None
         self._ran.add(block)
         at_once = memory.TOKENS_AT_ONCE if self.plan is None else self.plan.tokens_at_once
-        return blocks.run(block, x, pos, attend, self.dtype, at_once)
+        return blocks.run(block, x, pos, attend or self.within_frames, self.dtype, at_once)
 
-    def _is_proven(
-        self, block: Any, x: Tensor, pos: Tensor | None, attend: blocks.Attend | None, original: Callable[..., Any]
-    ) -> bool:
-        """Whether a block of this class, run lean on a few tokens, once, gave what its own forward gives."""
-        key = type(block), type(block.attn), block.attn.rope is None
-        if key in self._proven or attend is not None:
-            return self._proven.get(key, False)
+    def _is_proven(self, block: Any, x: Tensor, pos: Tensor | None) -> bool:
+        """Whether a block like this, run lean on a few of its tokens, once, gave what its own forward gives.
+
+        A block whose attention is patched has no forward of its own to compare with; another stands in for it.
+        """
+        key = blocks.anatomy(block)
+        if key in self._proven:
+            return self._proven[key]
+        alike = [other for other in self._unpatched if blocks.anatomy(other) == key]
+        if not alike:
+            return self._conclude(block, "no block like it attends within frames, where it could be compared")
+        other = next((other for other in alike if blocks.can_run_now(other)), None)
+        if other is None:
+            return False  # in this call; it proves nothing
         x, pos = x[:1, :PROOF_TOKENS], None if pos is None else pos[:1, :PROOF_TOKENS]
-        expected = original(x) if pos is None else original(x, pos=pos)
-        actual = blocks.run(block, x, pos, None, None)
+        forward = blocks.own_forward(other)
+        expected = forward(x) if pos is None else forward(x, pos)
+        actual = blocks.run(other, x, pos, self.within_frames, None)
         # Rounding of what a block adds, a few times over; another formula is wrong by as much as it adds.
         allowed = min(50 * torch.finfo(blocks.compute_dtype(block)).eps, 0.1)
         error, added = (actual - expected).float().norm(), (expected - x).float().norm()
         if not error.isfinite():
             return False  # by the tokens of this call; they prove nothing
-        self._proven[key] = bool(error <= allowed * added)
-        if not self._proven[key]:
-            self.not_lean[type(block).__name__] = "its forward computes something else than the fused block"
-        return self._proven[key]
+        same = actual.dtype == expected.dtype and bool(error <= allowed * added)
+        return self._conclude(block, None if same else "its forward computes something else than the fused block")
+
+    def _conclude(self, block: nn.Module, reason: str | None) -> bool:
+        """Keep why blocks like this one cannot run lean, or that they can, and return whether they can."""
+        self._proven[blocks.anatomy(block)] = reason is None
+        if reason is not None:
+            self.not_lean[type(block).__name__] = reason
+        return reason is None

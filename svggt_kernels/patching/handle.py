@@ -68,8 +68,8 @@ def patch(
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
-        lean: At inference also run the blocks in few passes over memory where they have VGGT's shape. What is computed
-            is the same up to rounding; each class of block is compared with its own forward once before it runs so.
+        lean: At inference also run the blocks in few passes over memory where they are of VGGT's kind. What is computed
+            is the same up to rounding; each kind of block is compared with its own forward once before it runs so.
         precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
             which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
@@ -133,7 +133,7 @@ def patch(
             'use patch(model, special_tokens="masked")'
         )
     planner = Planner(record, covisibility, special_tokens == "dense")
-    parts = Lean(model, root, precision, outputs, memory_budget) if lean else None
+    parts = Lean(model, root, tuple(attention.values()), precision, outputs, backend, memory_budget) if lean else None
     return Patch(root, path, attention, planner, backend, parts)
 
 
@@ -205,12 +205,12 @@ class Patch:
         """
         if not self._installed:
             raise RuntimeError("this patch was undone already; patch(model) makes a new one")
-        covered = [stand_in.name for stand_in in self._stand_ins if not stand_in.installed]
+        covered = [stand_in.name for stand_in in self._stand_ins if stand_in.in_place not in self._stand_ins]
         if covered:
             raise RuntimeError(
                 f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then undo()"
             )
-        for stand_in in self._stand_ins:
+        for stand_in in reversed(self._stand_ins):
             stand_in.remove()
         self._installed = False
         self._history.clear()
@@ -259,6 +259,7 @@ class Patch:
             passed_over=passed_over,
             step_seconds=dict(forward.seconds),
             lean_blocks=0 if self._lean is None else self._lean.runs,
+            within_frames=() if self._lean is None else tuple(sorted(self._lean.within_frames.ran)),
             not_lean={} if self._lean is None else dict(self._lean.not_lean),
             layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
             memory=None if self._lean is None else self._lean.plan,
@@ -280,7 +281,7 @@ class Patch:
 
     def _install(self) -> None:
         for stand_in in self._stand_ins:
-            if isinstance(stand_in.replaced, StandIn):
+            if isinstance(stand_in.in_place, StandIn):
                 raise ValueError(
                     f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
                 )
@@ -336,10 +337,10 @@ class Patch:
         """Run a block lean where that is possible."""
         lean, block, name = self._lean, stand_in.module, f"{stand_in.name}.attn"
         assert lean is not None
-        _, x, *rest = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments.values()
-        pos = rest[0] if rest else None
-        attend = self._attend_lean(name, block, x) if name in self.modules else None
-        out = lean.run(block, x, pos, attend, stand_in.original) if self._active is not None else None
+        out, given = None, blocks.arguments(block, args, kwargs) if self._active is not None else None
+        if given is not None:
+            attend = self._attend_lean(name, block, given[0]) if name in self.modules else None
+            out = lean.run(block, *given, attend)
         return stand_in.original(*args, **kwargs) if out is None else out
 
     def _attend_lean(self, name: str, block: Any, x: Tensor) -> Callable[..., Tensor]:
@@ -504,6 +505,8 @@ class PatchReport:
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
             "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
         lean_blocks: Blocks run lean in the last forward.
+        within_frames: What computed the attention within frames of those blocks: "hopper" where that backend can,
+            else "pytorch".
         not_lean: Why blocks did not, by name of their class.
         layers_kept: The layers whose outputs are kept; None for all.
         memory: How the last forward kept to its budget; None without one.
@@ -521,6 +524,7 @@ class PatchReport:
     passed_over: dict[str, str]
     step_seconds: dict[str, float]
     lean_blocks: int
+    within_frames: tuple[str, ...]
     not_lean: dict[str, str]
     layers_kept: tuple[int, ...] | None
     memory: memory.Plan | None
@@ -553,7 +557,8 @@ class PatchReport:
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
         steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
         lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
-        lines.append(f"lean blocks: {self.lean_blocks}")
+        within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
+        lines.append(f"lean blocks: {self.lean_blocks}{within}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
         if self.layers_kept is not None:
             lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")

@@ -36,8 +36,8 @@ class StandIn:
         self.name = name
         self.around = around
         self.method = method
-        # Other tools (offloading hooks) put forwards on instances too; theirs runs inside ours.
-        self.replaced = module.__dict__.get(method)
+        # Other tools (offloading hooks) put forwards on instances too, and a patch several; they run inside this one.
+        self.replaced: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the module's forward."""
@@ -51,12 +51,13 @@ class StandIn:
 
     def install(self) -> None:
         """Put this object in the place of the module's method."""
+        self.replaced = self.in_place
         self.module.__dict__[self.method] = self
 
     @property
-    def installed(self) -> bool:
-        """Whether the module's method is this object."""
-        return self.module.__dict__.get(self.method) is self
+    def in_place(self) -> Any:
+        """What is in the place of the module's method now, or None."""
+        return self.module.__dict__.get(self.method)
 
     def remove(self) -> None:
         """Give the module the method that it had."""

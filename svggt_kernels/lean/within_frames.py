@@ -1,0 +1,63 @@
+"""Attention of every sample of a batch to itself: what frame blocks and image encoders do, a frame a sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..attention import block_sparse_attention
+from ..covisibility import CovisibilityGraph
+from ..layout import BlockLayout
+
+FASTER = "hopper"
+"""The backend that is faster than PyTorch's attention even where every token sees every other."""
+
+PYTORCH = "pytorch"
+
+
+class AttentionWithinFrames:
+    """Full attention by the operator where its Hopper backend runs, elsewhere by PyTorch's.
+
+    The rule needs no trial: the Hopper backend runs if it can and the patch was given no other backend by name.
+
+    Args:
+        backend: The backend that the patch was given, or None.
+
+    Attributes:
+        ran: What has run since it was last cleared: "hopper", "pytorch".
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+        self.ran: set[str] = set()
+        self._layouts: dict[tuple[int, torch.device], BlockLayout] = {}
+
+    def __call__(
+        self,
+        q: Tensor,  # [B, H, N, D]
+        k: Tensor,  # [B, H, N, D]
+        v: Tensor,  # [B, H, N, D]
+        scale: float,
+    ) -> Tensor:
+        """Return the attention of each sample's queries to its own keys, `[B, H, N, D]`."""
+        runner = self.runner(q.device, q.dtype, q.shape[-1])
+        self.ran.add(runner)
+        if runner == PYTORCH:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        out = block_sparse_attention(q, k, v, self._layout(q.shape[2], q.device), scale=scale, backend=runner)
+        assert isinstance(out, Tensor)
+        return out
+
+    def runner(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+        """Return what runs such q, k, v: "hopper" or "pytorch"."""
+        may = self.backend in (None, FASTER) and backends.load(FASTER).unsupported(device, dtype, head_size) is None
+        return FASTER if may else PYTORCH
+
+    def _layout(self, tokens: int, device: torch.device) -> BlockLayout:
+        """Return the layout of one frame that sees itself; made once."""
+        if (tokens, device) not in self._layouts:
+            graph = CovisibilityGraph.all_visible(1).to(device)
+            self._layouts[tokens, device] = BlockLayout.from_graph(graph, tokens)
+        return self._layouts[tokens, device]
