@@ -266,9 +266,13 @@ def test_frames_attend_by_pytorch_where_hopper_cannot_run():
     assert "attention within frames by pytorch" in str(handle.report())
 
 
-@pytest.mark.parametrize(("backend", "runs"), [(None, True), ("sdpa", True), ("cpu", False)])
-def test_frames_attend_by_the_operator_where_the_faster_backend_runs(monkeypatch, backend: str | None, runs: bool):
-    """The reference backend stands in for Hopper's, which needs its GPU."""
+@pytest.mark.parametrize(
+    ("backend", "fewest", "runs"), [(None, 66, True), (None, 67, False), ("sdpa", 66, True), ("cpu", 66, False)]
+)
+def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
+    monkeypatch, backend: str | None, fewest: int, runs: bool
+):
+    """The reference backend stands in for Hopper's, which needs its GPU; six frames have 66 tokens."""
     if backend == "cpu" and svggt_kernels.backends.load("cpu").unsupported(torch.device("cpu"), torch.float32, 64):
         pytest.skip("the CPU kernels are not built")
     network, layouts = model(), []
@@ -279,16 +283,18 @@ def test_frames_attend_by_the_operator_where_the_faster_backend_runs(monkeypatch
         return svggt_kernels.block_sparse_attention(q, k, v, layout, **options)
 
     monkeypatch.setattr(within_frames, "FASTER", "sdpa")
+    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", fewest)
     monkeypatch.setattr(within_frames, "block_sparse_attention", attention)
     lean, handle = outputs(network, backend=backend)
     assert handle.report().within_frames == (("sdpa",) if runs else ("pytorch",))
-    assert len(layouts) == (5 if runs else 0)  # four blocks, and the proof
+    assert len(layouts) == (4 if runs else 0)
     assert all(layout is layouts[0] and layout.num_tokens == 11 for layout in layouts)
     torch.testing.assert_close(lean, plain)
 
 
 @pytest.mark.gpu
-def test_frames_attend_by_hopper_within_the_error_of_bf16():
+def test_frames_attend_by_hopper_within_the_error_of_bf16(monkeypatch):
+    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", 0)
     network = model().cuda()
     device, images = torch.device("cuda"), IMAGES.cuda()
     if (reason := svggt_kernels.backends.load("hopper").unsupported(device, torch.bfloat16, 64)) is not None:

@@ -390,6 +390,26 @@ DEVICE void load(const Parameters& p, const Memory memory) {
 
 // ---- the computing warpgroups ----
 
+// The two take turns at the tensor cores, so that while one issues products the other computes exponentials; left alone
+// they fall into step, and then both wait for either. The turn of warpgroup `index` is a hardware barrier that it waits
+// at and the other arrives at.
+enum Turn { TURN = 4 };
+
+DEVICE void take_turn(uint32 index) { named_sync(TURN + index, 2 * WARPGROUP); }
+
+DEVICE void pass_turn(uint32 index) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(TURN + (index ^ 1)), "r"(2 * WARPGROUP) : "memory");
+}
+
+// Before the first turn, which is that of warpgroup 0, and after the last, which it is then offered: by both.
+DEVICE void begin_turns() {
+  if (threadIdx.x >= 2 * WARPGROUP) pass_turn(1);
+}
+
+DEVICE void end_turns() {
+  if (threadIdx.x < 2 * WARPGROUP) take_turn(0);
+}
+
 // x [64, COLUMNS] (+)= A B^T of 64 rows and a column tile.
 template <bool ADD>
 DEVICE void multiply(float (&x)[COLUMNS / 2], uint32 rows, uint32 columns) {

@@ -144,6 +144,7 @@ struct Consumer {
     hold(weights);
     hold(ds);
     float dq[32];
+    if (!ACCUMULATE) take_turn(index);
     wgmma_fence();
     multiply_add(dv, weights, memory.column_tile(now, 1));
     wgmma_commit();
@@ -153,6 +154,7 @@ struct Consumer {
       write_scores(ds);
       start_dq(dq);
     }
+    if (!ACCUMULATE) pass_turn(index);
     wgmma_wait<1>(); // for dv, and dk if dq is behind it
     hold(weights);
     if (MORE) multiply_scores();
@@ -287,7 +289,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward_keys(const __grid_
     load(p, memory);
   } else {
     take_registers<COMPUTING_REGISTERS>();
+    if (!ACCUMULATE) begin_turns();
     Consumer(p, memory).run();
     if (ACCUMULATE) bulk_wait_read();
+    else end_turns();
   }
 }

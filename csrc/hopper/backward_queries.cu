@@ -124,6 +124,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 4; ++i) ds[i] = pack(s[2 * i] * dp[2 * i], s[2 * i + 1] * dp[2 * i + 1]);
     hold(ds);
+    take_turn(index);
     if (MORE) multiply_scores();
     wgmma_fence();
     multiply_add(dq, ds, memory.column_tile(now, 0));
@@ -131,9 +132,12 @@ struct Consumer {
     if (MORE) {
       start_dp();
       multiply_dp();
+      pass_turn(index);
       wgmma_wait<2>();
       probabilities();
       await_next();
+    } else {
+      pass_turn(index);
     }
     wgmma_wait<MORE ? 1 : 0>();
     hold(ds);
@@ -151,6 +155,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward_queries(const __gr
     load(p, memory);
   } else {
     take_registers<COMPUTING_REGISTERS>();
+    begin_turns();
     Consumer(p, memory).run();
+    end_turns();
   }
 }

@@ -16,11 +16,20 @@ FASTER = "hopper"
 
 PYTORCH = "pytorch"
 
+FEWEST_TOKENS = 2**15
+"""Of all samples together. With fewer the host takes longer to launch the operator than the device to run PyTorch's."""
+
+
+def by_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return PyTorch's attention of each sample's queries to its own keys, all `[B, H, N, D]`."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
 
 class AttentionWithinFrames:
     """Full attention by the operator where its Hopper backend runs, elsewhere by PyTorch's.
 
-    The rule needs no trial: the Hopper backend runs if it can and the patch was given no other backend by name.
+    The rule needs no trial: the Hopper backend runs if it can, there are `FEWEST_TOKENS`, and the patch was given no
+    other backend by name.
 
     Args:
         backend: The backend that the patch was given, or None.
@@ -42,18 +51,20 @@ class AttentionWithinFrames:
         scale: float,
     ) -> Tensor:
         """Return the attention of each sample's queries to its own keys, `[B, H, N, D]`."""
-        runner = self.runner(q.device, q.dtype, q.shape[-1])
+        runner = self.runner(q)
         self.ran.add(runner)
         if runner == PYTORCH:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+            return by_pytorch(q, k, v, scale)
         out = block_sparse_attention(q, k, v, self._layout(q.shape[2], q.device), scale=scale, backend=runner)
         assert isinstance(out, Tensor)
         return out
 
-    def runner(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-        """Return what runs such q, k, v: "hopper" or "pytorch"."""
-        may = self.backend in (None, FASTER) and backends.load(FASTER).unsupported(device, dtype, head_size) is None
-        return FASTER if may else PYTORCH
+    def runner(self, q: Tensor) -> str:
+        """Return what runs queries `[B, H, N, D]`: "hopper" or "pytorch"."""
+        if self.backend not in (None, FASTER) or q.shape[0] * q.shape[2] < FEWEST_TOKENS:
+            return PYTORCH
+        reason = backends.load(FASTER).unsupported(q.device, q.dtype, q.shape[-1])
+        return FASTER if reason is None else PYTORCH
 
     def _layout(self, tokens: int, device: torch.device) -> BlockLayout:
         """Return the layout of one frame that sees itself; made once."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,21 +84,27 @@ def tensor_map(x: Tensor, tokens: int) -> TensorMap:
 
     In shared memory they lie in the 128-byte swizzle. Tokens behind the last one read as zeros.
     """
+    return _tensor_map(x.dtype, x.data_ptr(), tuple(x.shape), x.stride(), tokens)
+
+
+# Making one takes longer than a launch, and from layer to layer tensors lie in the same places.
+@lru_cache(maxsize=1024)
+def _tensor_map(
+    dtype: torch.dtype, address: int, shape: tuple[int, ...], strides: tuple[int, ...], tokens: int
+) -> TensorMap:
     from cuda.bindings import driver
 
-    B, H, N, D = x.shape
+    B, H, N, D = shape
     # The stride of an axis of length 1 is never used, but must be valid.
-    strides = [stride if n > 1 else D for n, stride in zip((N, H, B), (x.stride(i) for i in (2, 1, 0)), strict=True)]
+    steps = [stride if n > 1 else D for n, stride in zip((N, H, B), (strides[i] for i in (2, 1, 0)), strict=True)]
     one = driver.cuuint32_t(1)
     encoded = _checked(
         driver.cuTensorMapEncodeTiled(
-            getattr(
-                driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{str(x.dtype).removeprefix('torch.').upper()}"
-            ),
+            getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{str(dtype).removeprefix('torch.').upper()}"),
             4,
-            x.data_ptr(),
+            address,
             [driver.cuuint64_t(n) for n in (D, N, H, B)],
-            [driver.cuuint64_t(stride * x.element_size()) for stride in strides],
+            [driver.cuuint64_t(step * dtype.itemsize) for step in steps],
             [driver.cuuint32_t(n) for n in (64, tokens, 1, 1)],
             [one] * 4,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
