@@ -21,10 +21,15 @@ def read(files: Sequence[Path]) -> list[Line]:
     """
     measured = [line for line in read_lines(files, "model") if line.get("measured")]
     measured.sort(key=lambda line: line["date"])
-    latest = {(line["case"], line["system"]): line for line in measured}
+    latest = {(line["case"], series(line)): line for line in measured}
     if not latest:
         raise ValueError(f"there is no measured line of `model` in {[*map(str, files)]}")
     return sorted(latest.values(), key=lambda line: (ModelCase.parse(line["case"]).frames, -line["seconds_full"]))
+
+
+def series(line: Line) -> str:
+    """Return the system of a line, and whether its special tokens were masked, which its command says."""
+    return line["system"] + (", masked" if "--special-tokens masked" in line["command"] else "")
 
 
 def write(lines: Sequence[Line], folder: Path) -> list[Path]:
@@ -44,7 +49,7 @@ def markdown(lines: Sequence[Line]) -> str:
             ("density", ".3f"), ("seconds_aggregator", ".2f"), ("seconds_full", ".2f"), ("peak_gib", ".1f"),
         )  # fmt: skip
         shown = ("-" if line[key] is None else format(line[key], spec) for key, spec in numbers)
-        rows.append(f"| {line['case']} | {line['system']} | {' | '.join(shown)} |")
+        rows.append(f"| {line['case']} | {series(line)} | {' | '.join(shown)} |")
     return "\n".join([*rows, ""])
 
 
@@ -54,11 +59,11 @@ def _plot(lines: Sequence[Line], file: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (key, heading) in zip(axes, PANELS, strict=True):
-        for system in dict.fromkeys(line["system"] for line in lines):
+        for system in dict.fromkeys(map(series, lines)):
             points = [
                 (ModelCase.parse(line["case"]).frames, line[key])
                 for line in lines
-                if line["system"] == system and line[key] is not None
+                if series(line) == system and line[key] is not None
             ]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=system)

@@ -40,11 +40,12 @@ def test_model_lines_are_complete(tmp_path):
     assert 0 <= ours["deviation"] < 1e-4
 
 
-def test_model_report_shows_the_latest_line_of_each_system(tmp_path, capsys):
+def test_model_report_shows_the_latest_line_of_each_system_and_kind_of_special_tokens(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
     line = {"case": "toy-8f-2n", "system": "svggt", "density": 0.5, "seconds_aggregator": None, "peak_gib": None}
-    line |= {"measured": True, "seconds_full": 2.0, "date": "2026-01-01"}
+    line |= {"measured": True, "seconds_full": 2.0, "date": "2026-01-01", "command": "python -m benchmarks model"}
     lines = [line, line | {"seconds_full": 1.0, "date": "2026-01-02"}, line | {"system": "upstream"}]
+    lines += [line | {"command": "python -m benchmarks model --special-tokens masked", "seconds_full": 1.5}]
     lines += [line | {"case": "toy-4f-2n"}, line | {"measured": False}]
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -52,9 +53,9 @@ def test_model_report_shows_the_latest_line_of_each_system(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / "report" / name) for name in ("models.md", "models.png")]
     rows = (tmp_path / "report" / "models.md").read_text().splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [
-        ["| toy-4f-2n", "svggt"], ["| toy-8f-2n", "upstream"], ["| toy-8f-2n", "svggt"],
+        ["| toy-4f-2n", "svggt"], ["| toy-8f-2n", "upstream"], ["| toy-8f-2n", "svggt, masked"], ["| toy-8f-2n", "svggt"],
     ]  # fmt: skip
-    assert "| 1.00 |" in rows[2]
+    assert "| 1.00 |" in rows[3]
     file.write_text("")
     assert main(["model-report", "--results", str(file), "--output", str(tmp_path)]) == 2
 
