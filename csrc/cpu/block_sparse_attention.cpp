@@ -4,6 +4,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include <algorithm>
@@ -24,7 +29,14 @@ namespace svggt {
 namespace baseline {
 extern const Kernels float32;
 }
-#if defined(__x86_64__)
+#if defined(SVGGT_EMULATE_TILES)
+namespace amx_bf16 {
+extern const Kernels bfloat16;
+}
+#elif defined(__x86_64__)
+namespace amx_bf16 {
+extern const Kernels bfloat16;
+}
 namespace avx2 {
 extern const Kernels float32;
 }
@@ -46,15 +58,37 @@ struct InstructionSet {
   const Kernels* bfloat16;
 };
 
+#if defined(__x86_64__) && !defined(SVGGT_EMULATE_TILES)
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  return (edx & kBFloat16) && (edx & kTiles);
+}
+
+// Linux keeps tiles from a process until it asks for them: they make the state of every thread larger.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const std::vector<InstructionSet>& known() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
-#if defined(__x86_64__)
+#if defined(SVGGT_EMULATE_TILES)
+    found.push_back({"amx_bf16", true, &baseline::float32, &amx_bf16::bfloat16});
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    found.push_back({"amx_bf16", has_bf16 && has_amx() && may_use_tiles(), &avx512_bf16::float32, &amx_bf16::bfloat16});
     found.push_back({"avx512_bf16", has_bf16, &avx512_bf16::float32, &avx512_bf16::bfloat16});
     found.push_back({"avx512", has_avx512, &avx512::float32, nullptr});
     found.push_back({"avx2", has_avx2, &avx2::float32, nullptr});
@@ -132,7 +166,7 @@ void require(bool holds, const char* what) {
 // The tables as the kernels read them, after every index in them was checked.
 class CheckedWalk {
  public:
-  CheckedWalk(const Walk& walk, const Shape& shape) : walk_(walk) {
+  CheckedWalk(const Walk& walk, const Shape& shape, int64_t pad) : walk_(walk) {
     require(walk.row_tiles.size % 3 == 0 && walk.column_tiles.size % 3 == 0 && walk.runs.size % 2 == 0,
             "row and column tiles have 3 entries each and runs 2");
     require(walk.offsets.size >= 2, "there is at least one group");
@@ -146,7 +180,7 @@ class CheckedWalk {
       require(tile[2] == 0 || tile[2] == 1, "a column tile is dense, 1, or not, 0");
       check_range(tile[0], tile[1], kMostColumns, tile[2] ? walk.dense_columns.size : shape.columns);
       columns_.push_back({offset, tile[1]});
-      offset += round_up(tile[1], kPad);
+      offset += round_up(tile[1], pad);
     }
     packed_tokens_ = offset;
     for (int64_t r = 0; r < num_runs; ++r) {
@@ -243,13 +277,6 @@ class Packed {
   Buffer buffer_;
 };
 
-void pack_statistics(const Tokens& tokens, int64_t, char* packed) {
-  float* to = reinterpret_cast<float*>(packed);
-  const float* from = reinterpret_cast<const float*>(tokens.data);
-  for (int64_t i = 0; i < round_up(tokens.count, kPad); ++i)
-    to[i] = i < tokens.count ? from[tokens.index ? tokens.index[i] : i] : 0;
-}
-
 // What all three functions share: the kernels, the checked tables, and how to pack columns and find rows with them.
 struct Pass {
   const Kernels& kernels;
@@ -258,12 +285,15 @@ struct Pass {
   const Options& options;
 
   Pass(const Walk& tables, const Shape& shape, const Options& options)
-      : kernels(kernels_for(options)), walk(tables, shape), shape(shape), options(options) {}
+      : kernels(kernels_for(options)), walk(tables, shape, kernels.pad), shape(shape), options(options) {}
+
+  // Features of a token in packed arrays.
+  int64_t features() const { return round_up(shape.head_size, kernels.pad); }
 
   Packed by_token(const Tensor& tensor) const { return packed(kernels.pack_by_token, tensor); }
   Packed by_feature(const Tensor& tensor) const { return packed(kernels.pack_by_feature, tensor); }
   Packed statistics(const Tensor& tensor) const {
-    return Packed(pack_statistics, sizeof(float), tensor, sizeof(float), walk, shape, options.threads);
+    return Packed(kernels.pack_statistics, sizeof(float), tensor, sizeof(float), walk, shape, options.threads);
   }
 
   Tokens rows(int64_t tile, const Tensor& tensor, int64_t head) const {
@@ -286,8 +316,7 @@ struct Pass {
 
  private:
   Packed packed(Packed::Pack pack, const Tensor& tensor) const {
-    const int64_t token_bytes = round_up(shape.head_size, kPad) * kernels.element_bytes;
-    return Packed(pack, token_bytes, tensor, kernels.element_bytes, walk, shape, options.threads);
+    return Packed(pack, features() * kernels.element_bytes, tensor, kernels.element_bytes, walk, shape, options.threads);
   }
 };
 
@@ -295,10 +324,10 @@ struct Pass {
 class Sums {
  public:
   explicit Sums(const Pass& pass)
-      : pass_(pass), features_(round_up(pass.shape.head_size, kPad)), heads_(pass.shape.batch * pass.shape.heads),
+      : pass_(pass), features_(pass.features()), heads_(pass.shape.batch * pass.shape.heads),
         buffer_(heads_ * pass.walk.packed_tokens() * features_ * sizeof(float)) {
     for_each_tile([&](float* sums, int64_t, int64_t tile) {
-      std::fill_n(sums, pass_.walk.column_tile(tile).count * features_, 0.0f);
+      std::fill_n(sums, round_up(pass_.walk.column_tile(tile).count, pass_.kernels.pad) * features_, 0.0f);
     });
   }
 
@@ -310,7 +339,7 @@ class Sums {
   void write(const Tensor& tensor, float factor) const {
     for_each_tile([&](float* sums, int64_t head, int64_t tile) {
       const Tokens tokens = pass_.walk.columns(tile, tensor, pass_.shape, head, pass_.kernels.element_bytes);
-      pass_.kernels.write_rows(sums, factor, tokens, pass_.shape.head_size);
+      pass_.kernels.write_gradients(sums, factor, tokens, pass_.shape.head_size);
     });
   }
 
