@@ -52,19 +52,23 @@ void pack_by_token(const Tokens& tokens, int64_t head_size, char* packed) {
 template <class Type>
 void pack_by_feature(const Tokens& tokens, int64_t head_size, char* packed) {
   using Element = typename Type::Element;
+  constexpr int kPairs = Type::kPairs;
   const int64_t width = round_up(head_size, kPad), depth = round_up(tokens.count, kPad);
   Element* to = reinterpret_cast<Element*>(packed);
   for (int64_t first = 0; first < width; first += kLanes * kVectors) {
     const int64_t panel = panel_width(first, width);
-    for (int64_t token = 0; token < depth; ++token) {
-      const Element* from = token < tokens.count ? row_of<Element>(tokens, token) : nullptr;
-      const int64_t step = token / Type::kPairs, half = token % Type::kPairs;
-      for (int64_t lane = 0; lane < panel; ++lane) {
-        const int64_t d = first + lane;
-        to[(step * panel + lane) * Type::kPairs + half] = from && d < head_size ? from[d] : Element(0);
-      }
+    const int64_t here = head_size - first < panel ? head_size - first : panel;
+    for (int64_t token = 0; token < depth; token += kPairs, to += panel * kPairs) {
+      if (here < panel || token + kPairs > tokens.count) std::memset(to, 0, panel * kPairs * sizeof(Element));
+      const Element* from[kPairs];
+      for (int half = 0; half < kPairs; ++half)
+        from[half] = token + half < tokens.count ? row_of<Element>(tokens, token + half) + first : nullptr;
+      if (from[kPairs - 1])
+        for (int64_t lane = 0; lane < here; ++lane)
+          for (int half = 0; half < kPairs; ++half) to[lane * kPairs + half] = from[half][lane];
+      else if (from[0])
+        for (int64_t lane = 0; lane < here; ++lane) to[lane * kPairs] = from[0][lane];
     }
-    to += panel * depth;
   }
 }
 
