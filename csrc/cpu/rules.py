@@ -30,8 +30,8 @@ SHARED = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-
 def rules(target: Path, main: str, flags: str, link: str, includes: Sequence[str] = ()) -> str:
     """Return the ninja file that builds `target` from the source `main`, block_sparse_attention.cpp and the kernels.
 
-    `flags` are for the compiler and the linker, `link` for the linker alone. With EMULATE_TILES among the flags there are
-    only the kernels in tiles, emulated, and the baseline.
+    `flags` are for the compiler and the linker, `link` for the linker alone. With EMULATE_TILES among the flags there
+    are only the kernels in tiles, emulated, and the baseline.
     """
     source = Path(__file__).parent.absolute()
     lines = [

@@ -180,26 +180,31 @@ class Softmax {
     sum_ = load(sums_);
   }
 
-  SVGGT_INLINE void operator()() {
-    for (int64_t i = 0; i < units_ && row_ < kRows; ++i) step();
-  }
+  SVGGT_INLINE void operator()() { make(units_); }
 
-  SVGGT_INLINE void finish() {
-    while (row_ < kRows) step();
-  }
+  SVGGT_INLINE void finish() { make(kRows * kMostColumns); }
 
  private:
-  SVGGT_INLINE void step() {
-    const float* const from = scores_ + row_ * kScoresStride + column_;
-    const Floats factor = splat(factor_), most = splat(most_[row_]);
-    const Floats first = weight(load(from) * factor - most), second = weight(load(from + kLanes) * factor - most);
-    sum_ += first + second;
-    store_pair(weights_ + row_ * kWeightsStride + column_, first, second);
-    column_ += 2 * kLanes;
-    if (column_ < width_) return;
-    store(sums_ + row_ * kLanes, sum_);
-    column_ = 0;
-    if (++row_ < kRows) sum_ = load(sums_ + row_ * kLanes);
+  SVGGT_INLINE void make(int64_t units) {
+    while (units > 0 && row_ < kRows) {
+      const float* const from = scores_ + row_ * kScoresStride;
+      Element* const to = weights_ + row_ * kWeightsStride;
+      const Floats factor = splat(factor_), most = splat(most_[row_]);
+      const int64_t stop = column_ + units * kRows, end = stop < width_ ? stop : width_;
+      units -= (end - column_) / kRows;
+      Floats sum = sum_;
+      for (int64_t j = column_; j < end; j += 2 * kLanes) {
+        const Floats first = weight(load(from + j) * factor - most);
+        const Floats second = weight(load(from + j + kLanes) * factor - most);
+        sum += first + second;
+        store_pair(to + j, first, second);
+      }
+      sum_ = sum, column_ = end;
+      if (end < width_) continue;
+      store(sums_ + row_ * kLanes, sum);
+      column_ = 0;
+      if (++row_ < kRows) sum_ = load(sums_ + row_ * kLanes);
+    }
   }
 
   int64_t units_;
@@ -209,7 +214,7 @@ class Softmax {
   int64_t width_ = 0;
   float factor_ = 0;
   float most_[kRows];
-  Floats sum_ = {};
+  Floats sum_ = {};  // of the row so far
   int64_t row_ = kRows;
   int64_t column_ = 0;
 };
@@ -303,36 +308,38 @@ class Slopes {
     inner_ = inner, factor_ = scale * kLog2E, rows_ = rows, width_ = width, row_ = 0, column_ = 0;
   }
 
-  SVGGT_INLINE void operator()() {
-    for (int64_t i = 0; i < units_ && row_ < kRows; ++i) step();
-  }
+  SVGGT_INLINE void operator()() { make(units_); }
 
-  SVGGT_INLINE void finish() {
-    while (row_ < kRows) step();
-  }
+  SVGGT_INLINE void finish() { make(kRows * kMostColumns); }
 
  private:
-  SVGGT_INLINE void step() {
+  SVGGT_INLINE void make(int64_t units) {
+    while (units > 0 && row_ < kRows) {
+      const int64_t stop = column_ + units * 2 * kLanes, end = stop < width_ ? stop : width_;
+      units -= (end - column_) / (2 * kLanes);
+      for (int64_t j = column_; j < end; j += 2 * kLanes) step(row_, j);
+      column_ = end;
+      if (end == width_) column_ = 0, row_ += 2;
+    }
+  }
+
+  SVGGT_INLINE void step(int64_t row, int64_t column) {
+    const Floats factor = splat(factor_);
     Floats slopes[2][2];
     for (int i = 0; i < 2; ++i) {
-      const int64_t place = (row_ + i) * kScoresStride + column_;
+      const int64_t place = (row + i) * kScoresStride + column, to = (row + i) * kWeightsStride + column;
       Floats weights[2];
       for (int j = 0; j < 2; ++j) {
-        const int64_t column = column_ + j * kLanes;
-        const Floats lse = load(lse_ + column) * splat(kLog2E);
-        weights[j] = weight(load(scores_ + place + j * kLanes) * splat(factor_) - lse);
-        slopes[i][j] = row_ + i < rows_ ? weights[j] * (load(products_ + place + j * kLanes) - load(inner_ + column))
-                                        : Floats{};
+        const Floats lse = load(lse_ + column + j * kLanes) * splat(kLog2E);
+        const Floats inner = load(inner_ + column + j * kLanes);
+        weights[j] = weight(load(scores_ + place + j * kLanes) * factor - lse);
+        slopes[i][j] = row + i < rows_ ? weights[j] * (load(products_ + place + j * kLanes) - inner) : Floats{};
       }
-      store_pair(weights_ + (row_ + i) * kWeightsStride + column_, weights[0], weights[1]);
-      store_pair(slopes_ + (row_ + i) * kWeightsStride + column_, slopes[i][0], slopes[i][1]);
+      store_pair(weights_ + to, weights[0], weights[1]);
+      store_pair(slopes_ + to, slopes[i][0], slopes[i][1]);
     }
     for (int j = 0; j < 2; ++j)
-      store_across(across_ + row_ * kScoresStride + 2 * (column_ + j * kLanes), slopes[0][j], slopes[1][j]);
-    column_ += 2 * kLanes;
-    if (column_ < width_) return;
-    column_ = 0;
-    row_ += 2;
+      store_across(across_ + row * kScoresStride + 2 * (column + j * kLanes), slopes[0][j], slopes[1][j]);
   }
 
   int64_t units_;
