@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -26,23 +28,27 @@
 
 namespace svggt {
 
+#if defined(SVGGT_HAS_BASELINE)
 namespace baseline {
 extern const Kernels float32;
 }
-#if defined(SVGGT_EMULATE_TILES)
-namespace amx_bf16 {
-extern const Kernels bfloat16;
-}
-#elif defined(__x86_64__)
-namespace amx_bf16 {
-extern const Kernels bfloat16;
-}
+#endif
+#if defined(SVGGT_HAS_AVX2)
 namespace avx2 {
 extern const Kernels float32;
 }
+#endif
+#if defined(SVGGT_HAS_AVX512)
 namespace avx512 {
 extern const Kernels float32;
 }
+#endif
+#if defined(SVGGT_HAS_AMX_BF16)
+namespace amx_bf16 {
+extern const Kernels bfloat16;
+}
+#endif
+#if defined(SVGGT_HAS_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Kernels float32;
 extern const Kernels bfloat16;
@@ -58,42 +64,65 @@ struct InstructionSet {
   const Kernels* bfloat16;
 };
 
-#if defined(__x86_64__) && !defined(SVGGT_EMULATE_TILES)
+#if defined(__x86_64__)
+// And AVX-512-BF16, which the kernels use beside it.
 bool has_amx() {
   unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
-  return (edx & kBFloat16) && (edx & kTiles);
+  constexpr unsigned kTileBFloat16 = 1u << 22, kTiles = 1u << 24, kVectorBFloat16 = 1u << 5;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTileBFloat16) && (edx & kTiles) &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kVectorBFloat16);
 }
-
-// Linux keeps tiles from a process until it asks for them: they make the state of every thread larger.
-bool may_use_tiles() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
-  return false;
+bool has_amx() { return false; }
 #endif
+
+// Linux keeps tile registers from a process until it asks for them, as they make the state of every thread larger; what a
+// process may use, its children may. The first call asks.
+const std::string& why_no_tiles() {
+  static const std::string why = [] {
+    if (!has_amx()) return std::string("this CPU has none");
+#if !defined(SVGGT_HAS_AMX_BF16)
+    return std::string("the compiler that built the kernels does not know them (GCC does from version 11 on)");
+#elif defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return std::string();
+    return std::string("the system refused them to this process: ") + std::strerror(errno);
+#else
+    return std::string("they are used on Linux only");
+#endif
+  }();
+  return why;
 }
-#endif
 
 const std::vector<InstructionSet>& known() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
 #if defined(SVGGT_EMULATE_TILES)
-    found.push_back({"amx_bf16", true, &baseline::float32, &amx_bf16::bfloat16});
+    found.push_back({"amx_bf16", true, nullptr, &amx_bf16::bfloat16});
 #elif defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                             __builtin_cpu_supports("avx512vl");
+#if defined(SVGGT_HAS_AVX512_BF16)
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    found.push_back({"amx_bf16", has_bf16 && has_amx() && may_use_tiles(), &avx512_bf16::float32, &amx_bf16::bfloat16});
+#if defined(SVGGT_HAS_AMX_BF16)
+    const bool has_tiles = has_bf16 && why_no_tiles().empty();
+    found.push_back({"amx_bf16", has_tiles, &avx512_bf16::float32, &amx_bf16::bfloat16});
+#endif
     found.push_back({"avx512_bf16", has_bf16, &avx512_bf16::float32, &avx512_bf16::bfloat16});
+#endif
+#if defined(SVGGT_HAS_AVX512)
     found.push_back({"avx512", has_avx512, &avx512::float32, nullptr});
+#endif
+#if defined(SVGGT_HAS_AVX2)
     found.push_back({"avx2", has_avx2, &avx2::float32, nullptr});
 #endif
+#endif
+#if defined(SVGGT_HAS_BASELINE)
     found.push_back({"baseline", true, &baseline::float32, nullptr});
+#endif
     return found;
   }();
   return sets;
@@ -367,6 +396,8 @@ std::vector<std::string> instruction_sets() {
     if (set.runs_here) names.emplace_back(set.name);
   return names;
 }
+
+std::string why_amx_is_unused() { return has_amx() ? why_no_tiles() : std::string(); }
 
 bool supports(const std::string& instruction_set, Dtype dtype) { return find(instruction_set, dtype) != nullptr; }
 

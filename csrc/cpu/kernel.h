@@ -1,5 +1,5 @@
-// What the build of kernel.cpp or tiles.cpp for one instruction set offers to block_sparse_attention.cpp. Plain data only: code in a
-// header would be compiled for every instruction set, and the linker would keep one copy for all of them.
+// What the build of kernel.cpp or tiles.cpp for one instruction set offers to block_sparse_attention.cpp. Plain data only:
+// code in a header would be compiled for every instruction set, and the linker would keep one copy for all of them.
 #pragma once
 
 #include <cstdint>

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-# What kernel.cpp is compiled for; the program chooses among them where it runs.
+# What the kernels are compiled for, as far as the compiler knows it; the program chooses among them where it runs.
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -20,7 +22,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 # A build for tests: what is written in tiles, on any CPU.
 EMULATE_TILES = "-DSVGGT_EMULATE_TILES"
-EMULATED = {"baseline": "", "amx_bf16": ""}
+EMULATED = {"amx_bf16": ""}
 
 # GCC 12 takes the undefined operand inside its own intrinsics for a mistake.
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
@@ -31,11 +33,17 @@ def rules(target: Path, main: str, flags: str, link: str, includes: Sequence[str
     """Return the ninja file that builds `target` from the source `main`, block_sparse_attention.cpp and the kernels.
 
     `flags` are for the compiler and the linker, `link` for the linker alone. With EMULATE_TILES among the flags there
-    are only the kernels in tiles, emulated, and the baseline.
+    are only the kernels in tiles, emulated. An instruction set that the compiler does not know is
+    left out; block_sparse_attention.cpp learns by SVGGT_HAS_... which ones there are.
+
+    Raises:
+        OSError: There is no compiler.
     """
     source = Path(__file__).parent.absolute()
+    compiler = os.environ.get("CXX", "c++")
+    sets = EMULATED if EMULATE_TILES in flags else {k: v for k, v in INSTRUCTION_SETS.items() if _knows(compiler, v)}
     lines = [
-        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"cxx = {compiler}",
         f"cflags = -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -pthread {WARNINGS} {flags} "
         + " ".join(f"-isystem {path}" for path in includes),
         "rule compile",
@@ -48,7 +56,8 @@ def rules(target: Path, main: str, flags: str, link: str, includes: Sequence[str
     for name in (main, "block_sparse_attention.cpp"):
         objects.append(name.replace(".cpp", ".o"))
         lines.append(f"build {objects[-1]}: compile {source / name}")
-    for name, instructions in (EMULATED if EMULATE_TILES in flags else INSTRUCTION_SETS).items():
+    lines.append("  flags = " + " ".join(f"-DSVGGT_HAS_{name.upper()}" for name in sets))
+    for name, instructions in sets.items():
         objects.append(f"kernel_{name}.o")
         lines += [
             f"build {objects[-1]}: compile {source / ('tiles.cpp' if name == 'amx_bf16' else 'kernel.cpp')}",
@@ -56,3 +65,9 @@ def rules(target: Path, main: str, flags: str, link: str, includes: Sequence[str
         ]
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}"]
     return "\n".join(lines) + "\n"
+
+
+def _knows(compiler: str, flags: str) -> bool:
+    """Return whether the compiler takes the flags: GCC takes those of bfloat16 from 10 on, those of AMX from 11 on."""
+    command = [*shlex.split(compiler), *flags.split(), "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0

@@ -13,19 +13,19 @@
 
 namespace svggt::SVGGT_ISA {
 
+// kRows: rows that one product takes at once; row tiles are padded to a multiple of it. kPad: tokens and features of packed
+// arrays are padded with zeros to a multiple of it. kLanes * kVectors: columns of a panel of a packed array.
 #if defined(SVGGT_TILES)
-constexpr int kLanes = 16;
-constexpr int kVectors = 4;
 constexpr int64_t kRows = 32;
 constexpr int64_t kPad = 32;
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;
 #else
-// Rows that one product takes at once; row tiles are padded to a multiple of it.
 constexpr int64_t kRows = 6;
-// Tokens and features of packed arrays are padded with zeros to a multiple of this.
 constexpr int64_t kPad = 16;
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kVectors = 4;  // of a row that a product holds: kRows * kVectors accumulators in 32 registers
+constexpr int kVectors = 4;  // kRows * kVectors accumulators in 32 registers
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kVectors = 2;

@@ -25,7 +25,12 @@ constexpr int64_t kScoresStride = kMostColumns + kTile;
 constexpr int64_t kWeightsStride = kMostColumns + kTileDepth;
 static_assert(kRows == 2 * kTile && kPad == kTileDepth && kMostRows % kRows == 0);
 
-#define SVGGT_INLINE inline __attribute__((always_inline))
+#if defined(SVGGT_EMULATE_TILES)
+#define SVGGT_ALWAYS_INLINE  // left to the compiler: tests need no speed but to be compiled soon
+#else
+#define SVGGT_ALWAYS_INLINE __attribute__((always_inline))
+#endif
+#define SVGGT_INLINE inline SVGGT_ALWAYS_INLINE
 
 struct Nothing {
   void operator()() const {}
@@ -257,7 +262,7 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   }
   Block *next = &blocks[0], *last = &blocks[1];
   Softmax softmax(features);
-  const auto add_values = [&](const Block& block, auto& beside) __attribute__((always_inline)) {
+  const auto add_values = [&](const Block& block, auto& beside) SVGGT_ALWAYS_INLINE {
     if (!block.values) return;
     multiply(block.weights, kWeightsStride, block.values, block.width, features, product, features, beside);
     accumulate(product, block.rescale, block.out, features);
@@ -405,7 +410,7 @@ void backward(const RowTile& tile, const Columns& columns, int64_t head_size, fl
         by_feature[i] = reinterpret_cast<const Element*>(columns.by_feature[i]) + column.offset * features;
       }
       // Slopes times queries and weights times dO.
-      const auto add_results = [&](const Block& block, auto& beside) __attribute__((always_inline)) {
+      const auto add_results = [&](const Block& block, auto& beside) SVGGT_ALWAYS_INLINE {
         const Element* const left[2] = {block.slopes, block.weights};
         for (int i = 0; i < 2; ++i) {
           multiply(left[i], kWeightsStride, by_feature[i], width, features, product, features, beside);

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "simd.h"
+
 namespace svggt::SVGGT_ISA {
 
 constexpr int64_t kTile = 16;       // rows of a tile, and float32 columns
@@ -13,9 +15,11 @@ constexpr int64_t kTileDepth = 32;  // bfloat16 columns: as far as one product s
 
 #if defined(SVGGT_EMULATE_TILES)
 
+static_assert(kLanes == kTile);
+
 struct EmulatedTiles {
   bool configured = false;
-  alignas(64) unsigned char rows[8][kTile][64];
+  Ints rows[8][kTile];
 };
 
 inline EmulatedTiles& emulated() {
@@ -23,22 +27,28 @@ inline EmulatedTiles& emulated() {
   return tiles;
 }
 
-// As a CPU would refuse.
-inline EmulatedTiles& configured() {
+// The rows of a tile, if there are tiles now: a CPU would refuse, too.
+inline Ints* emulated_rows(int tile) {
   if (!emulated().configured) std::abort();
-  return emulated();
+  return emulated().rows[tile];
 }
 
-inline float emulated_element(int tile, int64_t row, int64_t column) {
-  const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<uint16_t*>(emulated().rows[tile][row])[column]) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
+inline void emulated_multiply_add(int sums, int left, int right) {
+  Ints* const to = emulated_rows(sums);
+  for (int64_t i = 0; i < kTile; ++i) {
+    Floats sum = (Floats)to[i];
+    for (int64_t k = 0; k < kTile; ++k) {  // pairs: the even element in the low half, the odd one in the high half
+      const Ints a = Ints{} + emulated_rows(left)[i][k], b = emulated_rows(right)[k];
+      sum += (Floats)(a << 16) * (Floats)(b << 16);
+      sum += (Floats)(a & 0xffff0000u) * (Floats)(b & 0xffff0000u);
+    }
+    to[i] = (Ints)sum;
+  }
 }
 
 #endif
 
-// Lets a thread use tiles as long as it lives.
+// Lets the thread that makes it use tiles as long as it lives. Nothing between may call what uses tiles itself.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -68,7 +78,7 @@ class TileRegisters {
 template <int kTo>
 inline void tile_zero() {
 #if defined(SVGGT_EMULATE_TILES)
-  std::memset(configured().rows[kTo], 0, sizeof(configured().rows[kTo]));
+  std::memset(emulated_rows(kTo), 0, sizeof(Ints) * kTile);
 #else
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTo));
 #endif
@@ -79,7 +89,7 @@ template <int kTo>
 inline void tile_load(const void* from, int64_t stride) {
 #if defined(SVGGT_EMULATE_TILES)
   for (int64_t i = 0; i < kTile; ++i)
-    std::memcpy(configured().rows[kTo][i], static_cast<const char*>(from) + i * stride, 64);
+    std::memcpy(emulated_rows(kTo) + i, static_cast<const char*>(from) + i * stride, sizeof(Ints));
 #else
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTo) : "memory");
 #endif
@@ -89,7 +99,7 @@ template <int kFrom>
 inline void tile_store(void* to, int64_t stride) {
 #if defined(SVGGT_EMULATE_TILES)
   for (int64_t i = 0; i < kTile; ++i)
-    std::memcpy(static_cast<char*>(to) + i * stride, configured().rows[kFrom][i], 64);
+    std::memcpy(static_cast<char*>(to) + i * stride, emulated_rows(kFrom) + i, sizeof(Ints));
 #else
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kFrom) : "memory");
 #endif
@@ -99,17 +109,7 @@ inline void tile_store(void* to, int64_t stride) {
 template <int kSums, int kLeft, int kRight>
 inline void tile_multiply_add() {
 #if defined(SVGGT_EMULATE_TILES)
-  float left[kTile][kTileDepth], right[kTileDepth][kTile];
-  for (int64_t i = 0; i < kTile; ++i)
-    for (int64_t k = 0; k < kTileDepth; ++k) {
-      left[i][k] = emulated_element(kLeft, i, k);
-      right[k][i] = emulated_element(kRight, k / 2, 2 * i + k % 2);
-    }
-  for (int64_t i = 0; i < kTile; ++i) {
-    float* const sums = reinterpret_cast<float*>(configured().rows[kSums][i]);
-    for (int64_t k = 0; k < kTileDepth; ++k)
-      for (int64_t j = 0; j < kTile; ++j) sums[j] += left[i][k] * right[k][j];
-  }
+  emulated_multiply_add(kSums, kLeft, kRight);
 #else
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 #endif
