@@ -34,8 +34,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SOURCE)
-        from rules import EMULATE_TILES, SHARED, rules
-    (folder / "build.ninja").write_text(rules(target, "bindings.cpp", f"-O1 {EMULATE_TILES}", SHARED, INCLUDES))
+        from rules import EMULATED_TILES, SHARED, rules
+    (folder / "build.ninja").write_text(rules(target, "bindings.cpp", "-O1", SHARED, INCLUDES, EMULATED_TILES))
     build = subprocess.run([Path(ninja.BIN_DIR, "ninja")], cwd=folder, capture_output=True, text=True)
     assert build.returncode == 0, build.stdout
     spec = importlib.util.spec_from_file_location("_native", target)

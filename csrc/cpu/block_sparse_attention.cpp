@@ -99,7 +99,8 @@ const std::vector<InstructionSet>& known() {
     std::vector<InstructionSet> found;
 #if defined(SVGGT_EMULATE_TILES)
     found.push_back({"amx_bf16", true, nullptr, &amx_bf16::bfloat16});
-#elif defined(__x86_64__)
+#endif
+#if defined(__x86_64__)
     __builtin_cpu_init();
     [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
@@ -107,7 +108,7 @@ const std::vector<InstructionSet>& known() {
                                              __builtin_cpu_supports("avx512vl");
 #if defined(SVGGT_HAS_AVX512_BF16)
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-#if defined(SVGGT_HAS_AMX_BF16)
+#if defined(SVGGT_HAS_AMX_BF16) && !defined(SVGGT_EMULATE_TILES)
     const bool has_tiles = has_bf16 && why_no_tiles().empty();
     found.push_back({"amx_bf16", has_tiles, &avx512_bf16::float32, &amx_bf16::bfloat16});
 #endif

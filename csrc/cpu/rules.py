@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
@@ -20,28 +20,34 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512_bf16": f"{AVX512} -mavx512bf16",
         "amx_bf16": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
     }
-# A build for tests: what is written in tiles, on any CPU.
-EMULATE_TILES = "-DSVGGT_EMULATE_TILES"
-EMULATED = {"amx_bf16": ""}
+# For tests, what is written in tiles on any CPU.
+EMULATED_TILES = {"amx_bf16": "-DSVGGT_EMULATE_TILES"}
 
 # GCC 12 takes the undefined operand inside its own intrinsics for a mistake.
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
 SHARED = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
 
 
-def rules(target: Path, main: str, flags: str, link: str, includes: Sequence[str] = ()) -> str:
+def rules(
+    target: Path,
+    main: str,
+    flags: str,
+    link: str,
+    includes: Sequence[str] = (),
+    sets: Mapping[str, str] = INSTRUCTION_SETS,
+) -> str:
     """Return the ninja file that builds `target` from the source `main`, block_sparse_attention.cpp and the kernels.
 
-    `flags` are for the compiler and the linker, `link` for the linker alone. With EMULATE_TILES among the flags there
-    are only the kernels in tiles, emulated. An instruction set that the compiler does not know is
-    left out; block_sparse_attention.cpp learns by SVGGT_HAS_... which ones there are.
+    `flags` are for the compiler and the linker, `link` for the linker alone. `sets` are instruction sets and their
+    flags; one that the compiler does not know is left out. block_sparse_attention.cpp learns by SVGGT_HAS_... which
+    ones there are.
 
     Raises:
         OSError: There is no compiler.
     """
     source = Path(__file__).parent.absolute()
     compiler = os.environ.get("CXX", "c++")
-    sets = EMULATED if EMULATE_TILES in flags else {k: v for k, v in INSTRUCTION_SETS.items() if _knows(compiler, v)}
+    known = {name: instructions for name, instructions in sets.items() if _knows(compiler, instructions)}
     lines = [
         f"cxx = {compiler}",
         f"cflags = -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -pthread {WARNINGS} {flags} "
@@ -56,8 +62,11 @@ def rules(target: Path, main: str, flags: str, link: str, includes: Sequence[str
     for name in (main, "block_sparse_attention.cpp"):
         objects.append(name.replace(".cpp", ".o"))
         lines.append(f"build {objects[-1]}: compile {source / name}")
-    lines.append("  flags = " + " ".join(f"-DSVGGT_HAS_{name.upper()}" for name in sets))
-    for name, instructions in sets.items():
+    present = [f"-DSVGGT_HAS_{name.upper()}" for name in known]
+    if known.items() >= EMULATED_TILES.items():
+        present.extend(EMULATED_TILES.values())
+    lines.append(f"  flags = {' '.join(present)}")
+    for name, instructions in known.items():
         objects.append(f"kernel_{name}.o")
         lines += [
             f"build {objects[-1]}: compile {source / ('tiles.cpp' if name == 'amx_bf16' else 'kernel.cpp')}",
