@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, backends
-from svggt_kernels.backends import sdpa
+from svggt_kernels.backends import cpu, sdpa
 from svggt_kernels.cli import check, compare, comparison, demo, layout, main, models, options
 from svggt_kernels.toy import ToyMultiViewTransformer
 
@@ -129,6 +129,27 @@ class TestInfo:
         assert found["versions"]["torch"] == torch.__version__
         assert found["backends"]["cpu"]["sdpa"] == {"float16": None, "bfloat16": None, "float32": None}
         assert isinstance(found["backends"]["cpu"]["triton"]["float32"], str)
+
+    def test_names_the_instruction_set_and_why_not_a_better_one(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(cpu, "unsupported", lambda *kind: None)
+        monkeypatch.setattr(cpu, "instruction_set", lambda: "avx512_bf16")
+        monkeypatch.setattr(cpu, "passed_over", lambda: {"amx_bf16": "the system refused them"})
+        assert main(["info", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["instruction_sets"] == {"avx512_bf16": None, "amx_bf16": "the system refused them"}
+        assert main(["info"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["avx512_bf16", "used"] in lines
+        assert "amx_bf16 not used: the system refused them".split() in lines
+
+    def test_names_no_instruction_set_where_the_cpu_backend_is_missing(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(cpu, "unsupported", lambda *kind: "it was not built")
+        assert main(["info", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["instruction_sets"] == {}
 
 
 class TestCheck:

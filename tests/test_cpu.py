@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from layouts import random_layout
@@ -139,6 +141,13 @@ def test_tables_that_do_not_fit_are_refused():
             bad[i].view(-1)[0] = value
             with pytest.raises(ValueError, match="the tables of a layout must fit it"):
                 cpu.forward(q, q, q, bad, 1.0, False)
+
+
+def test_says_why_amx_is_unused(monkeypatch: pytest.MonkeyPatch):
+    used = NATIVE.why_amx_is_unused() == ""
+    assert used or "amx_bf16" not in NATIVE.instruction_sets()
+    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(why_amx_is_unused=lambda: "the system refused"))
+    assert cpu.passed_over() == {"amx_bf16": "the system refused"}
 
 
 def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,21 @@ def test_wheel_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     note = "svggt_kernels/backends/cpu/not_built.txt"
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected_in_wheel() | {note}
     assert "it needs a C++17 compiler" in wheel.read(note).decode()
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler, {COMPILER} is not there")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86")
+def test_a_compiler_that_does_not_know_amx_builds_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old = tmp_path / "old"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1; esac\nexec {COMPILER} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.syspath_prepend(ROOT / "csrc" / "cpu")
+    from rules import rules
+
+    monkeypatch.setenv("CXX", str(old))
+    without = rules(tmp_path / "target", "bindings.cpp", "", "")
+    assert "SVGGT_HAS_AMX_BF16" not in without and "tiles.cpp" not in without
+    assert "SVGGT_HAS_AVX512 " in without and "-DSVGGT_ISA=avx512 " in without
 
 
 def test_modules_are_of_readable_length():

@@ -18,6 +18,7 @@ from doubles import BAND, FAMILY, Double, MaskedAttention, images, sparse, token
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, Patch, patch
+from svggt_kernels.backends import cpu
 from svggt_kernels.models import RECORDS
 from svggt_kernels.toy import ToyMultiViewTransformer
 
@@ -189,6 +190,17 @@ def test_report(double: Double):
         "not triton",
     ):
         assert fact in text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_report_says_why_a_better_instruction_set_is_unused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    if why := cpu.unsupported(torch.device("cpu"), dtype, 64):
+        pytest.skip(why)
+    monkeypatch.setattr(cpu, "passed_over", lambda: {"amx_bf16": "the system refused them"})
+    model = FAMILY["vggt"].create(dtype)
+    handle = patch(model, covisibility=BAND, backend="cpu")
+    model(images(dtype=dtype))
+    assert ("not amx_bf16: the system refused them" in str(handle.report())) == (dtype == torch.bfloat16)
 
 
 def test_named_backend():

@@ -45,6 +45,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("MOST_ROWS") = svggt::kMostRows;
   module.attr("MOST_COLUMNS") = svggt::kMostColumns;
   module.def("instruction_sets", &svggt::instruction_sets);
+  module.def("why_amx_is_unused", &svggt::why_amx_is_unused);
   module.def("has_bfloat16", [](const std::string& set) { return svggt::supports(set, svggt::Dtype::bfloat16); });
   module.def("forward", [](const TensorTuple& q, const TensorTuple& k, const TensorTuple& v, const TensorTuple& out,
                            const TensorTuple& lse, const WalkTuple& tables, const ShapeTuple& sizes, float scale,

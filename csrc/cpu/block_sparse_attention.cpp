@@ -4,10 +4,17 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -21,16 +28,27 @@
 
 namespace svggt {
 
+#if defined(SVGGT_HAS_BASELINE)
 namespace baseline {
 extern const Kernels float32;
 }
-#if defined(__x86_64__)
+#endif
+#if defined(SVGGT_HAS_AVX2)
 namespace avx2 {
 extern const Kernels float32;
 }
+#endif
+#if defined(SVGGT_HAS_AVX512)
 namespace avx512 {
 extern const Kernels float32;
 }
+#endif
+#if defined(SVGGT_HAS_AMX_BF16)
+namespace amx_bf16 {
+extern const Kernels bfloat16;
+}
+#endif
+#if defined(SVGGT_HAS_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Kernels float32;
 extern const Kernels bfloat16;
@@ -46,20 +64,66 @@ struct InstructionSet {
   const Kernels* bfloat16;
 };
 
+#if defined(__x86_64__)
+// And AVX-512-BF16, which the kernels use beside it.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kTileBFloat16 = 1u << 22, kTiles = 1u << 24, kVectorBFloat16 = 1u << 5;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTileBFloat16) && (edx & kTiles) &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kVectorBFloat16);
+}
+#else
+bool has_amx() { return false; }
+#endif
+
+// Linux keeps tile registers from a process until it asks for them, as they make the state of every thread larger; what a
+// process may use, its children may. The first call asks.
+const std::string& why_no_tiles() {
+  static const std::string why = [] {
+    if (!has_amx()) return std::string("this CPU has none");
+#if !defined(SVGGT_HAS_AMX_BF16)
+    return std::string("the compiler that built the kernels does not know them (GCC does from version 11 on)");
+#elif defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return std::string();
+    return std::string("the system refused them to this process: ") + std::strerror(errno);
+#else
+    return std::string("they are used on Linux only");
+#endif
+  }();
+  return why;
+}
+
 const std::vector<InstructionSet>& known() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
+#if defined(SVGGT_EMULATE_TILES)
+    found.push_back({"amx_bf16", true, nullptr, &amx_bf16::bfloat16});
+#endif
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                             __builtin_cpu_supports("avx512vl");
+#if defined(SVGGT_HAS_AVX512_BF16)
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(SVGGT_HAS_AMX_BF16) && !defined(SVGGT_EMULATE_TILES)
+    const bool has_tiles = has_bf16 && why_no_tiles().empty();
+    found.push_back({"amx_bf16", has_tiles, &avx512_bf16::float32, &amx_bf16::bfloat16});
+#endif
     found.push_back({"avx512_bf16", has_bf16, &avx512_bf16::float32, &avx512_bf16::bfloat16});
+#endif
+#if defined(SVGGT_HAS_AVX512)
     found.push_back({"avx512", has_avx512, &avx512::float32, nullptr});
+#endif
+#if defined(SVGGT_HAS_AVX2)
     found.push_back({"avx2", has_avx2, &avx2::float32, nullptr});
 #endif
+#endif
+#if defined(SVGGT_HAS_BASELINE)
     found.push_back({"baseline", true, &baseline::float32, nullptr});
+#endif
     return found;
   }();
   return sets;
@@ -132,7 +196,7 @@ void require(bool holds, const char* what) {
 // The tables as the kernels read them, after every index in them was checked.
 class CheckedWalk {
  public:
-  CheckedWalk(const Walk& walk, const Shape& shape) : walk_(walk) {
+  CheckedWalk(const Walk& walk, const Shape& shape, int64_t pad) : walk_(walk) {
     require(walk.row_tiles.size % 3 == 0 && walk.column_tiles.size % 3 == 0 && walk.runs.size % 2 == 0,
             "row and column tiles have 3 entries each and runs 2");
     require(walk.offsets.size >= 2, "there is at least one group");
@@ -146,7 +210,7 @@ class CheckedWalk {
       require(tile[2] == 0 || tile[2] == 1, "a column tile is dense, 1, or not, 0");
       check_range(tile[0], tile[1], kMostColumns, tile[2] ? walk.dense_columns.size : shape.columns);
       columns_.push_back({offset, tile[1]});
-      offset += round_up(tile[1], kPad);
+      offset += round_up(tile[1], pad);
     }
     packed_tokens_ = offset;
     for (int64_t r = 0; r < num_runs; ++r) {
@@ -243,13 +307,6 @@ class Packed {
   Buffer buffer_;
 };
 
-void pack_statistics(const Tokens& tokens, int64_t, char* packed) {
-  float* to = reinterpret_cast<float*>(packed);
-  const float* from = reinterpret_cast<const float*>(tokens.data);
-  for (int64_t i = 0; i < round_up(tokens.count, kPad); ++i)
-    to[i] = i < tokens.count ? from[tokens.index ? tokens.index[i] : i] : 0;
-}
-
 // What all three functions share: the kernels, the checked tables, and how to pack columns and find rows with them.
 struct Pass {
   const Kernels& kernels;
@@ -258,12 +315,15 @@ struct Pass {
   const Options& options;
 
   Pass(const Walk& tables, const Shape& shape, const Options& options)
-      : kernels(kernels_for(options)), walk(tables, shape), shape(shape), options(options) {}
+      : kernels(kernels_for(options)), walk(tables, shape, kernels.pad), shape(shape), options(options) {}
+
+  // Features of a token in packed arrays.
+  int64_t features() const { return round_up(shape.head_size, kernels.pad); }
 
   Packed by_token(const Tensor& tensor) const { return packed(kernels.pack_by_token, tensor); }
   Packed by_feature(const Tensor& tensor) const { return packed(kernels.pack_by_feature, tensor); }
   Packed statistics(const Tensor& tensor) const {
-    return Packed(pack_statistics, sizeof(float), tensor, sizeof(float), walk, shape, options.threads);
+    return Packed(kernels.pack_statistics, sizeof(float), tensor, sizeof(float), walk, shape, options.threads);
   }
 
   Tokens rows(int64_t tile, const Tensor& tensor, int64_t head) const {
@@ -286,8 +346,7 @@ struct Pass {
 
  private:
   Packed packed(Packed::Pack pack, const Tensor& tensor) const {
-    const int64_t token_bytes = round_up(shape.head_size, kPad) * kernels.element_bytes;
-    return Packed(pack, token_bytes, tensor, kernels.element_bytes, walk, shape, options.threads);
+    return Packed(pack, features() * kernels.element_bytes, tensor, kernels.element_bytes, walk, shape, options.threads);
   }
 };
 
@@ -295,10 +354,10 @@ struct Pass {
 class Sums {
  public:
   explicit Sums(const Pass& pass)
-      : pass_(pass), features_(round_up(pass.shape.head_size, kPad)), heads_(pass.shape.batch * pass.shape.heads),
+      : pass_(pass), features_(pass.features()), heads_(pass.shape.batch * pass.shape.heads),
         buffer_(heads_ * pass.walk.packed_tokens() * features_ * sizeof(float)) {
     for_each_tile([&](float* sums, int64_t, int64_t tile) {
-      std::fill_n(sums, pass_.walk.column_tile(tile).count * features_, 0.0f);
+      std::fill_n(sums, round_up(pass_.walk.column_tile(tile).count, pass_.kernels.pad) * features_, 0.0f);
     });
   }
 
@@ -310,7 +369,7 @@ class Sums {
   void write(const Tensor& tensor, float factor) const {
     for_each_tile([&](float* sums, int64_t head, int64_t tile) {
       const Tokens tokens = pass_.walk.columns(tile, tensor, pass_.shape, head, pass_.kernels.element_bytes);
-      pass_.kernels.write_rows(sums, factor, tokens, pass_.shape.head_size);
+      pass_.kernels.write_gradients(sums, factor, tokens, pass_.shape.head_size);
     });
   }
 
@@ -338,6 +397,8 @@ std::vector<std::string> instruction_sets() {
     if (set.runs_here) names.emplace_back(set.name);
   return names;
 }
+
+std::string why_amx_is_unused() { return has_amx() ? why_no_tiles() : std::string(); }
 
 bool supports(const std::string& instruction_set, Dtype dtype) { return find(instruction_set, dtype) != nullptr; }
 

@@ -45,6 +45,9 @@ struct Walk {
 // Instruction sets that this CPU can run, best first; the last one runs everywhere.
 std::vector<std::string> instruction_sets();
 
+// Why AMX is not used though this CPU has it; empty if it is, or if the CPU has none.
+std::string why_amx_is_unused();
+
 // Whether kernels for a dtype exist for an instruction set.
 bool supports(const std::string& instruction_set, Dtype dtype);
 

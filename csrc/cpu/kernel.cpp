@@ -1,4 +1,4 @@
-// The kernels, compiled once for each instruction set: SVGGT_ISA names it, compiler flags select it.
+// The kernels in vectors, compiled once for each instruction set: SVGGT_ISA names it, compiler flags select it.
 //
 // A tile of rows meets its columns tile by tile. Six rows at a time go through all steps while their scores lie in the
 // first-level cache; the packed columns stay in the second-level cache for all rows of the tile. A product takes rows
@@ -6,103 +6,16 @@
 
 #include <float.h>
 #include <math.h>
-#include <sched.h>
 
 #include <utility>
 
-#include "simd.h"
+#include "operands.h"
 
 namespace svggt::SVGGT_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
 // Slopes are kept for all rows of a tile, so far apart that those of consecutive rows do not share a cache set.
 constexpr int64_t kSlopesStride = kMostColumns + kPad;
-
-template <class T>
-inline T* row_of(const Tokens& tokens, int64_t i) {
-  return reinterpret_cast<T*>(tokens.data) + (tokens.index ? tokens.index[i] : i) * tokens.stride;
-}
-
-// How wide the panel is that starts at `column` of a packed array.
-inline int64_t panel_width(int64_t column, int64_t width) {
-  const int64_t left = width - column;
-  return left < kLanes * kVectors ? left : kLanes * kVectors;
-}
-
-// Packed arrays are cut into panels of up to kLanes * kVectors columns; a panel holds, for each step of kPairs elements
-// along the summed axis, those elements of its first column, of its second, and so on.
-template <class Type>
-void pack_by_token(const Tokens& tokens, int64_t head_size, char* packed) {
-  using Element = typename Type::Element;
-  struct Step {
-    Element elements[Type::kPairs];
-  };
-  const int64_t width = round_up(tokens.count, kPad), steps = round_up(head_size, kPad) / Type::kPairs;
-  const int64_t whole_steps = head_size / Type::kPairs, rest = head_size % Type::kPairs;
-  Step* to = reinterpret_cast<Step*>(packed);
-  for (int64_t first = 0; first < width; first += kLanes * kVectors) {
-    const int64_t panel = panel_width(first, width);
-    for (int64_t lane = 0; lane < panel; ++lane) {
-      const int64_t token = first + lane;
-      int64_t step = 0;
-      if (token < tokens.count) {
-        const Element* from = row_of<Element>(tokens, token);
-        for (; step < whole_steps; ++step)
-          std::memcpy(to + step * panel + lane, from + step * Type::kPairs, sizeof(Step));
-        if (rest) to[step++ * panel + lane] = {from[head_size - 1]};
-      }
-      for (; step < steps; ++step) to[step * panel + lane] = {};
-    }
-    to += panel * steps;
-  }
-}
-
-template <class Type>
-void pack_by_feature(const Tokens& tokens, int64_t head_size, char* packed) {
-  using Element = typename Type::Element;
-  const int64_t width = round_up(head_size, kPad), depth = round_up(tokens.count, kPad);
-  Element* to = reinterpret_cast<Element*>(packed);
-  for (int64_t first = 0; first < width; first += kLanes * kVectors) {
-    const int64_t panel = panel_width(first, width);
-    for (int64_t token = 0; token < depth; ++token) {
-      const Element* from = token < tokens.count ? row_of<Element>(tokens, token) : nullptr;
-      const int64_t step = token / Type::kPairs, half = token % Type::kPairs;
-      for (int64_t lane = 0; lane < panel; ++lane) {
-        const int64_t d = first + lane;
-        to[(step * panel + lane) * Type::kPairs + half] = from && d < head_size ? from[d] : Element(0);
-      }
-    }
-    to += panel * depth;
-  }
-}
-
-// Rows of a tile as products read them, padded with zeros to kRows and kPad.
-template <class Type>
-void copy_rows(const Tokens& tokens, int64_t head_size, typename Type::Element* to) {
-  using Element = typename Type::Element;
-  const int64_t width = round_up(head_size, kPad), rows = round_up(tokens.count, kRows);
-  std::memset(to, 0, rows * width * sizeof(Element));
-  for (int64_t i = 0; i < tokens.count; ++i) {
-    std::memcpy(to + i * width, row_of<Element>(tokens, i), head_size * sizeof(Element));
-  }
-}
-
-// Writes results times a factor.
-template <class Type>
-void write_rows(const float* from, float factor, const Tokens& tokens, int64_t head_size) {
-  using Element = typename Type::Element;
-  const int64_t width = round_up(head_size, kPad);
-  for (int64_t i = 0; i < tokens.count; ++i) {
-    Element* to = row_of<Element>(tokens, i);
-    for (int64_t d = 0; d < head_size; d += kLanes) {
-      Element rounded[kLanes];
-      Type::store(rounded, load(from + i * width + d) * splat(factor));
-      const int64_t left = head_size - d;
-      std::memcpy(to + d, rounded, (left < kLanes ? left : kLanes) * sizeof(Element));
-    }
-  }
-}
 
 // The left operand of a product: element (i, k) lies at i * row + k * step, where a step is kPairs elements of the sum.
 template <class Element>
@@ -183,21 +96,6 @@ inline void hide_padding(float* scores, int64_t count) {
   for (int64_t i = 0; i < kRows; ++i)
     for (int64_t j = count; j < width; ++j) scores[i * kMostColumns + j] = -HUGE_VALF;
 }
-
-// The memory a task works in, cut from one block.
-class Scratch {
- public:
-  explicit Scratch(char* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(memory_);
-    memory_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return taken;
-  }
-
- private:
-  char* memory_;
-};
 
 int64_t scratch_bytes(int64_t head_size) {
   const int64_t tile = kMostRows * round_up(head_size, kPad) * sizeof(float);
@@ -434,13 +332,7 @@ void backward(const RowTile& tile, const Columns& columns, int64_t head_size, fl
       for (int64_t i = 0; i < width; i += kRows)
         multiply<Type>({across + i * Type::kPairs, Type::kPairs, kSlopesStride * Type::kPairs}, keys, depth, features,
                        column_gradients + i * features, features, nullptr);
-      // Tiles of rows add in their order, whichever thread is first, so that sums round in the same way every time.
-      int32_t* turn = columns.turns + t;
-      while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != *ranks) sched_yield();
-      float* sums = columns.gradients + column.offset * features;
-      for (int64_t i = 0; i < column.count * features; i += kLanes)
-        store(sums + i, load(sums + i) + load(column_gradients + i));
-      __atomic_store_n(turn, *ranks++ + 1, __ATOMIC_RELEASE);
+      add_in_turn(columns, t, *ranks++, column_gradients, features);
     }
 
   write_rows<Type>(results[0], scale, tile.results[0], head_size);
@@ -449,8 +341,9 @@ void backward(const RowTile& tile, const Columns& columns, int64_t head_size, fl
 
 template <class Type>
 constexpr Kernels kernels_of() {
-  return {sizeof(typename Type::Element), pack_by_token<Type>, pack_by_feature<Type>, write_rows<Type>, scratch_bytes,
-          forward<Type>,                  backward<Type>};
+  return {kPad,           sizeof(typename Type::Element), pack_by_token<Type>, pack_by_feature<Type>,
+          pack_statistics, scratch_bytes,                 forward<Type>,       backward<Type>,
+          write_rows<Type>};
 }
 
 }  // namespace

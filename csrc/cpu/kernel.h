@@ -1,15 +1,11 @@
-// What the build of kernel.cpp for one instruction set offers to block_sparse_attention.cpp. Plain data only: code in a
-// header would be compiled for every instruction set, and the linker would keep one copy for all of them.
+// What the build of kernel.cpp or tiles.cpp for one instruction set offers to block_sparse_attention.cpp. Plain data only:
+// code in a header would be compiled for every instruction set, and the linker would keep one copy for all of them.
 #pragma once
 
 #include <cstdint>
 
 namespace svggt {
 
-// Tokens and features of packed arrays are padded with zeros to a multiple of this.
-constexpr int64_t kPad = 16;
-// Rows that one product takes at once; row tiles are padded to a multiple of it.
-constexpr int64_t kRows = 6;
 // The most tokens of a tile of rows, and of columns.
 constexpr int64_t kMostRows = 192;
 constexpr int64_t kMostColumns = 512;
@@ -59,15 +55,19 @@ struct RowTile {
   Tokens lse;
 };
 
-// One kernel family: an instruction set and a dtype. `scratch` holds `scratch_bytes(head_size)`, aligned to 64 bytes.
+// One kernel family: an instruction set and a dtype. Tokens and features of packed arrays are padded with zeros to a
+// multiple of `pad`. `scratch` holds `scratch_bytes(head_size)`, aligned to 64 bytes. `write_gradients` writes what
+// `backward` added up for a tile of columns, times a factor.
 struct Kernels {
+  int64_t pad;
   int64_t element_bytes;
   void (*pack_by_token)(const Tokens& tokens, int64_t head_size, char* packed);
   void (*pack_by_feature)(const Tokens& tokens, int64_t head_size, char* packed);
-  void (*write_rows)(const float* from, float factor, const Tokens& tokens, int64_t head_size);
+  void (*pack_statistics)(const Tokens& tokens, int64_t head_size, char* packed);
   int64_t (*scratch_bytes)(int64_t head_size);
   void (*forward)(const RowTile&, const Columns&, int64_t head_size, float scale, char* scratch);
   void (*backward)(const RowTile&, const Columns&, int64_t head_size, float scale, char* scratch);
+  void (*write_gradients)(const float* from, float factor, const Tokens& tokens, int64_t head_size);
 };
 
 }  // namespace svggt

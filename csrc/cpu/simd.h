@@ -13,15 +13,26 @@
 
 namespace svggt::SVGGT_ISA {
 
+// kRows: rows that one product takes at once; row tiles are padded to a multiple of it. kPad: tokens and features of packed
+// arrays are padded with zeros to a multiple of it. kLanes * kVectors: columns of a panel of a packed array.
+#if defined(SVGGT_TILES)
+constexpr int64_t kRows = 32;
+constexpr int64_t kPad = 32;
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;
+#else
+constexpr int64_t kRows = 6;
+constexpr int64_t kPad = 16;
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kVectors = 4;  // of a row that a product holds: kRows * kVectors accumulators in 32 registers
+constexpr int kVectors = 4;  // kRows * kVectors accumulators in 32 registers
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kVectors = 2;
 #else
 constexpr int kLanes = 4;
 constexpr int kVectors = 2;
+#endif
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -124,6 +135,15 @@ struct BFloat16 {
     const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[0]));
     const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows[1]));
     _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
+};
+#elif defined(SVGGT_EMULATE_TILES)
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr int kPairs = 2;
+  static void store(Element* to, Floats x) {
+    const Ints bits = (Ints)x, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<Element>(rounded[i]);
   }
 };
 #endif

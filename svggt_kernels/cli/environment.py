@@ -74,6 +74,14 @@ def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str,
     return answers
 
 
+def instruction_sets() -> dict[str, str | None]:
+    """Return what the cpu backend uses, and better sets that the CPU has with why not; empty where it cannot run."""
+    cpu = backends.cpu
+    if cpu.unsupported(torch.device("cpu"), torch.float32, 64) is not None:
+        return {}
+    return {cpu.instruction_set(): None, **cpu.passed_over()}
+
+
 def by_reason(answers: dict[str, str | None]) -> dict[str | None, str]:
     """Return the dtypes that share an answer, `{reason: "float16, bfloat16"}`."""
     grouped: dict[str | None, list[str]] = {}

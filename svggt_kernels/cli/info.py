@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from .environment import backend_answers, by_reason, devices, installed, versions
+from .environment import backend_answers, by_reason, devices, installed, instruction_sets, versions
 from .text import table
 
 OPTIONAL_PACKAGES = {
@@ -41,11 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
     answers = {device: backend_answers(torch.device(device), arguments.head_size) for device in found}
     optional = {package: installed(package) for package in OPTIONAL_PACKAGES}
     if arguments.json:
-        print(
-            json.dumps(
-                {"versions": versions(), "devices": found, "backends": answers, "optional_packages": optional}, indent=2
-            )
-        )
+        answer = {
+            "versions": versions(),
+            "devices": found,
+            "backends": answers,
+            "instruction_sets": instruction_sets(),
+            "optional_packages": optional,
+        }
+        print(json.dumps(answer, indent=2))
         return 0
     print(table([(name, version) for name, version in versions().items()], indent=""))
     print(f"\nBackends at head size {arguments.head_size}, best first; without a request the first that can run does.")
@@ -60,6 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
                 ]
             )
         )
+    if sets := instruction_sets():
+        print("\nInstruction sets of the cpu backend")
+        print(table([(name, "used" if why is None else f"not used: {why}") for name, why in sets.items()]))
     print("\nOptional packages")
     print(table([(package, version, f"for {OPTIONAL_PACKAGES[package]}") for package, version in optional.items()]))
     return 0

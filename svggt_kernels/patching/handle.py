@@ -246,6 +246,8 @@ class Patch:
                 if name == chosen:
                     break
                 passed_over[name] = reason or f"backend={chosen!r} was asked for"
+            if chosen == backends.cpu.NAME and forward.kind[1] == torch.bfloat16:
+                passed_over |= backends.cpu.passed_over()
         return PatchReport(
             model=self.record.name,
             modules=self.modules,
@@ -501,7 +503,7 @@ class PatchReport:
         visible_pairs: (query token, key token) pairs that attend, summed over `graphs`.
         dense_pairs: The same under dense attention.
         backend: The backend that ran; None before the first forward.
-        passed_over: Each better backend and why it did not run.
+        passed_over: Each better backend, or instruction set of the CPU, and why it did not run.
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
             "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
         lean_blocks: Blocks run lean in the last forward.

@@ -46,6 +46,12 @@ def instruction_set() -> str:
     return INSTRUCTION_SET or extension().instruction_sets()[0]
 
 
+def passed_over() -> dict[str, str]:
+    """Return better instruction sets that this CPU has and the kernels cannot use here, and why not."""
+    why = extension().why_amx_is_unused()
+    return {"amx_bf16": why} if why else {}
+
+
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return why the CPU kernels cannot run such inputs, or None."""
     if device.type != "cpu":

@@ -1,0 +1,102 @@
+"""The CPU kernels in tiles (AMX), with tiles emulated: csrc/cpu/tiles.h."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import ninja
+import pybind11
+import pytest
+import torch
+from layouts import random_layout
+
+from svggt_kernels import BlockLayout, CovisibilityGraph
+from svggt_kernels.backends import cpu
+from svggt_kernels.verify import error_ratios, within_budget
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "cpu"
+COMPILER = os.environ.get("CXX", "c++")
+INCLUDES = [pybind11.get_include(), sysconfig.get_path("include")]
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler, {COMPILER} is not there")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The extension with nothing but the kernels in tiles."""
+    folder = tmp_path_factory.mktemp("tiles")
+    target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SOURCE)
+        from rules import EMULATED_TILES, SHARED, rules
+    (folder / "build.ninja").write_text(rules(target, "bindings.cpp", "-O1", SHARED, INCLUDES, EMULATED_TILES))
+    build = subprocess.run([Path(ninja.BIN_DIR, "ninja")], cwd=folder, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout
+    spec = importlib.util.spec_from_file_location("_native", target)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def backend_in_tiles(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "extension", lambda: emulated)
+    monkeypatch.setattr(cpu, "_found", {})
+
+
+def assert_within_budget(layout: BlockLayout, head_size: int, seed: int, batch: int = 1) -> None:
+    ratios = error_ratios(layout, torch.bfloat16, head_size=head_size, backend="cpu", batch=batch, seed=seed)
+    assert within_budget(ratios), (seed, head_size, ratios)
+
+
+def test_runs_in_tiles():
+    assert cpu.instruction_set() == "amx_bf16"
+
+
+def test_fuzz_against_float64():
+    for seed in range(40):
+        assert_within_budget(random_layout(seed, max_tokens=40), (8, 32, 64, 20, 130)[seed % 5], seed)
+
+
+def test_every_tail_length():
+    graph = CovisibilityGraph.from_pairs(3, [(0, 2), (2, 0)])
+    for tokens in (*range(1, 66, 3), 31, 32, 33, 63, 65):
+        assert_within_budget(BlockLayout.from_graph(graph, tokens), 32, tokens)
+
+
+def test_many_blocks_and_tiles():
+    """More rows than a tile of rows has, more columns than a tile of columns, two batches."""
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(2), 530, special_tokens=3)
+    assert_within_budget(layout, 64, 0, batch=2)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(4, 1), 210, special_tokens=3)
+    q, k, v, grad = (torch.randn(1, 2, layout.num_tokens, 64, dtype=torch.bfloat16) for _ in range(4))
+    tables, backward_tables = (make(layout, q.dtype, 64) for make in (cpu.tables, cpu.backward_tables))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out, lse = cpu.forward(q, k, v, tables, 0.125, True)
+            found.append([out, lse, *cpu.backward(grad, None, q, k, v, out, lse, backward_tables, 0.125)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_scores_far_apart_stay_finite():
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(2), 300)
+    q, k, v = (100 * torch.randn(1, 1, 600, 64, dtype=torch.bfloat16) for _ in range(3))
+    out, lse = cpu.forward(q, k, v, cpu.tables(layout, q.dtype, 64), 0.125, True)
+    gradients = cpu.backward(v, None, q, k, v, out, lse, cpu.backward_tables(layout, q.dtype, 64), 0.125)
+    assert all(bool(x.isfinite().all()) for x in (out, lse, *gradients))
