@@ -53,8 +53,11 @@ def test_model_report_shows_the_latest_line_of_each_system_and_kind_of_special_t
     assert capsys.readouterr().out.split() == [str(tmp_path / "report" / name) for name in ("models.md", "models.png")]
     rows = (tmp_path / "report" / "models.md").read_text().splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [
-        ["| toy-4f-2n", "svggt"], ["| toy-8f-2n", "upstream"], ["| toy-8f-2n", "svggt, masked"], ["| toy-8f-2n", "svggt"],
-    ]  # fmt: skip
+        ["| toy-4f-2n", "svggt"],
+        ["| toy-8f-2n", "upstream"],
+        ["| toy-8f-2n", "svggt, masked"],
+        ["| toy-8f-2n", "svggt"],
+    ]
     assert "| 1.00 |" in rows[3]
     file.write_text("")
     assert main(["model-report", "--results", str(file), "--output", str(tmp_path)]) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..attention import block_sparse_attention, choose_backend, prepare
-from ..covisibility import CovisibilityGraph, GraphSummary
+from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
 from ..lean import blocks, memory
 from ..lean.model import Lean, Outputs, Precision
@@ -22,8 +22,7 @@ from ..lean.outputs import STAGES, run_head
 from ..models import ForwardInputs, find_model, stated_record
 from .interception import Answering, StandIn, uncompiled
 from .planning import Covisibility, Forward, Planner, require_redundant
-
-__all__ = ["Patch", "PatchReport", "patch"]
+from .report import PatchReport
 
 # Forwards kept for activation checkpointing to run again in their backward.
 FORWARDS_KEPT = 16
@@ -487,88 +486,6 @@ class Patch:
         if self._active is not None:
             self._active.after = _sample_frames(args[0])
         return stand_in.original(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What a patch did; `str` of it is for people.
-
-    Attributes:
-        model: Name of the model's record.
-        modules: Names of the patched attention modules.
-        special_tokens: "dense" or "masked".
-        calls_last_forward: Attention calls answered in the last forward.
-        calls_total: Attention calls answered since the patch, those that checkpointing ran again included.
-        graphs: Summary of each graph of the last forward: one per sample, or one for all.
-        visible_pairs: (query token, key token) pairs that attend, summed over `graphs`.
-        dense_pairs: The same under dense attention.
-        backend: The backend that ran; None before the first forward.
-        passed_over: Each better backend, or instruction set of the CPU, and why it did not run.
-        step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
-            "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
-        lean_blocks: Blocks run lean in the last forward.
-        within_frames: What computed the attention within frames of those blocks: "hopper" where that backend can,
-            else "pytorch".
-        not_lean: Why blocks did not, by name of their class.
-        layers_kept: The layers whose outputs are kept; None for all.
-        memory: How the last forward kept to its budget; None without one.
-    """
-
-    model: str
-    modules: tuple[str, ...]
-    special_tokens: str
-    calls_last_forward: int
-    calls_total: int
-    graphs: tuple[GraphSummary, ...]
-    visible_pairs: int
-    dense_pairs: int
-    backend: str | None
-    passed_over: dict[str, str]
-    step_seconds: dict[str, float]
-    lean_blocks: int
-    within_frames: tuple[str, ...]
-    not_lean: dict[str, str]
-    layers_kept: tuple[int, ...] | None
-    memory: memory.Plan | None
-
-    @property
-    def planning_seconds(self) -> float:
-        """Time spent on all of these steps."""
-        return sum(self.step_seconds.values())
-
-    @property
-    def token_density(self) -> float | None:
-        """Visible pairs / dense pairs of tokens; None before the first forward."""
-        return self.visible_pairs / self.dense_pairs if self.dense_pairs else None
-
-    @property
-    def ideal_speedup(self) -> float | None:
-        """Dense pairs / visible pairs of tokens: the speed-up of attention if time followed the work."""
-        return self.dense_pairs / self.visible_pairs if self.visible_pairs else None
-
-    def __str__(self) -> str:
-        where = self.modules if len(self.modules) <= 3 else (self.modules[0], "...", self.modules[-1])
-        lines = [
-            f"{self.model}: {len(self.modules)} global attention modules patched ({', '.join(where)})",
-            f"special tokens: {self.special_tokens}",
-        ]
-        if self.backend is None:
-            return "\n".join([*lines, "no forward yet"])
-        lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
-        lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
-        lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
-        steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
-        lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
-        within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
-        lines.append(f"lean blocks: {self.lean_blocks}{within}")
-        lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
-        if self.layers_kept is not None:
-            lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
-        if self.memory is not None:
-            lines.append(f"memory: {self.memory}")
-        lines.append(f"backend: {self.backend}")
-        lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
-        return "\n".join(lines)
 
 
 def _named_modules(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
