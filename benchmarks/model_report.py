@@ -28,8 +28,9 @@ def read(files: Sequence[Path]) -> list[Line]:
 
 
 def series(line: Line) -> str:
-    """Return the system of a line, and whether its special tokens were masked, which its command says."""
-    return line["system"] + (", masked" if "--special-tokens masked" in line["command"] else "")
+    """Return the system of a line, and whether its special tokens were masked; older lines say so in their command."""
+    masked = line.get("special_tokens", "masked" if "--special-tokens masked" in line["command"] else None) == "masked"
+    return line["system"] + (", masked" if masked else "")
 
 
 def write(lines: Sequence[Line], folder: Path) -> list[Path]:

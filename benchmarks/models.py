@@ -60,6 +60,7 @@ KEYS = (
     "device",
     "dtype",
     "shape",
+    "special_tokens",
     "density",
     "seconds_aggregator",
     "seconds_full",
@@ -258,6 +259,7 @@ class ModelRunner:
                 f"got {report.calls_last_forward} calls over {edges} edges"
             )
         line["backend"] = report.backend
+        line["special_tokens"] = report.special_tokens
         line["density"] = report.token_density
 
     def _measure(self, case: ModelCase, model: nn.Module, line: Line) -> None:

@@ -417,6 +417,68 @@ def test_a_block_that_computes_something_else_runs_as_it_is():
     torch.testing.assert_close(lean, plain)
 
 
+@pytest.mark.parametrize("kind", ["frame_blocks", "global_blocks"])
+def test_a_forward_that_others_put_on_a_block_still_runs(kind: str):
+    """On the third block, so that the first proves the rest."""
+    network, calls = model(), []
+    block = getattr(network.aggregator, kind)[2]
+
+    def wrapped(*args: object, **kwargs: object) -> Tensor:
+        calls.append(1)
+        return 1.5 * type(block).forward(block, *args, **kwargs)
+
+    block.forward = wrapped
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    assert len(calls) == 2 and handle.report().lean_blocks == 7
+    torch.testing.assert_close(lean, plain)
+
+
+class SlightlyMore(nn.Module):
+    """An MLP whose output is 2 % larger than upstream's: more than float32 rounds, and less than bfloat16 may."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = mlp.fc1, mlp.act, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.02 * self.fc2(self.act(self.fc1(x)))
+
+
+class LessTheMean(nn.Linear):
+    """An MLP that mixes the tokens of a sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(-2, keepdim=True))
+
+
+def test_what_bfloat16_lets_pass_does_not_pass_float32():
+    network = model()
+    for block in (*network.aggregator.frame_blocks, *network.aggregator.global_blocks):
+        block.mlp = SlightlyMore(block.mlp)
+    with torch.no_grad():
+        plain = network(IMAGES)
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all") as handle:
+        with torch.autocast("cpu", torch.bfloat16):
+            network(IMAGES)
+        lean = network(IMAGES)
+        assert handle.report().lean_blocks == 0
+    torch.testing.assert_close(lean, plain)
+
+
+def test_an_mlp_that_mixes_tokens_is_told_apart():
+    network = model()
+    for block in (*network.aggregator.frame_blocks, *network.aggregator.global_blocks):
+        block.mlp = LessTheMean(128, 128)
+    network.eval()
+    with torch.no_grad():
+        plain = network(IMAGES)
+    lean, handle = outputs(network)
+    assert handle.report().lean_blocks == 0
+    torch.testing.assert_close(lean, plain)
+
+
 def test_without_lean_nothing_but_attention_changes():
     network = model()
     _, handle = outputs(network, lean=False)

@@ -70,7 +70,7 @@ def test_all_at_once_is_halved_only_after_all_outputs_are_offloaded():
 @pytest.mark.parametrize("frames", [10, 300, 1000])
 def test_a_budget_that_cannot_be_kept_names_the_least(frames: int):
     sizes = replace(VGGT_1B, frames=frames)
-    with pytest.raises(ValueError, match=rf"{frames} frames of 1041 tokens, got 1.0 GiB") as raised:
+    with pytest.raises(ValueError, match=rf"{frames} frames of 1041 tokens, got 1.00 GiB") as raised:
         memory.make_plan(sizes, GIB)
     least = float(re.search(r"at least ([\d.]+) GiB", str(raised.value))[1])  # type: ignore[index]
     plan = memory.make_plan(sizes, math.ceil(least * GIB))

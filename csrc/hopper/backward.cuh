@@ -200,7 +200,7 @@ struct Memory {
 
 // ---- the loading warpgroup ----
 
-enum NamedBarrier { COPIED = 1, WARPGROUP_DONE = 2 };
+enum NamedBarrier { COPIED = 1, WARPGROUP_DONE = 2, TURN = 4 }; // the last two for each computing warpgroup
 
 // The warp that takes items, starts all loads, and tells the others what they are to do.
 template <class Memory>
@@ -393,8 +393,6 @@ DEVICE void load(const Parameters& p, const Memory memory) {
 // The two take turns at the tensor cores, so that while one issues products the other computes exponentials; left alone
 // they fall into step, and then both wait for either. The turn of warpgroup `index` is a hardware barrier that it waits
 // at and the other arrives at.
-enum Turn { TURN = 4 };
-
 DEVICE void take_turn(uint32 index) { named_sync(TURN + index, 2 * WARPGROUP); }
 
 DEVICE void pass_turn(uint32 index) {

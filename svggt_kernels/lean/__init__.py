@@ -1,8 +1,9 @@
 """The rest of a model beside its global attention, lean: fused blocks, no outputs that nobody reads.
 
 Sparse attention leaves VGGT's time to what is linear in the number of frames, and its memory to 24 stored layers of
-which heads read four. `blocks` runs a block in few passes over memory, `outputs` keeps what is read;
-docs/whole-model.md has what each saves.
+which heads read four. `blocks` runs a block in few passes over memory, by `arithmetic` and, where every frame attends
+to itself, `within_frames`; `outputs` keeps what is read, `embedding` runs the images' encoder in parts, `memory` plans
+both to a budget; `model` holds them together. docs/whole-model.md has what each saves.
 """
 
 from __future__ import annotations

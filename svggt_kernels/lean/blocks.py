@@ -1,9 +1,9 @@
 """Transformer blocks of VGGT's kind, run with the modules' own parameters but few passes over memory.
 
 A block is `x + gamma1 attention(norm1(x))`, then `x + gamma2 mlp(norm2(x))`. Blocks may differ in whether queries and
-keys are normalised or rotated, whether there are gammas, and in their MLP: `anatomy` says how. What is computed is
-upstream's, up to rounding, at inference only: products as the modules compute them, under autocast in its dtype, and
-everything else in float32, rounded once.
+keys are normalised or rotated, whether there are gammas, and in their MLP, which must take each token by itself;
+`anatomy` says how. What is computed is upstream's, up to rounding, at inference only: products as the modules compute
+them, under autocast in its dtype, and everything else in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arithmetic import add_scaled, add_scaled_and_normalise, gelu_, layer_norm, normalise_and_rotate_
-from .memory import TOKENS_AT_ONCE
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of q, k and v `[B, H, N, D]` with a scale."""
@@ -100,21 +98,18 @@ def arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 
 
 def can_run_now(block: Any) -> bool:
-    """Whether a block may be run so in this call: at inference, and if nobody hooks into what is inside it.
+    """Whether a block may be run so in this call: at inference, and if nobody hooks into it or what is inside it.
 
-    Modules inside are passed over, see a part of the tokens, or return what is changed in place.
+    Modules inside are passed over, see a part of the tokens, or return what is changed in place. Hooks on the block
+    itself run around it as ever.
     """
-    if torch.is_grad_enabled() or block.training:
+    if torch.is_grad_enabled() or block.training or _is_replaced(block):
         return False
-    return not any(_is_hooked(module) for module in block.modules() if module is not block)
-
-
-def own_forward(block: Any) -> Callable[..., Any]:
-    """Return the forward of a block without those that a patch has put in its place."""
-    forward = block.forward
-    while hasattr(forward, "replaced"):
-        forward = partial(type(block).forward, block) if forward.replaced is None else forward.replaced
-    return forward
+    return not any(
+        _is_replaced(module) or module._forward_hooks or module._forward_pre_hooks
+        for module in block.modules()
+        if module is not block
+    )
 
 
 def run(
@@ -123,7 +118,7 @@ def run(
     pos: Tensor | None,
     attend: Attend,
     dtype: torch.dtype | None,
-    tokens_at_once: int = TOKENS_AT_ONCE,
+    tokens_at_once: int,
 ) -> Tensor:
     """Run a block, for which `obstacle` is None.
 
@@ -208,10 +203,12 @@ def _temperature(attn: Any, tokens: int) -> float:
     return factor
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")  # tools that offload weights put theirs here
-    is_replaced = forward is not None and getattr(forward, "replaced", forward) is not None  # by more than a patch
-    return is_replaced or bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether another than a patch has put a forward on a module, as tools that offload weights do."""
+    forward: Any = module.__dict__.get("forward")
+    while hasattr(forward, "replaced"):
+        forward = forward.replaced
+    return forward is not None
 
 
 def _is_affine(norm: Any) -> bool:

@@ -138,7 +138,7 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
     raise ValueError(
         f"memory_budget must be at least {least:.1f} GiB for {sizes.frames} frames of {sizes.tokens} tokens"
         + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
-        + f', got {budget / GIB:.1f} GiB; give fewer or smaller images, or precision="bf16"'
+        + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"'
     )
 
 
@@ -158,9 +158,9 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_
     staying = [layer for layer in sizes.layers if layer not in offloaded]
     images = 3 * frames * sizes.pixels * sizes.wide  # normalised ones, which the aggregator holds to its end
 
-    # Of an MLP on some tokens: norm, hidden activations before and after GELU, sum. Of DINOv2: its stream twice.
+    # Of an MLP on some tokens: projection of attention, norm, hidden activations, sum. Of DINOv2: its stream twice.
     some = max(min(tokens, tokens_at_once), sizes.tokens) * sizes.channels
-    of_mlp = 10 * some * sizes.product
+    of_mlp = 7 * some * sizes.product
     of_embedding = 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
     attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
@@ -176,7 +176,7 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_
         "images": base + 2 * images,
         "patch embedding": base + images + wide + max(wide, of_embedding),
         "first block": base + images + (wide if sizes.wide != sizes.residual else 0) + attention,
-        "last block": base + images + earlier + max(attention, 2 * residual + of_mlp),
+        "last block": base + images + earlier + max(attention, 2 * residual + product + of_mlp),
         "heads": base + sizes.output * len(staying) + of_heads + returned,
     }
     if sizes.tokens_describe:

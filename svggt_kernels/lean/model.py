@@ -58,14 +58,15 @@ class Lean:
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.budget = memory_budget
         self.blocks: dict[str, nn.Module] = {}
-        self.not_lean: dict[str, str] = {}
+        self._obstacles: dict[str, str] = {}
         for name, module in root.named_modules():
             if isinstance(getattr(module, "attn", None), nn.Module):
                 reason = blocks.obstacle(module)
                 if reason is None:
                     self.blocks[name] = module
                 else:
-                    self.not_lean[type(module).__name__] = reason
+                    self._obstacles[type(module).__name__] = reason
+        self.not_lean = dict(self._obstacles)
         staged = outputs.are_upstreams(type(root))
         reasons = [f"{name}: {reason}" for name, reason in self.not_lean.items()]
         reasons += [] if staged else [f"{type(root).__name__} lacks {' and '.join(outputs.STAGES)}"]
@@ -76,6 +77,11 @@ class Lean:
             )
         self.depth = len(getattr(root, "global_blocks", ()))
         self.layers = outputs.layers_read(model, self.depth) if staged and keep == "read" else None
+        reasons += [
+            f"the forward of {type(module).__name__} does not take what VGGT's DPT heads take"
+            for module in model.modules()
+            if hasattr(module, "intermediate_layer_idx") and not outputs.reads_some_frames(module)
+        ]
         if memory_budget is not None and (reasons or self.layers is None):
             if self.layers is None:
                 reasons.append('no head says which layers it reads, or outputs="all"')
@@ -95,7 +101,7 @@ class Lean:
         self.within_frames = AttentionWithinFrames(backend)
         self._unpatched = [block for block in self.blocks.values() if block.attn not in attention]
         self._ran: set[nn.Module] = set()
-        self._proven: dict[Hashable, bool] = {}
+        self._refusals: dict[Hashable, str | None] = {}
 
     @property
     def runs(self) -> int:
@@ -115,11 +121,18 @@ class Lean:
         """
         self._ran.clear()
         self.within_frames.ran.clear()
+        self.not_lean = dict(self._obstacles)
+        self.plan = None
         if not self.keeps:
             return
         if self.budget is not None:
             model = self._model
-            assert model is not None and tokens_per_frame is not None
+            assert model is not None
+            if tokens_per_frame is None:
+                raise ValueError(
+                    f"memory_budget needs the tokens of a frame, and {type(self._root).__name__} does not say its "
+                    "patch_size; leave memory_budget=None"
+                )
             if torch.is_grad_enabled() or model.training:
                 raise ValueError(
                     "memory_budget plans inference; call model.eval(), and the model inside torch.no_grad(), or "
@@ -127,7 +140,7 @@ class Lean:
                 )
             sizes = self._sizes(model, images, tokens_per_frame, tokens_describe)
             self.plan = memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
-        upstreams = None if self.dtype is None else torch.float32
+        upstreams = None if self.dtype is None else next(self._root.parameters()).dtype
         if self.plan is None:
             self.keeper = outputs.Keeper(upstreams, (), None)
         else:
@@ -192,32 +205,35 @@ class Lean:
     def _is_proven(self, block: Any, x: Tensor, pos: Tensor | None) -> bool:
         """Whether a block like this, run lean on a few of its tokens, once, gave what its own forward gives.
 
-        A block whose attention is patched has no forward of its own to compare with; another stands in for it.
+        They are compared for each kind of block and dtype of products. A block whose attention is patched has no
+        forward of its own to compare with; another stands in for it.
         """
-        key = blocks.anatomy(block)
-        if key in self._proven:
-            return self._proven[key]
-        alike = [other for other in self._unpatched if blocks.anatomy(other) == key]
-        if not alike:
-            return self._conclude(block, "no block like it attends within frames, where it could be compared")
-        other = next((other for other in alike if blocks.can_run_now(other)), None)
-        if other is None:
-            return False  # in this call; it proves nothing
-        x, pos = x[:1, :PROOF_TOKENS], None if pos is None else pos[:1, :PROOF_TOKENS]
-        forward = blocks.own_forward(other)
-        expected = forward(x) if pos is None else forward(x, pos)
-        actual = blocks.run(other, x, pos, by_pytorch, None)
+        key = blocks.anatomy(block), blocks.compute_dtype(block)
+        if key not in self._refusals:
+            alike = [other for other in self._unpatched if blocks.anatomy(other) == key[0]]
+            if not alike:
+                self._refusals[key] = "no block like it attends within frames, where it could be compared"
+            else:
+                other = next((other for other in alike if blocks.can_run_now(other)), None)
+                positions = None if pos is None else pos[:2, :PROOF_TOKENS]
+                agrees = None if other is None else self._agrees(other, x[:2, :PROOF_TOKENS], positions)
+                if agrees is None:
+                    return False  # in this call; it proves nothing
+                self._refusals[key] = None if agrees else "its forward computes something else than the fused block"
+        reason = self._refusals[key]
+        if reason is not None:
+            self.not_lean[type(block).__name__] = reason
+        return reason is None
+
+    @staticmethod
+    def _agrees(block: Any, x: Tensor, pos: Tensor | None) -> bool | None:
+        """Whether a block that is not patched gives the same run lean, in parts; None if these tokens cannot tell."""
+        expected = type(block).forward(block, x) if pos is None else type(block).forward(block, x, pos)
+        # A part that ends within a sample: what mixes tokens after the attention is seen.
+        actual = blocks.run(block, x, pos, by_pytorch, None, 2 * x.shape[1] // 3 + 1)
         # Rounding of what a block adds, a few times over; another formula is wrong by as much as it adds.
         allowed = min(50 * torch.finfo(blocks.compute_dtype(block)).eps, 0.1)
         error, added = (actual - expected).float().norm(), (expected - x).float().norm()
         if not error.isfinite():
-            return False  # by the tokens of this call; they prove nothing
-        same = actual.dtype == expected.dtype and bool(error <= allowed * added)
-        return self._conclude(block, None if same else "its forward computes something else than the fused block")
-
-    def _conclude(self, block: nn.Module, reason: str | None) -> bool:
-        """Keep why blocks like this one cannot run lean, or that they can, and return whether they can."""
-        self._proven[blocks.anatomy(block)] = reason is None
-        if reason is not None:
-            self.not_lean[type(block).__name__] = reason
-        return reason is None
+            return None
+        return actual.dtype == expected.dtype and bool(error <= allowed * added)

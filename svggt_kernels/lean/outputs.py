@@ -137,8 +137,8 @@ class OnHost:
 class Output:
     """The output of a layer, `[B, S, P, C]`, in parts over C that lie side by side only where it is read.
 
-    It may stand where a tensor is expected: what is done to it is done to the tensor, made anew each time; an index
-    into frames and tokens makes only those.
+    It may stand where a tensor is expected: indices, torch's functions and methods see the tensor, made anew each time,
+    Python's operators do not; an index into frames and tokens makes only those.
 
     Args:
         parts: Tokens `[B, S, P, C']`, on the device or the host.

@@ -215,7 +215,7 @@ def normalise_and_rotate_(
     (q_weight, q_bias, q_eps), (k_weight, k_bias, k_eps) = norms
     with _current(qkv.device):
         _queries_and_keys[(triton.cdiv(B * N, rows),)](
-            qkv, None if positions is None else positions.contiguous(),
+            qkv, None if positions is None else positions.expand(B, N, 2).contiguous(),
             q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, 0.0 if base is None else math.log2(base), factor, B * N,
             NORMALISE=q_norm is not None, ROTATE=positions is not None, H=H, QUARTER=D // 4, ROWS=rows, num_warps=4,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +44,9 @@ class AttentionWithinFrames:
         self.backend = backend
         self.ran: set[str] = set()
         self._layouts: dict[tuple[int, torch.device], BlockLayout] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": {}}
 
     def __call__(
         self,
