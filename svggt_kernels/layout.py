@@ -307,8 +307,9 @@ class BlockLayout:
         counts = full + rest_tiles
         row_length, row_tiles, full_tiles = (_on_device(x, self.device) for x in (lengths, counts, full))
         group_order = torch.nn.functional.pad(order, (1, 0), value=num_frames)
-        owner, tile = _owners(row_tiles[group_order], int(counts.sum()))
-        group = group_order[owner]
+        total = int(counts.sum())
+        owner, first = _owners(row_tiles[group_order], total)
+        group, tile = group_order[owner], torch.arange(total, device=self.device) - first[owner]
         in_rest = tile - full_tiles[group]
         begin = tile * row_block - in_rest.clamp(min=0) * (row_block - rest_block)
         is_cut = (in_rest >= 0) & (row_tiles - full_tiles > 1)[group]
@@ -338,12 +339,15 @@ class BlockLayout:
                 f"a layout may have fewer than 2^31 tiles of {column_block} tokens, this one needs up to {most_full}; "
                 "split the query frames over several layouts"
             )
-        run, place = _owners(num_full, most_full)
-        full_start = runs.start[run] + place * column_block
+        # Of the long tables every pass counts: place i of a run starts at start + (i - first) * block.
+        run, first = _owners(num_full, most_full)
+        full_start = (runs.start - first * column_block)[run]
+        full_start += torch.arange(0, most_full * column_block, column_block, device=self.device)
         most_tails = num_runs * (-(-(column_block - 1) // tail_block))
-        run, place = _owners(num_tails, most_tails)
-        tail_start = (runs.start + num_full * column_block)[run] + place * tail_block
-        tail_length = (rest[run] - place * tail_block).clamp(max=tail_block)
+        run, first = _owners(num_tails, most_tails)
+        before = (torch.arange(most_tails, device=self.device) - first[run]) * tail_block
+        tail_start = (runs.start + num_full * column_block)[run] + before
+        tail_length = (rest[run] - before).clamp(max=tail_block)
 
         return Tiles(
             rows=self.row_tiles(row_block),
@@ -364,15 +368,15 @@ class BlockLayout:
 
 
 def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Return the owner of each place and the place's number there, both `[total]`, if owner i has `counts[i]` places.
+    """Return the owner of each place, `[total]`, and the first place of each owner, if owner i has `counts[i]` places.
 
     `total` may exceed the sum of the counts; what is said of the places beyond means nothing. No host sync.
     """
     first = counts.cumsum(0) - counts
     marks = torch.zeros(total + 1, dtype=torch.int32, device=counts.device)
     marks.scatter_add_(0, first, torch.ones_like(first, dtype=torch.int32))
-    owner = marks[:total].cumsum(0) - 1
-    return owner, torch.arange(total, device=counts.device) - first[owner]
+    marks[0] -= 1
+    return marks[:total].cumsum(0), first
 
 
 def _compact(keep: Tensor, values: Tensor) -> Tensor:
