@@ -91,7 +91,10 @@ def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
 
     Raises:
         ValueError: If no record knows the model, or it holds several known models.
+        TypeError: If it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; load the model first")
     found: list[tuple[ModelRecord, str, nn.Module]] = []
     for name, module in model.named_modules():
         record = next((record for record in RECORDS if record.matches(module)), None)

@@ -474,3 +474,8 @@ def test_token_similarity_on_a_gpu():
     with torch.inference_mode(), patch(model, covisibility=TokenSimilarity(neighbours=1)) as handle:
         model(two_scenes().float(), reference=[3])
     assert torch.equal(on_gpu, handle.graph.to_dense())
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
+        patch("vggt")

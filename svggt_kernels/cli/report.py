@@ -55,8 +55,7 @@ def as_text(comparison: Comparison) -> str:
         _costs(c),
         "  The ideal counts work alone, but the kernels differ too: dense attention is PyTorch's, sparse that of "
         f"backend {c.backend}.",
-        f"  The model has {c.layers} global attention layers; they take {percent(c.attention_share)} of the dense "
-        "time, the rest stays.",
+        _share(c),
         *([f"  Runs of the same thing differ by {times(c.unrest)}, so the times are rough."] if c.unrest > 1.5 else []),
         "",
         "Sparse against dense output:",
@@ -65,6 +64,15 @@ def as_text(comparison: Comparison) -> str:
     if c.warning:
         lines += ["", c.warning]
     return "\n".join(lines)
+
+
+def _share(c: Comparison) -> str:
+    layers = f"  The model has {c.layers} global attention layers; "
+    if c.attention_share > 1:
+        return (
+            layers + "timed alone they take longer than the whole model, so the machine was busy and times are rough."
+        )
+    return layers + f"they take {percent(c.attention_share)} of the dense time, the rest stays."
 
 
 def _costs(c: Comparison) -> str:

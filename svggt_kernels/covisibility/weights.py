@@ -16,7 +16,8 @@ PICKLES = frozenset({".torch", ".pth", ".pt", ".bin", ".ckpt"})
 INSTALL = "pip install 'svggt-kernels[megaloc]'"
 OTHERWISE = (
     'or find covisibility in another way: patch(model, covisibility="tokens") ranks frames by the model\'s own tokens, '
-    '"sequential" takes them in order, and graphs come from poses, COLMAP or any list of pairs (docs/covisibility.md)'
+    '"sequential" takes them in order (on the command line --covisibility tokens, thumbnails, sequential), and graphs '
+    "come from poses, COLMAP or any list of pairs (docs/covisibility.md)"
 )
 
 

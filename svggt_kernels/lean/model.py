@@ -84,7 +84,9 @@ class Lean:
         ]
         if memory_budget is not None and (reasons or self.layers is None):
             if self.layers is None:
-                reasons.append('no head says which layers it reads, or outputs="all"')
+                reasons.append(
+                    'outputs="all" keeps every layer' if keep == "all" else "no head says which layers it reads"
+                )
             raise ValueError(
                 "memory_budget needs a model of VGGT's shape with its heads, whose memory is known, and that of "
                 f"{type(model).__name__} is not ({'; '.join(reasons)}); leave memory_budget=None"

@@ -80,7 +80,7 @@ class PatchReport:
         lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
         within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
         lines.append(f"lean blocks: {self.lean_blocks}{within}")
-        lines.extend(f"  not {name}: {reason}" for name, reason in self.not_lean.items())
+        lines.extend(f"  class {name} runs as it is: {reason}" for name, reason in self.not_lean.items())
         if self.layers_kept is not None:
             lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
         if self.memory is not None:
