@@ -477,5 +477,5 @@ def test_token_similarity_on_a_gpu():
 
 
 def test_what_is_no_module_is_refused():
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         patch("vggt")
