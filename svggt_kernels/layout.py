@@ -238,7 +238,7 @@ class BlockLayout:
         ordinary = np.ones(side.num_tokens, dtype=bool)
         ordinary[side.dense] = False
         frames[ordinary] = np.repeat(np.arange(len(side.lengths)), side.ordinary[1])
-        return _on_device(frames, self.device)
+        return on_device(frames, self.device)
 
     @cached_property
     def runs(self) -> Runs:
@@ -251,8 +251,8 @@ class BlockLayout:
 
     def _find_runs(self) -> Runs:
         device, graph = self.device, self.graph
-        row_start, row_length = (_on_device(a, device) for a in self.queries.ordinary)
-        frame_start, frame_length = (_on_device(a, device) for a in self.keys.ordinary)
+        row_start, row_length = (on_device(a, device) for a in self.queries.ordinary)
+        frame_start, frame_length = (on_device(a, device) for a in self.keys.ordinary)
         num_dense = len(self.queries.dense)
 
         start, length = frame_start[graph.indices], frame_length[graph.indices]
@@ -279,42 +279,53 @@ class BlockLayout:
             start=run_start.int(),
             length=run_length.int(),
             columns=columns.int(),
-            dense_rows=_on_device(self.queries.dense, device).int(),
-            dense_columns=_on_device(self.keys.dense, device).int(),
+            dense_rows=on_device(self.queries.dense, device).int(),
+            dense_columns=on_device(self.keys.dense, device).int(),
         )
 
-    def row_tiles(self, row_block: int, rest_block: int | None = None) -> Tensor:
+    def row_tiles(self, row_block: int) -> Tensor:
         """Return the rows cut into tiles of at most `row_block` tokens, int32 `[T, 3]`: group, start, length.
 
         Tiles of the dense group and of the sixteenth of the frames that see most come first, so that a launch in order
-        does not end on one long row; the others follow in frame order, which keeps neighbours in cache. start counts
-        tokens, or entries of `dense_rows` for the dense group.
+        does not end on one long row; of the others those of frames that see much in common come one after the other,
+        so that keys and values are still in cache. start counts tokens, or entries of `dense_rows` for the dense
+        group.
 
         Args:
-            row_block: The most tokens of a tile; every tile of a group is full but what is left at its end.
-            rest_block: If given, a divisor of `row_block`: what is left is cut into tiles of this size, unless that
-                would take as many as a full tile has.
+            row_block: The most tokens of a tile; every tile of a group is full but the last.
         """
         runs, num_frames = self.runs, self.graph.num_frames
         by_columns = runs.columns[:-1].argsort(descending=True, stable=True)
         num_first = -(-num_frames // 16)
-        order = torch.cat([by_columns[:num_first], by_columns[num_first:].sort().values])
+        others = by_columns[num_first:].sort().values
+        others = others[self._leaders()[others].argsort(stable=True)]
         # Both on the host, where the number of tiles must be known, and on the device.
         lengths = np.append(self.queries.ordinary[1], len(self.queries.dense))
-        rest_block = rest_block or row_block
-        full, rest_tiles = lengths // row_block, -(-(lengths % row_block) // rest_block)
-        rest_tiles[rest_tiles == row_block // rest_block] = 1
-        counts = full + rest_tiles
-        row_length, row_tiles, full_tiles = (_on_device(x, self.device) for x in (lengths, counts, full))
-        group_order = torch.nn.functional.pad(order, (1, 0), value=num_frames)
+        counts = -(-lengths // row_block)
+        row_length, row_tiles = (on_device(x, self.device) for x in (lengths, counts))
+        group_order = torch.nn.functional.pad(torch.cat([by_columns[:num_first], others]), (1, 0), value=num_frames)
         total = int(counts.sum())
         owner, first = _owners(row_tiles[group_order], total)
-        group, tile = group_order[owner], torch.arange(total, device=self.device) - first[owner]
-        in_rest = tile - full_tiles[group]
-        begin = tile * row_block - in_rest.clamp(min=0) * (row_block - rest_block)
-        is_cut = (in_rest >= 0) & (row_tiles - full_tiles > 1)[group]
-        end = (begin + torch.where(is_cut, rest_block, row_block)).minimum(row_length[group])
-        return torch.stack([group, runs.row_start[group] + begin, end - begin], dim=1).int()
+        group = group_order[owner]
+        begin = (torch.arange(total, device=self.device) - first[owner]) * row_block
+        length = (row_length[group] - begin).clamp(max=row_block)
+        return torch.stack([group, runs.row_start[group] + begin, length], dim=1).int()
+
+    def _leaders(self) -> Tensor:
+        """Return for each frame one that it sees, `[S]`; frames that see much in common often have the same.
+
+        It is the first in a random order (min-hashing, Broder 1997). Frames that are seen more than four times as
+        often as the average, as a reference frame is, come last in that order: they would lead all.
+        """
+        graph, device = self.graph, self.device
+        drawn = np.random.default_rng(0).permutation(graph.num_key_frames)
+        place, frame = on_device(drawn, device), on_device(np.argsort(drawn), device)
+        indices = graph.indices.long()
+        seen = torch.zeros_like(place).scatter_add_(0, indices, torch.ones_like(indices))
+        place += (seen * graph.num_key_frames > 4 * len(indices)) * graph.num_key_frames
+        none = torch.zeros(graph.num_frames, dtype=torch.int64, device=device)
+        first = none.scatter_reduce(0, graph.rows.long(), place[indices], "amin", include_self=False)
+        return frame[first % graph.num_key_frames]
 
     def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:
         """Return the runs cut into tiles of `row_block` x `column_block` tokens, and their rests into tails.
@@ -385,7 +396,7 @@ def _compact(keep: Tensor, values: Tensor) -> Tensor:
     return torch.zeros(len(keep) + 1, dtype=values.dtype, device=values.device).scatter_(0, place, values)
 
 
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
     """Return a copy of host values on the device; from pinned memory, so that a GPU is not waited for."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -119,6 +119,7 @@ def test_layout_operations_read_no_value_from_the_device():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_cuda_gives_the_same_graphs_and_layout_operations_do_not_sync():
     descriptors = torch.randn(300, 48, generator=torch.Generator().manual_seed(0))
     expected = CovisibilityGraph.from_descriptors(descriptors, neighbours=3, chunk=64)

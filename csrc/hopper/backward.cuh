@@ -295,29 +295,29 @@ struct Loader {
     const int lane = forget(this->lane);
     const uint32 shared = memory.column_tile(stage.index, 0), full = memory.full(stage.index);
     barrier_wait(memory.empty(stage.index), stage.parity ^ 1);
-    if (cursor.is_contiguous(COLUMNS)) {
-      const int token = cursor.start + cursor.place;
-      if (Memory::HAS_STAGE_TOKENS && lane == 0) store_shared(memory.first_token(stage.index), token);
+    const int first = cursor.column();
+    if (cursor.is_contiguous(COLUMNS) && !Cursor::is_dense(first)) {
+      if (Memory::HAS_STAGE_TOKENS && lane == 0) store_shared(memory.first_token(stage.index), first);
       __syncwarp();
       warp_arrive_expect(full, 2 * COLUMN_TILE);
       if (lane == 0) {
-        load_tile<COLUMNS>(shared, &p.column_maps[0], full, work, token);
-        load_tile<COLUMNS>(shared + COLUMN_TILE, &p.column_maps[1], full, work, token);
+        load_tile<COLUMNS>(shared, &p.column_maps[0], full, work, first);
+        load_tile<COLUMNS>(shared + COLUMN_TILE, &p.column_maps[1], full, work, first);
       }
       if (!Memory::Shift::OF_ROWS) {
 #pragma unroll
         for (int c = 0; c < COLUMNS; c += 32) {
-          copy_shifts(memory.shifts(stage.index), c + lane, first_shift(work) + token + lane + c, true);
+          copy_shifts(memory.shifts(stage.index), c + lane, first_shift(work) + first + lane + c, true);
         }
       }
-      cursor.advance(p.layout, work.group, COLUMNS);
+      cursor.advance(p.layout, COLUMNS);
     } else {
       barrier_wait(memory.copy_empty(), copies % 2 ^ 1);
-      cursor.advance(p.layout, work.group, lane);
+      cursor.advance(p.layout, lane);
 #pragma unroll 1
       for (int c = lane; c < COLUMNS; c += 32) {
         const int token = cursor.token(p.layout);
-        cursor.advance(p.layout, work.group, 32);
+        cursor.advance(p.layout, 32);
         store_shared(memory.copied_tokens() + 4 * c, token);
         if (Memory::HAS_STAGE_TOKENS) store_shared(memory.tokens(stage.index) + 4 * c, token);
         if (!Memory::Shift::OF_ROWS) {

@@ -44,9 +44,7 @@ constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
 #endif
 
 struct Parameters {
-  TensorMap k_map, v_map;       // boxes of [64, COLUMNS]
-  TensorMap k_pieces, v_pieces; // boxes of [64, PIECE]
-  TensorMap k_dense, v_dense;   // likewise, of the dense columns alone
+  ColumnMaps k_maps, v_maps;
   Tensor4 q, k, v, out;
   float* lse;  // [B, H, N]
   int* next;   // the next item to be taken, 0 at first
@@ -106,8 +104,8 @@ DEVICE void produce_rows(const Parameters& p, const Shared& shared) {
 }
 
 // The second and third loading warps: stream the tiles of K, and of V (`offset` behind K in a stage).
-DEVICE void produce_columns(const Parameters& p, const Shared& shared, const TensorMap& map, const TensorMap& pieces,
-                            const TensorMap& dense, const Tensor4& tensor, uint32 offset) {
+DEVICE void produce_columns(const Parameters& p, const Shared& shared, const ColumnMaps& maps, const Tensor4& tensor,
+                            uint32 offset) {
   Ring<2> work_ring;
   Ring<STAGES> ring;
   while (true) {
@@ -124,19 +122,21 @@ DEVICE void produce_columns(const Parameters& p, const Shared& shared, const Ten
       if (cursor.is_contiguous(COLUMNS)) {
         warp_arrive_expect(full, TILE_BYTES);
         if (threadIdx.x % 32 == 0) {
+          const int first = cursor.column();
+          const TensorMap& map = Cursor::is_dense(first) ? maps.dense_tiles : maps.tiles;
 #pragma unroll
           for (int i = 0; i < PANELS; ++i) {
-            load_box(tile + i * PANEL, &map, full, 64 * i, cursor.start + cursor.place, work.head, work.batch);
+            load_box(tile + i * PANEL, &map, full, 64 * i, first & Cursor::PLACE, work.head, work.batch);
           }
         }
       } else {
-        load_pieces<D, COLUMNS>(p.layout, work, cursor, tile, pieces, dense, tensor, full);
+        load_pieces<D, COLUMNS>(p.layout, work, cursor, tile, maps, tensor, full);
         copy_wait();
         proxy_fence();
         __syncwarp();
         warp_arrive(full);
       }
-      cursor.advance(p.layout, work.group, COLUMNS);
+      cursor.advance(p.layout, COLUMNS);
       ring.next();
     }
   }
@@ -518,8 +518,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
       barrier_init(shared.empty(i), 4 * CONSUMERS);
     }
     barrier_init_fence();
-    prefetch_map(&p.k_map);
-    prefetch_map(&p.v_map);
+    prefetch_map(&p.k_maps.tiles);
+    prefetch_map(&p.v_maps.tiles);
   }
   __syncthreads();
   if (threadIdx.x < WARPGROUP) {
@@ -528,9 +528,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(const __grid_co
     if (warp == 0) {
       produce_rows(p, shared);
     } else if (warp == 1) {
-      produce_columns(p, shared, p.k_map, p.k_pieces, p.k_dense, p.k, 0);
+      produce_columns(p, shared, p.k_maps, p.k, 0);
     } else if (warp == 2) {
-      produce_columns(p, shared, p.v_map, p.v_pieces, p.v_dense, p.v, TILE_BYTES);
+      produce_columns(p, shared, p.v_maps, p.v, TILE_BYTES);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();

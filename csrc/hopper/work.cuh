@@ -13,16 +13,16 @@ struct Tensor4 {
   DEVICE_MEMBER Element* at(int b, int h) const { return data + b * batch + h * head; }
 };
 
-// The layout as the kernels walk it. Columns of group g: its runs, then the dense columns unless g is the dense group.
+// The layout as the kernels walk it. Columns of group g: its runs, one after the other.
 struct Layout {
   const int* rows;          // [num_row_tiles, 3]: group, start, length
   const int* columns;       // [groups]: how many columns the group sees
   const int* run_offsets;   // [groups + 1]
-  const int* run_start;     // first token of a run
+  const int* run_start;     // first column of a run, see `Cursor::column`
   const int* run_length;
   const int* dense_rows;    // tokens of the rows of the dense group
   const int* dense_columns; // tokens
-  int num_row_tiles, num_first, dense_group, num_dense, heads, batch_heads;
+  int num_row_tiles, num_first, dense_group, heads, batch_heads;
 
   // Items are row tiles of a head. The first tiles, the longest, come for all heads before the others, head after head.
   DEVICE_MEMBER int num_items() const { return num_row_tiles * batch_heads; }
@@ -108,33 +108,29 @@ struct Cursor {
     run = layout.run_offsets[group] - 1;
     end = layout.run_offsets[group + 1];
     place = 0;
-    next(layout, group);
-    advance(layout, group, 0);
+    next(layout);
+    advance(layout, 0);
   }
 
-  DEVICE_MEMBER void next(const Layout& layout, int group) {
+  DEVICE_MEMBER void next(const Layout& layout) {
     ++run;
-    if (run < end) {
-      start = layout.run_start[run];
-      length = layout.run_length[run];
-    } else {
-      length = run == end ? (group == layout.dense_group ? 0 : layout.num_dense) : 0x7fffffff;
-    }
+    start = run < end ? layout.run_start[run] : NONE;
+    length = run < end ? layout.run_length[run] : 0x7fffffff;
   }
 
-  DEVICE_MEMBER void advance(const Layout& layout, int group, int columns) {
+  DEVICE_MEMBER void advance(const Layout& layout, int columns) {
     place += columns;
     while (place >= length) {
       place -= length;
-      next(layout, group);
+      next(layout);
     }
   }
 
-  // Whether the next `columns` lie side by side, from token `start + place` on.
+  // Whether the next `columns` are of one run.
   DEVICE_MEMBER bool is_contiguous(int columns) const { return run < end && place + columns <= length; }
 
   // What is here: a token; or a place among the dense columns, with the highest bit; or behind the last column, NONE.
-  DEVICE_MEMBER int column() const { return run < end ? start + place : run == end ? ~PLACE | place : NONE; }
+  DEVICE_MEMBER int column() const { return run < end ? start + place : NONE; }
 
   static constexpr int PLACE = 0x7fffffff, NONE = -1;
 
@@ -162,19 +158,24 @@ DEVICE void copy_row(uint32 shared, int rows, const Element* head, int64 stride,
 
 constexpr int PIECE = 8; // tokens: where the swizzle's pattern begins anew
 
+// Where the copy engine finds columns: all tokens, and a copy of the dense columns alone; in boxes of a tile of columns,
+// and of [64, PIECE].
+struct ColumnMaps {
+  TensorMap tiles, dense_tiles, pieces, dense_pieces;
+};
+
 // Load the next TOKENS tokens from `cursor` on into panels of as many rows, by one warp; zeros behind the last column.
-// Pieces whose tokens lie side by side come by the copy engine and count towards `barrier`: `map` and `dense_map`, the
-// latter of the dense columns alone, have boxes of [64, PIECE]. Other pieces are copied row by row.
+// Pieces whose tokens lie side by side come by the copy engine and count towards `barrier`, others row by row.
 template <int D, int TOKENS>
-DEVICE void load_pieces(const Layout& layout, const Work& work, Cursor cursor, uint32 shared, const TensorMap& map,
-                        const TensorMap& dense_map, const Tensor4& tensor, uint32 barrier) {
+DEVICE void load_pieces(const Layout& layout, const Work& work, Cursor cursor, uint32 shared, const ColumnMaps& maps,
+                        const Tensor4& tensor, uint32 barrier) {
   const int lane = threadIdx.x % 32;
   const Element* head = tensor.at(work.batch, work.head);
-  cursor.advance(layout, work.group, lane);
+  cursor.advance(layout, lane);
 #pragma unroll 1 // few registers
   for (int first = 0; first < TOKENS; first += 32) {
     const int column = cursor.column();
-    cursor.advance(layout, work.group, 32);
+    cursor.advance(layout, 32);
     const int first_column = __shfl_sync(0xffffffff, column, lane / PIECE * PIECE);
     const bool follows = column == (first_column == Cursor::NONE ? Cursor::NONE : first_column + lane % PIECE);
     uint32 split = 0; // a bit for each piece, at its first lane
@@ -187,8 +188,9 @@ DEVICE void load_pieces(const Layout& layout, const Work& work, Cursor cursor, u
 #pragma unroll
       for (int panel = 0; panel < D / 64; ++panel) {
         // Before the first token there are zeros, too.
-        load_box(shared + (panel * TOKENS + first + lane) * SWIZZLE_ROW, Cursor::is_dense(column) ? &dense_map : &map,
-                 barrier, 64 * panel, column == Cursor::NONE ? -PIECE : column & Cursor::PLACE, work.head, work.batch);
+        load_box(shared + (panel * TOKENS + first + lane) * SWIZZLE_ROW,
+                 Cursor::is_dense(column) ? &maps.dense_pieces : &maps.pieces, barrier, 64 * panel,
+                 column == Cursor::NONE ? -PIECE : column & Cursor::PLACE, work.head, work.batch);
       }
     }
     const int token = split != 0 ? Cursor::token(layout, column) : -1;

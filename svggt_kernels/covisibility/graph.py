@@ -82,7 +82,7 @@ class GraphOrigin:
 
     def to(self, device: torch.device | str) -> GraphOrigin:
         """Return the same on another device."""
-        return GraphOrigin(self.nearest.to(device), self.bridges.to(device))
+        return GraphOrigin(_moved(self.nearest, device), _moved(self.bridges, device))
 
     def lonely(self) -> tuple[int, ...]:
         """Return the frames with fewer than 2 real neighbours, nearest to each other; none where so few exist."""
@@ -468,10 +468,9 @@ class CovisibilityGraph:
 
     def to(self, device: torch.device | str) -> CovisibilityGraph:
         """Return the graph on another device."""
-        asynchronous = torch.device(device).type == "cuda"  # others may read memory that is gone
         return CovisibilityGraph(
-            self.indptr.to(device, non_blocking=asynchronous),
-            self.indices.to(device, non_blocking=asynchronous),
+            _moved(self.indptr, device),
+            _moved(self.indices, device),
             self.num_frames,
             self.num_key_frames,
             None if self.origin is None else self.origin.to(device),
@@ -523,6 +522,11 @@ class CovisibilityGraph:
                 f"{what} needs the same frames as queries and keys, got {self.num_frames} query frames and "
                 f"{self.num_key_frames} key frames"
             )
+
+
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return x on another device; only CUDA is not waited for, others may read memory that is gone."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def _check_edge_count(edges: int) -> None:

@@ -121,7 +121,7 @@ def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tens
     each takes about a second, once per process and device.
     """
     _load(_forward_kernels(dtype, head_size), layout.device)
-    return list(make_tables(layout, forward_pass.ROWS, 64))
+    return list(make_tables(layout, forward_pass.ROWS))
 
 
 def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:

@@ -8,12 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessors, tensor_map
-from .tables import Layout, Tables
+from .runtime import Kernel, Tensor4, defines, launch, multiprocessors
+from .tables import ColumnMaps, Layout, Tables
 
 LOG2_E = 1.4426950408889634
-PIECE = 8
-"""Tokens that the copy engine loads at a time where a tile spans runs."""
 
 
 class Config(NamedTuple):
@@ -27,7 +25,7 @@ CONSUMERS = 3
 """Warpgroups of 64 rows."""
 
 ROWS = 64 * CONSUMERS
-"""Rows of a tile; where fewer are left, 64."""
+"""Rows of a tile."""
 
 CONFIGS = {64: Config(96, 7), 128: Config(64, 4)}
 """By head size."""
@@ -40,7 +38,8 @@ class Parameters(ctypes.Structure):
     """`Parameters` of forward.cu."""
 
     _fields_ = (
-        *((name, TensorMap) for name in ("k_map", "v_map", "k_pieces", "v_pieces", "k_dense", "v_dense")),
+        ("k_maps", ColumnMaps),
+        ("v_maps", ColumnMaps),
         ("q", Tensor4),
         ("k", Tensor4),
         ("v", Tensor4),
@@ -82,11 +81,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
     layout = Layout.of(tables, ROWS, q)
     # The next item of each launch; which items have rows that failed, and whether any has.
     counters = q.new_zeros(2 + layout.items + 1 if bounded else 2, dtype=torch.int32)
-    # Copies in which dense columns lie side by side.
+    # Copies in which dense columns lie side by side; they live until both kernels are launched.
     k_dense, v_dense = (x.index_select(2, tables.dense_columns) if len(tables.dense_columns) else x for x in (k, v))
     parameters = Parameters(
-        *(tensor_map(x, tokens) for tokens in (config.columns, PIECE) for x in (k, v)),
-        *(tensor_map(x, PIECE) for x in (k_dense, v_dense)),
+        *(ColumnMaps.of(x, dense, config.columns) for x, dense in ((k, k_dense), (v, v_dense))),
         *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(),
         counters[2:].data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip

@@ -69,9 +69,18 @@ def defines(
 
 
 def parameter_bytes(parameters: type[ctypes.Structure]) -> int:
-    """Return the size of a kernel's struct of parameters, which is aligned as `TensorMap` is if it has one."""
-    alignment = 64 if any(kind in (TensorMap, TensorMap * 2) for _, kind, *_ in parameters._fields_) else 8
-    return -(-ctypes.sizeof(parameters) // alignment) * alignment
+    """Return the size of a kernel's struct of parameters, which is aligned as its fields are."""
+    return -(-ctypes.sizeof(parameters) // (alignment := _alignment(parameters))) * alignment
+
+
+def _alignment(kind: Any) -> int:
+    if kind is TensorMap:
+        return 64
+    if issubclass(kind, ctypes.Array):
+        return _alignment(kind._type_)
+    if issubclass(kind, ctypes.Structure):
+        return max(_alignment(of_field) for _, of_field, *_ in kind._fields_)
+    return ctypes.alignment(kind)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -98,6 +107,8 @@ def _tensor_map(
     # The stride of an axis of length 1 is never used, but must be valid.
     steps = [stride if n > 1 else D for n, stride in zip((N, H, B), (strides[i] for i in (2, 1, 0)), strict=True)]
     one = driver.cuuint32_t(1)
+    # The second-level cache may fetch 256 bytes for the 128 of a box's row where the next belong to the same head.
+    fetched = 256 if D > 64 or steps[0] == D else 128
     encoded = _checked(
         driver.cuTensorMapEncodeTiled(
             getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{str(dtype).removeprefix('torch.').upper()}"),
@@ -109,7 +120,7 @@ def _tensor_map(
             [one] * 4,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            getattr(driver.CUtensorMapL2promotion, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{fetched}B"),
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
