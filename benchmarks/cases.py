@@ -11,7 +11,8 @@ Graphs, all symmetric, all with every frame seeing itself:
     bandR        frames i and j see each other when |i - j| <= R: a video
     loopR        a band whose last frame is next to the first one: a video that closes its loop
     starR        a band, and frame 0 sees and is seen by all: a video with VGGT's reference frame
-    scatteredK   every frame sees K frames drawn at random (seed 0), made symmetric: a photo collection
+    scatteredK   every frame sees K frames drawn at random (seed 0), made symmetric: nothing in common, the worst case
+    shuffledR    a band whose frames come in a random order (seed 0): a photo collection
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
 
-GRAPH = r"dense|(?:band|loop|star|scattered)\d+"
+GRAPH = r"dense|(?:band|loop|star|scattered|shuffled)\d+"
 NAME = re.compile(rf"s(\d+)-p(\d+)-({GRAPH})((?:-(?:special|hd|h|b)\d+)*)(-log2)?")
 SUFFIX = re.compile(r"-(special|hd|h|b)(\d+)")
 
@@ -64,7 +65,7 @@ class Case:
         if self.special > self.tokens:
             raise ValueError(f"{self.name}: {self.special} special tokens do not fit into {self.tokens} tokens a frame")
         if not re.fullmatch(GRAPH, self.graph):
-            raise ValueError(f"graph must be dense, bandR, loopR, starR or scatteredK, got {self.graph!r}")
+            raise ValueError(f"graph must be dense, bandR, loopR, starR, scatteredK or shuffledR, got {self.graph!r}")
 
     @classmethod
     def parse(cls, name: str) -> Case:
@@ -77,7 +78,7 @@ class Case:
         if match is None:
             raise ValueError(
                 f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; graphs are "
-                "dense, bandR, loopR, starR and scatteredK; -log2 at the end stands for q in units of log2"
+                "dense, bandR, loopR, starR, scatteredK and shuffledR; -log2 at the end stands for q in units of log2"
             )
         frames, tokens, graph, rest, log2 = match.groups()
         fields = {"special": "special", "hd": "head_size", "h": "heads", "b": "batch"}
@@ -135,6 +136,9 @@ class Case:
                 row[torch.randperm(self.frames, generator=generator)[:number]] = True
             return seen | seen.T
         band = distance <= number
+        if kind == "shuffled":
+            order = torch.randperm(self.frames, generator=torch.Generator().manual_seed(0))
+            return band[order][:, order]
         if kind == "star":
             band[0] = band[:, 0] = True
         return band
@@ -213,6 +217,8 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "backward": _cases("s16-p1374-dense", "s16-p1374-band2", "s16-p1374-scattered3"),
     # 2.25e9 elements in each of q, k, v and the output: offsets do not fit into 32 bits.
     "large": _cases("s1600-p1374-band2"),
+    # What does not fit into the GPU's cache: a video, a photo collection, and frames that have nothing in common.
+    "order": _cases(*(f"s1000-p1041-{graph}" for graph in ("band15", "shuffled15", "scattered15"))),
     # 16 and 32 neighbours: time and extra memory by edge should not depend on the number of frames.
     "scaling": _cases(
         *(f"s{frames}-p1374-band8" for frames in (16, 32, 64, 125, 250, 500, 1000, 2000)),

@@ -2,7 +2,8 @@
 
 A name reads `vggt-1b-100f-10n`: the model, 100 frames, 10 neighbours of each frame, and frame 0 dense both ways. The
 neighbours are the five frames before and after; with the suffix `-random` each frame draws five others (seed 0) and
-sees those and the frames that drew it, ten on average.
+sees those and the frames that drew it, ten on average. With `-8a` behind the neighbours all frames also see 8 anchors,
+evenly spread.
 
 Models have random weights: time and memory do not depend on them. `vggt-1b` is the upstream code, importable as `vggt`,
 at 518 x 392 pixels (1041 tokens a frame); `toy` is the package's own small model, at 154 x 112 pixels (93 tokens).
@@ -31,7 +32,7 @@ from svggt_kernels.toy import ToyMultiViewTransformer
 from .record import Line
 from .timing import synchronize
 
-NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(-random)?")
+NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(?:-(\d+)a)?(-random)?")
 PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
 """Height and width of the images of each model."""
 
@@ -98,12 +99,14 @@ class ModelCase:
         model: "toy" or "vggt-1b".
         frames: Frames, S.
         neighbours: Frames that each frame sees besides itself and frame 0; even.
+        anchors: Frames that all frames see, besides frame 0.
         random: Whether neighbours are drawn at random; by default they are the nearest in order.
     """
 
     model: str
     frames: int
     neighbours: int
+    anchors: int = 0
     random: bool = False
 
     @classmethod
@@ -114,24 +117,26 @@ class ModelCase:
             ValueError: If the name does not follow the grammar in the module's docstring.
         """
         match = NAME.fullmatch(name)
-        if match is None or int(match[2]) < 1 or int(match[3]) % 2:
+        if match is None or int(match[2]) < 1 or int(match[3]) % 2 or int(match[4] or 0) >= int(match[2]):
             raise ValueError(
-                "a case of a model is called like toy-16f-4n or vggt-1b-100f-10n-random, with an even number of "
-                f"neighbours, got {name!r}"
+                "a case of a model is called like toy-16f-4n or vggt-1b-100f-10n-4a-random, with an even number of "
+                f"neighbours and fewer anchors than frames, got {name!r}"
             )
-        return cls(match[1], int(match[2]), int(match[3]), match[4] is not None)
+        return cls(match[1], int(match[2]), int(match[3]), int(match[4] or 0), match[5] is not None)
 
     @property
     def name(self) -> str:
         """The name of the case; `parse` reads it back."""
-        return f"{self.model}-{self.frames}f-{self.neighbours}n{'-random' if self.random else ''}"
+        anchors = f"-{self.anchors}a" if self.anchors else ""
+        return f"{self.model}-{self.frames}f-{self.neighbours}n{anchors}{'-random' if self.random else ''}"
 
     @property
     def about(self) -> str:
         """One line on the case."""
         height, width = PIXELS[self.model]
         kind = "random" if self.random else "nearest"
-        return f"{self.frames} images of {width} x {height}, {self.neighbours} {kind} neighbours and frame 0"
+        anchors = f", {self.anchors} anchors" if self.anchors else ""
+        return f"{self.frames} images of {width} x {height}, {self.neighbours} {kind} neighbours{anchors} and frame 0"
 
     def graph(self) -> CovisibilityGraph:
         """Return which frames see which."""
@@ -147,6 +152,7 @@ class ModelCase:
         else:
             visible |= (frame[:, None] - frame).abs() <= half
         visible[0] = visible[:, 0] = True
+        visible[:, torch.arange(1, self.anchors + 1) * self.frames // (self.anchors + 1)] = True
         return CovisibilityGraph.from_dense(visible)
 
 
@@ -161,6 +167,7 @@ PUBLISHED = tuple(
             "vggt-1b-200f-10n",
             "vggt-1b-300f-30n",
             "vggt-1b-1000f-30n",
+            "vggt-1b-1000f-30n-8a",
         ),
     )
 )

@@ -24,6 +24,15 @@ def test_model_graph_has_its_neighbours_and_frame_0(name):
     assert (others.mean() if case.random else others).sub(case.neighbours).abs().max() <= (1 if case.random else 0)
 
 
+def test_all_frames_see_the_anchors():
+    case = models.ModelCase.parse("toy-30f-2n-2a")
+    assert case.name == "toy-30f-2n-2a"
+    visible = case.graph().to_dense()
+    assert visible[:, [0, 10, 20]].all()
+    assert visible[5].nonzero().flatten().tolist() == [0, 4, 5, 6, 10, 20]
+    assert visible[10].nonzero().flatten().tolist() == [0, 9, 10, 11, 20]
+
+
 def test_model_lines_are_complete(tmp_path):
     file = tmp_path / "out.jsonl"
     assert main([*"model --cases toy-5f-2n --device cpu --repeats 1 --output".split(), str(file)]) == 0

@@ -64,6 +64,9 @@ def test_graphs():
     band = {(i, j) for i in range(5) for j in range(5) if abs(i - j) <= 1}
     assert edges("s5-p1-band1") == band
     assert edges("s5-p1-loop1") == band | {(0, 4), (4, 0)}
+    shuffled = Case.parse("s5-p1-shuffled1").visible
+    assert sorted(shuffled.sum(1).tolist()) == [2, 2, 3, 3, 3]
+    assert edges("s5-p1-shuffled1") not in (band, set())
     assert edges("s5-p1-star1") == band | {(0, j) for j in range(5)} | {(i, 0) for i in range(5)}
     assert edges("s5-p1-dense") == {(i, j) for i in range(5) for j in range(5)}
     assert edges("s5-p1-band0") == {(i, i) for i in range(5)}

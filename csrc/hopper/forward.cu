@@ -22,7 +22,7 @@ constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
 static_assert(COLUMNS % 32 == 0, "load_pieces takes 32 at a time");
 constexpr int CONSUMERS = 3; // warpgroups of 64 rows
-static_assert(STAGES > CONSUMERS, "who shares a tile of rows holds one tile of columns and waits CONSUMERS further on");
+static_assert(STAGES > 1, "a consumer holds one tile of columns and waits for the next");
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int SCORES = COLUMNS / 2; // of a thread
@@ -58,8 +58,7 @@ struct Parameters {
 struct Shared {
   static constexpr uint32 BARRIERS_AT = 2 * Q_BYTES + STAGES * 2 * TILE_BYTES + ONES_BYTES;
   static constexpr uint32 WORK_AT = BARRIERS_AT + 8 * (6 + 2 * STAGES);
-  static constexpr uint32 SUMS_AT = WORK_AT + 2 * 32;
-  static constexpr uint32 BYTES = SUMS_AT + 64 * 8;
+  static constexpr uint32 BYTES = WORK_AT + 2 * 32;
 
   uint32 base;
 
@@ -74,7 +73,6 @@ struct Shared {
   DEVICE_MEMBER uint32 full(int stage) const { return barriers() + 8 * (6 + stage); }
   DEVICE_MEMBER uint32 empty(int stage) const { return barriers() + 8 * (6 + STAGES + stage); }
   DEVICE_MEMBER uint32 work(int buffer) const { return base + WORK_AT + 32 * buffer; }
-  DEVICE_MEMBER uint32 sums() const { return base + SUMS_AT; } // of 64 rows: sum, maximum
 };
 
 static_assert(sizeof(Parameters) == PARAMETER_BYTES && Shared::BYTES == SHARED_BYTES, "as in forward_pass.py");
@@ -297,16 +295,15 @@ DEVICE void finish_output(State& state, uint32 empty, bool takes_sums) {
   hold(state.out);
 }
 
-// Leave a tile of columns to others.
+// Leave a tile of columns to the others.
 DEVICE void skip(const Shared& shared, Ring<STAGES>& ring) {
   barrier_wait(shared.full(ring.index), ring.parity);
   warp_arrive(shared.empty(ring.index));
   ring.next();
 }
 
-// The tiles of columns of one row tile from here on, `left` columns in all; only every `parts`-th.
-DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left,
-                  int parts) {
+// The tiles of columns of one row tile, `left` columns in all.
+DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left) {
   constexpr int STAGE = 2 * TILE_BYTES >> 4; // from descriptor to descriptor
   const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0));
   const uint64 v = descriptor(shared.v(0), shared.ones() - shared.v(0));
@@ -321,11 +318,10 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   state.softmax(p.scale);
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
   uint32 empty = 0, tiles = 0;
-  for (left -= parts * COLUMNS; left > 0; left -= parts * COLUMNS) {
+  for (left -= COLUMNS; left > 0; left -= COLUMNS) {
     const int stage = ring.index;
     ring.next();
     finish_output(state, empty, ++tiles % TILES_OF_A_SUM == 0); // not by the ring, whose place depends on other work
-    for (int i = 1; i < parts; ++i) skip(shared, ring);
     barrier_wait(shared.full(ring.index), ring.parity);
     wgmma_fence();
     start_scores(state, q, k + ring.index * STAGE);
@@ -348,66 +344,6 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   state.take_sums();
   warp_arrive(shared.empty(ring.index));
   ring.next();
-  for (int i = parts - 1; i > 0 && left + i * COLUMNS > 0; --i) skip(shared, ring);
-}
-
-// What a consumer takes of a tile of rows: 64 of them, and of the tiles of columns every `parts`-th from `part` on. Where
-// there are only 64 rows, all consumers share them.
-struct Role {
-  int unit, part, parts;
-  bool idle;
-
-  DEVICE_MEMBER Role(const Work& work, int consumer) {
-    const bool shares = work.length <= 64;
-    unit = shares ? 0 : consumer;
-    part = shares ? consumer : 0;
-    parts = shares ? CONSUMERS : 1;
-    idle = work.length <= 64 * unit;
-  }
-};
-
-// Add all parts of the columns to the first, one after the other; they pass through the tile of Q.
-DEVICE void merge(const Shared& shared, int part, uint32 q, float scale, State& state) {
-  static_assert(CONSUMERS >= 2, "a part is 32 KB, for 64 columns of d, and so are 128 rows of Q");
-  const int thread = threadIdx.x % WARPGROUP;
-  const uint32 sums = shared.sums() + 8 * (thread / 32 * 16 + thread % 32 / 4);
-  // Of each panel of Q the first 128 rows hold 32 accumulators of each thread.
-  const uint32 panels = q + 4 * thread;
-  const auto place = [=](int i) { return panels + i / 32 * Q_PANEL + i % 32 * (4 * WARPGROUP); };
-#pragma unroll 1
-  for (int giver = 1; giver < CONSUMERS; ++giver) {
-    named_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP); // all have read Q, or the first what was there before
-    if (part == giver) {
-#pragma unroll
-      for (int i = 0; i < 32 * PANELS; ++i) store_shared(place(i), __float_as_uint(state.out[i]));
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (thread % 4 == 0) store_shared(sums + 64 * row, __float_as_uint(state.sum[row]));
-#if defined(ONLINE)
-        if (thread % 4 == 0) store_shared(sums + 64 * row + 4, __float_as_uint(state.maximum[row]));
-#endif
-      }
-    }
-    named_sync(1 + CONSUMERS, CONSUMERS * WARPGROUP);
-    if (part == 0) {
-      float mine[2] = {1.0f, 1.0f}, theirs[2] = {1.0f, 1.0f};
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-#if defined(ONLINE)
-        const float maximum = __uint_as_float(load_word(sums + 64 * row + 4));
-        const float largest = fmaxf(state.maximum[row], maximum);
-        mine[row] = exp2_approx(in_log2(state.maximum[row] - largest, scale));
-        theirs[row] = exp2_approx(in_log2(maximum - largest, scale));
-        state.maximum[row] = largest;
-#endif
-        state.sum[row] = state.sum[row] * mine[row] + __uint_as_float(load_word(sums + 64 * row)) * theirs[row];
-      }
-#pragma unroll
-      for (int i = 0; i < 32 * PANELS; ++i) {
-        state.out[i] = state.out[i] * mine[i / 2 % 2] + __uint_as_float(load_word(place(i))) * theirs[i / 2 % 2];
-      }
-    }
-  }
 }
 
 DEVICE void consume(const Parameters& p, const Shared& shared) {
@@ -422,16 +358,16 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     Work work = load_work(shared.work(q_ring.index));
     if (work.columns < 0) break;
     barrier_wait(shared.q_full(q_ring.index), q_ring.parity);
-    const Role role(work, consumer);
-    const uint32 q_rows = shared.q(q_ring.index) + role.unit * 64 * SWIZZLE_ROW;
+    const uint32 q_rows = shared.q(q_ring.index) + consumer * 64 * SWIZZLE_ROW;
     state.reset();
 
-    int left = work.columns;
-    for (int tile = 0; left > 0 && (role.idle || tile < role.part); ++tile, left -= COLUMNS) skip(shared, ring);
-    if (left > 0) sweep(p, shared, q_rows, state, ring, left, role.parts);
+    if (work.length <= 64 * consumer) {
+      for (int left = work.columns; left > 0; left -= COLUMNS) skip(shared, ring);
+    } else if (work.columns > 0) {
+      sweep(p, shared, q_rows, state, ring, work.columns);
+    }
 
     work = load_work(shared.work(q_ring.index)); // again, not to keep it in registers
-    if (Role(work, consumer).parts > 1 && work.columns > 0) merge(shared, consumer, shared.q(q_ring.index), p.scale, state);
     const int num_rows = work.length - 64 * consumer;
     const bool saw_nothing = work.columns == 0;
     float(&out)[OUT] = state.out;
