@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .models import ModelCase
 from .record import Line, read_lines
 
@@ -12,7 +14,7 @@ PANELS = (("seconds_full", "seconds, full forward"), ("peak_gib", "peak memory, 
 
 
 def read(files: Sequence[Path]) -> list[Line]:
-    """Return the latest measured line of each case and system, by frames.
+    """Return the latest measured line of each case and system.
 
     A process holds either upstream's code or FastVGGT's, so lines of several runs stand side by side here.
 
@@ -24,19 +26,47 @@ def read(files: Sequence[Path]) -> list[Line]:
     latest = {(line["case"], series(line)): line for line in measured}
     if not latest:
         raise ValueError(f"there is no measured line of `model` in {[*map(str, files)]}")
-    return sorted(latest.values(), key=lambda line: (ModelCase.parse(line["case"]).frames, -line["seconds_full"]))
+    return list(latest.values())
 
 
 def series(line: Line) -> str:
-    """Return the system of a line, and whether its special tokens were masked; older lines say so in their command."""
+    """Return the system of a line, whether its special tokens were masked, and the anchors of its graph.
+
+    Older lines say in their command that special tokens were masked.
+    """
     masked = line.get("special_tokens", "masked" if "--special-tokens masked" in line["command"] else None) == "masked"
-    return line["system"] + (", masked" if masked else "")
+    anchors = ModelCase.parse(line["case"]).anchors
+    return line["system"] + (", masked" if masked else "") + (f", {anchors} anchors" if anchors else "")
+
+
+def extrapolated(lines: Sequence[Line]) -> list[Line]:
+    """Return a line for each dense system that was measured at three numbers of frames or more, but not at the largest.
+
+    Seconds are those of `b S + c S^2`, fitted to the seconds of a frame; memory is not extrapolated.
+    """
+    largest = max(lines, key=_frames)
+    added = []
+    for system in dict.fromkeys(line["system"] for line in lines if line["density"] == 1.0):
+        known = {_frames(line): line for line in lines if line["system"] == system and line["density"] == 1.0}
+        if len(known) >= 3 and _frames(largest) not in known:
+            line = known[max(known)] | {"case": largest["case"], "measured": False, "peak_gib": None}
+            frames = np.array(list(known))
+            for key in ("seconds_aggregator", "seconds_full"):
+                c, b = np.polyfit(frames, [each[key] / S for S, each in known.items()], 1)
+                line[key] = float(b * _frames(largest) + c * _frames(largest) ** 2)
+            added.append(line)
+    return added
+
+
+def _frames(line: Line) -> int:
+    return ModelCase.parse(line["case"]).frames
 
 
 def write(lines: Sequence[Line], folder: Path) -> list[Path]:
     """Write `models.md` and `models.png` to the folder, made if it is missing, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     table, figure = folder / "models.md", folder / "models.png"
+    lines = sorted([*lines, *extrapolated(lines)], key=lambda line: (_frames(line), -line["seconds_full"]))
     _plot(lines, figure)
     table.write_text(markdown(lines), encoding="utf-8")
     return [table, figure]
@@ -49,8 +79,9 @@ def markdown(lines: Sequence[Line]) -> str:
         numbers = (
             ("density", ".3f"), ("seconds_aggregator", ".2f"), ("seconds_full", ".2f"), ("peak_gib", ".1f"),
         )  # fmt: skip
+        name = series(line) + ("" if line["measured"] else " (extrapolated)")
         shown = ("-" if line[key] is None else format(line[key], spec) for key, spec in numbers)
-        rows.append(f"| {line['case']} | {series(line)} | {' | '.join(shown)} |")
+        rows.append(f"| {line['case']} | {name} | {' | '.join(shown)} |")
     return "\n".join([*rows, ""])
 
 
@@ -62,13 +93,18 @@ def _plot(lines: Sequence[Line], file: Path) -> None:
     for axis, (key, heading) in zip(axes, PANELS, strict=True):
         for system in dict.fromkeys(map(series, lines)):
             points = [
-                (ModelCase.parse(line["case"]).frames, line[key])
+                (_frames(line), line[key], line["measured"])
                 for line in lines
                 if series(line) == system and line[key] is not None
             ]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=system)
+                *xy, measured = zip(*points, strict=True)
+                [drawn] = axis.plot(*xy, linestyle=":", label=system)
+                axis.scatter(
+                    *xy, edgecolors=drawn.get_color(), c=[drawn.get_color() if m else "white" for m in measured]
+                )
         axis.set(xlabel="frames", ylabel=heading, xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
+    figure.suptitle("filled: measured; white: extrapolated; dotted: nothing was measured between", fontsize="small")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(file, dpi=110)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vggt_double import VGGT
 
-from benchmarks import models
+from benchmarks import model_report, models
 from benchmarks.__main__ import main
 
 
@@ -70,6 +70,23 @@ def test_model_report_shows_the_latest_line_of_each_system_and_kind_of_special_t
     assert "| 1.00 |" in rows[3]
     file.write_text("")
     assert main(["model-report", "--results", str(file), "--output", str(tmp_path)]) == 2
+
+
+def test_model_report_extrapolates_dense_systems():
+    lines = [
+        {"system": "upstream", "case": f"toy-{S}f-2n", "density": 1.0, "measured": True, "peak_gib": 1.0}
+        | {"seconds_aggregator": 2 * S + 3 * S**2, "seconds_full": 5 * S + 3 * S**2, "command": ""}
+        for S in (10, 20, 30)
+    ]
+    lines.append(lines[0] | {"case": "toy-100f-4n", "system": "svggt", "density": 0.1})
+    [line] = model_report.extrapolated(lines)
+    assert (line["system"], line["case"], line["measured"]) == ("upstream", "toy-100f-4n", False)
+    assert line["seconds_aggregator"] == pytest.approx(30200)
+    assert line["seconds_full"] == pytest.approx(30500)
+    assert "| toy-100f-4n | upstream (extrapolated) | 1.000 | 30200.00 | 30500.00 | - |" in model_report.markdown(
+        [line]
+    )
+    assert model_report.extrapolated(lines[1:]) == []
 
 
 def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):

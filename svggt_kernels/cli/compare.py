@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
     with refusals():
         photos = find_photos(arguments.folder)[: arguments.max_frames]
+    sees = covisibility(arguments)
     model = load_model(arguments.model, arguments.weights, device)
     output = make_folder(arguments.output)
     with refusals(), stage(f"reading {len(photos)} photos"):
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     comparison, outputs = compare(
         model,
         frames.to(device),
-        covisibility(arguments),
+        sees,
         described=describe(arguments),
         backend=arguments.backend,
         repeats=arguments.repeats,

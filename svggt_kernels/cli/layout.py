@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_what_would_be_ignored(arguments)
     require_matplotlib()
     kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
+    graph_of = None if kind else from_images(arguments)
     size = {
         "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
         "patch_size": kind.patch_size if kind else arguments.patch_size or PATCH_SIZE,
@@ -100,7 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         if not len(pairs):
             raise CommandError(f"--truth names no pair among the first {len(photos)} photos; raise --max-frames")
     output = make_folder(arguments.output)
-    layout, note = _from_model(arguments, frames) if kind else (_from_photos(arguments, frames), None)
+    if graph_of is None:
+        layout, note = _from_model(arguments, frames)
+    else:
+        layout, note = _from_photos(arguments, frames, graph_of), None
 
     judged = CovisibilityReport.of(layout.graph, pairs)
     report: dict[str, Any] = {
@@ -175,9 +180,11 @@ def _as_text(report: dict[str, Any], summary: GraphSummary) -> str:
     return "\n".join(lines)
 
 
-def _from_photos(arguments: argparse.Namespace, frames: Tensor) -> BlockLayout:
+def _from_photos(
+    arguments: argparse.Namespace, frames: Tensor, graph_of: Callable[[Tensor], list[CovisibilityGraph]]
+) -> BlockLayout:
     with refusals(), enough_memory(), stage(describe(arguments)):
-        graph = from_images(arguments)(frames[None])[0]
+        [graph] = graph_of(frames[None])
     patch_size = arguments.patch_size or PATCH_SIZE
     patches = (frames.shape[-2] // patch_size) * (frames.shape[-1] // patch_size)
     special = SPECIAL_TOKENS if arguments.special_tokens is None else arguments.special_tokens

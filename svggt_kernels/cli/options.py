@@ -122,6 +122,7 @@ def covisibility(arguments: argparse.Namespace) -> Any:
 def from_images(arguments: argparse.Namespace) -> Callable[[Tensor], list[CovisibilityGraph]]:
     """Return a function from images `[B, S, 3, H, W]` to one graph per sample, for graphs that need no model."""
     name, window = arguments.covisibility, _window(arguments)
+    megaloc = _megaloc(arguments) if name == "megaloc" else None
 
     def graph(frames: Tensor) -> CovisibilityGraph:
         if name == "all":
@@ -129,8 +130,8 @@ def from_images(arguments: argparse.Namespace) -> Callable[[Tensor], list[Covisi
         if name == "sequential":
             same = torch.ones(len(frames), 1)
             return CovisibilityGraph.from_descriptors(same, neighbours=0, window=window, anchors=0, bridge=False)
-        if name == "megaloc":
-            descriptors = _megaloc(arguments).describe(frames, progress=sys.stderr.isatty()).cpu()
+        if megaloc is not None:
+            descriptors = megaloc.describe(frames, progress=sys.stderr.isatty()).cpu()
         else:
             descriptors = thumbnails(frames)
         return CovisibilityGraph.from_descriptors(descriptors, neighbours=arguments.neighbours, window=window)

@@ -91,7 +91,11 @@ def draw_neighbours(
     rows = torch.linspace(0, len(photos) - 1, min(MOSAIC_ROWS, len(photos))).round().int().tolist()
     true = None if pairs is None else set(map(tuple, pairs.tolist()))
     small = F.interpolate(photos.float().cpu(), scale_factor=96 / max(photos.shape[-2:]), mode="area")
-    figure = _figure(1.1 * (MOSAIC_COLUMNS + 1), 0.35 + len(rows) * 1.25, "Frame, and its neighbours")
+    title = f"{len(rows)} of {len(photos)} frames" if len(rows) < len(photos) else "Each frame"
+    title += f", and up to {MOSAIC_COLUMNS} neighbours, in the order of the frames"
+    if true is not None:
+        title += "\nblue: known to share a view; red: not"
+    figure = _figure(1.1 * (MOSAIC_COLUMNS + 1), 0.55 + len(rows) * 1.25, title)
     grid = figure.subplots(len(rows), MOSAIC_COLUMNS + 1, squeeze=False)
     for axes, frame in zip(grid, rows, strict=True):
         for axis in axes:
