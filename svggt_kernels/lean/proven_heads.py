@@ -14,8 +14,13 @@ PROOF_FRAMES = 2
 PROOF_PATCHES = 6
 """Patches of such a frame, down and across."""
 
+UNKNOWN_POSITIONS = "what it adds to pixels is no sum over their columns and rows"
+
 FACTOR = 4
 """How many times as far from float64 as the other either forward may be, see `ProvenHeads._agree`."""
+
+NEGLIGIBLE = {torch.float32: 50, torch.float64: 2**16}
+"""Roundings; many of float64, with which there is nothing better to compare, and still far below another formula."""
 
 
 class ProvenHeads:
@@ -87,8 +92,8 @@ class ProvenHeads:
 
         The lean one in float64 is what both are compared with. As they compute the same with the same roundings, if in
         another order, their distances from it are alike: more than `FACTOR` times the other's is another formula. How
-        large they are depends on the precision of products, for example TF32, which neither can tell. Below some 50
-        roundings of the dtype they need not be alike.
+        large they are depends on the precision of products, such as TF32, and on the weights. Within `NEGLIGIBLE`
+        roundings they need not be alike. Compared are logarithms, as values may differ by orders of magnitude.
         """
         weight, (height, width) = head.norm.weight, images.shape[-2:]
         theirs = head._forward_impl(layers, images, 0)
@@ -99,18 +104,16 @@ class ProvenHeads:
                 return False
             given = [each if each is None else each.to(dtype) for each in layers]
             results.append(heads.ReadyHead(head, tables, dtype)(given, images, 0))
-        for their, our, exact in zip(theirs, *results, strict=True):
+        for results_of_one in zip(theirs, *results, strict=True):
+            their, our, exact = (each.double().sign() * each.double().abs().log1p() for each in results_of_one)
             norm = exact.norm()
             if not norm.isfinite():
                 return None
-            errors = [(each.double() - exact).norm() for each in (their, our)]
-            negligible = 50 * torch.finfo(weight.dtype).eps * norm
-            if their.dtype != our.dtype or not max(errors) <= FACTOR * min(errors) + negligible:
+            errors = [(each - exact).norm() for each in (their, our)]
+            negligible = NEGLIGIBLE[weight.dtype] * torch.finfo(weight.dtype).eps * norm
+            if not max(errors) <= FACTOR * min(errors) + negligible:
                 return False
         return True
-
-
-UNKNOWN_POSITIONS = "what it adds to pixels is no sum over their columns and rows"
 
 
 def _mismatch(head: Any, layers: Sequence[Any], images: Tensor, first: int) -> str | None:
