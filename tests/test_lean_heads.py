@@ -71,9 +71,9 @@ def test_upsampling_is_bilinear_plus_all_that_is_added(kernels, channels: int, s
 
 def test_upsampling_takes_the_places_that_pytorch_takes(kernels):
     """In float32, as its kernel on CUDA does; 150 to 521 pixels would be off by 1e-5 of the difference otherwise."""
-    x = maps(1, 8, 150, 3)
-    out = kernels.upsample(x, (521, 4), torch.zeros(8, device=DEVICE), None, None)
-    expected = F.interpolate(x, (521, 4), mode="bilinear", align_corners=True)
+    x = maps(1, 8, 3, 150)
+    out = kernels.upsample(x, (4, 521), torch.zeros(8, device=DEVICE), None, None)
+    expected = F.interpolate(x, (4, 521), mode="bilinear", align_corners=True)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
@@ -174,6 +174,37 @@ def test_a_lean_head_computes_what_its_forward_does(activation: str, grid, sampl
     for one, other in zip(lean, expected, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many frames ran at once, each time."""
+    counts: list[int] = []
+    forward = heads.ReadyHead._run
+
+    def watched(self, tokens, *arguments):
+        counts.append(len(tokens[0]))
+        return forward(self, tokens, *arguments)
+
+    monkeypatch.setattr(heads.ReadyHead, "_run", watched)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "expected"), [(2, 8, [2, 2, 1]), (None, 8, [5]), (None, 3, [3, 2]), (4, 3, [3, 2])]
+)
+def test_no_more_frames_run_at_once_than_asked_or_may(asked, most: int, expected: list[int], seen, monkeypatch):
+    module, given = head(), inputs(frames=5)
+    run(module, given, frames_chunk_size=asked)
+    seen.clear()
+    monkeypatch.setattr(memory, "FRAMES_AT_ONCE", most)
+    proven = proven_heads.ProvenHeads()
+    run(module, given, proven, frames_chunk_size=asked)
+    assert seen[-len(expected) :] == expected
+    monkeypatch.setattr(heads, "MOST_VALUES", 8 * (4 * PATCH) * (5 * PATCH) * 3 // 2)
+    seen.clear()
+    run(module, given, proven)
+    assert seen == [1] * 5
 
 
 @pytest.mark.parametrize("options", [{"pos_embed": False}, {"down_ratio": 2}, {"widths": (16, 4, 8, 12)}])
@@ -506,29 +537,21 @@ def test_gradients_and_lean_false_leave_heads_as_they_are():
         assert handle.report().heads_not_lean == {"depth_head": "gradients are on"}
         with torch.no_grad():
             network(IMAGES)
-        assert handle.report().lean_heads == ("depth_head",)
+        assert handle.report().lean_heads == ("depth_head",) and handle.report().heads_not_lean == {}
     assert network.depth_head.norm.weight.grad is not None
     _, report = outputs(network, lean=False)
     assert report.lean_heads == () and report.heads_not_lean == {} and "lean heads" not in str(report)
 
 
 @pytest.mark.parametrize("options", [{"memory_budget": 8.0}, {"precision": "bf16"}, {"outputs": "all"}])
-def test_heads_run_lean_on_outputs_that_lie_elsewhere(options: dict[str, object], monkeypatch: pytest.MonkeyPatch):
+def test_heads_run_lean_on_outputs_that_lie_elsewhere(options: dict[str, object], seen, monkeypatch):
     monkeypatch.setattr(memory, "FRAMES_AT_ONCE", 2)
-    network, seen = model(), []
-    forward = heads.ReadyHead._run
-
-    def watched(self, tokens, *arguments):
-        seen.append(len(tokens[0]))
-        return forward(self, tokens, *arguments)
-
-    monkeypatch.setattr(heads.ReadyHead, "_run", watched)
+    network = model()
     with torch.no_grad():
         plain = network(IMAGES)
     lean, report = outputs(network, **options)
     assert report.lean_heads == ("depth_head",)
-    if "memory_budget" in options:
-        assert set(seen[-3:]) == {2}
+    assert seen[-3:] == [2, 2, 2]
     for name, expected in plain.items():
         assert (lean[name] - expected).norm() <= (0.05 if "precision" in options else 1e-3) * expected.norm(), name
 

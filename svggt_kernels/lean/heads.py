@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import memory
 from .arithmetic import convolve_relu, layer_norm, predict, upsample
-from .memory import FRAMES_AT_ONCE
 
 LEVELS = 4
 SIGNED = {"exp": False, "inv_log": True}
@@ -29,6 +29,9 @@ SIGNED = {"exp": False, "inv_log": True}
 
 CONFIDENCE = "expp1"
 METHODS = ("_forward_impl", "_apply_pos_embed")
+MOST_VALUES = 2**31 - 1
+"""Of the widest map: PyTorch splits a convolution of more, but not one with its ReLU."""
+
 Size = tuple[int, int]
 
 
@@ -168,7 +171,7 @@ class ReadyHead:
         aggregated_tokens_list: Sequence[Any],
         images: Tensor,
         patch_start_idx: int,
-        frames_chunk_size: int | None = FRAMES_AT_ONCE,
+        frames_chunk_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what the head's forward does: values `[B, S, H, W, K]` and their confidence `[B, S, H, W]`.
 
@@ -182,8 +185,7 @@ class ReadyHead:
         grid, size = _grid(self.head, image), _size(self.head, image)
         read = [aggregated_tokens_list[index] for index in self.head.intermediate_layer_idx]
         wide = self.head.scratch.output_conv1.out_channels * size[0] * size[1]
-        # PyTorch splits a convolution of 2^31 values, but not one with its ReLU.
-        at_once = max(1, min(frames_chunk_size or S, FRAMES_AT_ONCE, (2**31 - 1) // wide))
+        at_once = max(1, min(frames_chunk_size or S, memory.FRAMES_AT_ONCE, MOST_VALUES // wide))
         results: tuple[Tensor, ...] = ()
         for sample in range(B):
             for start in range(0, S, at_once):
