@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +13,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from live_bytes import Live
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from vggt_double import DIM, SPECIAL, VGGT, DPTHead
 
 import svggt_kernels
@@ -193,32 +191,6 @@ def test_heads_never_see_more_frames_than_planned(monkeypatch: pytest.MonkeyPatc
     _, report = run(network, memory_budget=plans(network)[-1].peak_bytes / GIB)
     assert report.memory.frames_at_once == 1  # the head asks for 4
     assert seen == [(1, 1)] * 6
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, but for those of the tensors given."""
-
-    def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in given}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.known:
-                    self.known.add(key)
-                    self.now += size
-                    weakref.finalize(storage, self.free, key, size)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 @contextmanager

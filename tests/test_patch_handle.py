@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from svggt_kernels import CovisibilityGraph, Patch, patch
 from svggt_kernels.backends import cpu
 from svggt_kernels.models import RECORDS
+from svggt_kernels.patching.interception import uncompiled
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
@@ -472,3 +473,19 @@ def test_compiled_model():
         with patch(compiled, covisibility=BAND):
             torch.testing.assert_close(compiled(pictures)["depth"], expected)
         torch.testing.assert_close(compiled(pictures)["depth"], dense)
+
+
+def test_many_functions_that_stay_uncompiled_are_not_counted_as_one():
+    def add_one(x: Tensor) -> Tensor:
+        return x + 1
+
+    functions = [uncompiled(recursive=True)(add_one) for _ in range(12)]
+
+    @torch.compile(backend="eager")
+    def add_all(x: Tensor) -> Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert add_all(torch.zeros(1)) == len(functions)

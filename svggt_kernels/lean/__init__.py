@@ -1,9 +1,10 @@
-"""The rest of a model beside its global attention, lean: fused blocks, no outputs that nobody reads.
+"""The rest of a model beside its global attention, lean: fused blocks and heads, no outputs that nobody reads.
 
 Sparse attention leaves VGGT's time to what is linear in the number of frames, and its memory to 24 stored layers of
 which heads read four. `blocks` runs a block in few passes over memory, by `arithmetic` and, where every frame attends
-to itself, `within_frames`; `outputs` keeps what is read, `embedding` runs the images' encoder in parts, `memory` plans
-both to a budget; `model` holds them together. docs/whole-model.md has what each saves.
+to itself, `within_frames`; `heads` does so for DPT heads, which `proven_heads` compares with their own forward;
+`inference` says what must run as it is; `outputs` keeps what is read, `embedding` runs the images' encoder in parts,
+`memory` plans both to a budget; `model` holds them together. docs/whole-model.md has what each saves.
 """
 
 from __future__ import annotations

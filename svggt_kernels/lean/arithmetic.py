@@ -1,6 +1,7 @@
-"""What a transformer block computes beside its matrix products, each in one pass over memory.
+"""What blocks and heads compute beside their products, each in one pass over memory.
 
-On CUDA by Triton kernels, elsewhere by PyTorch: the same formulas in float32, the result rounded once.
+On CUDA by Triton kernels, and by cuDNN what goes with a convolution; elsewhere by PyTorch: the same formulas in
+float32, the result rounded once.
 """
 
 from __future__ import annotations
@@ -100,6 +101,82 @@ def normalise_and_rotate_(
             x = _rotated(x, positions, base)
         qkv[:, :, index] = (x * scale).to(qkv.dtype)
     return qkv
+
+
+def convolve_relu(
+    x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, plus: Tensor | None = None
+) -> Tensor:
+    """Return max(0, conv(x) + bias + plus), by the strides, padding and groups of `conv`.
+
+    Args:
+        x: Maps `[N, C, H, W]`.
+        conv: Says how to convolve, with zeros around the maps; its parameters are not read.
+        weight: As that of `conv`, channels-last.
+        bias: Of the outputs, or None.
+        plus: What is added, `[N, C', H', W']`, or None.
+
+    Returns:
+        Maps `[N, C', H', W']`; channels-last, as is faster for all of these.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
+    if x.is_cuda and x.dtype != torch.float64 and torch.version.hip is None and torch.backends.cudnn.is_acceptable(x):
+        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if plus is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *how)  # type: ignore[arg-type]
+        return torch.cudnn_convolution_add_relu(x, weight, plus, 1.0, bias, *how)  # type: ignore[arg-type]
+    out = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return (out if plus is None else out.add_(plus)).relu_()
+
+
+def upsample(
+    x: Tensor,  # [N, C, h, w]
+    size: tuple[int, int],
+    bias: Tensor,  # [C]
+    plus: Tensor | None = None,  # [N, C, H, W]
+    positions: tuple[Tensor, Tensor] | None = None,  # [W, C], [H, C]
+) -> Tensor:
+    """Return maps interpolated to another size, corners on corners, plus a bias and more; channels-last.
+
+    Args:
+        x: Maps.
+        size: H and W.
+        bias: Of the channels.
+        plus: Maps to add, or None.
+        positions: What to add to each column, and to each row; contiguous, or None.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
+    if _by_triton(x):
+        from . import triton_kernels
+
+        return triton_kernels.upsample(x, size, bias, plus, positions)
+    out = F.interpolate(x, size, mode="bilinear", align_corners=True).add_(bias[:, None, None])
+    if positions is not None:
+        columns, rows = positions
+        out.add_(columns.mT[:, None]).add_(rows.mT[:, :, None])
+    return out if plus is None else out.add_(plus)
+
+
+def predict(x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return the values of each pixel `[N, H, W, K]`, and its confidence `[N, H, W]`.
+
+    Of y, the product of weight and pixel plus the bias, the last is the logarithm of the confidence less 1. The others
+    are logarithms of the values, or if they are `signed`, log(1 + |value|) with the sign of the value.
+
+    Args:
+        x: Maps `[N, C, H, W]`.
+        weight: `[K + 1, C, 1, 1]`, contiguous.
+        bias: `[K + 1]`.
+        signed: Whether values have a sign.
+    """
+    if _by_triton(x):
+        from . import triton_kernels
+
+        return triton_kernels.predict(x.contiguous(memory_format=torch.channels_last), weight, bias, signed)
+    made = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
+    values, confidence = made[..., :-1], made[..., -1]
+    return values.sign() * values.abs().expm1() if signed else values.exp(), 1 + confidence.exp()
 
 
 def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:

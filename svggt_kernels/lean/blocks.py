@@ -97,21 +97,6 @@ def arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return (x, pos) if isinstance(pos, Tensor) else None
 
 
-def can_run_now(block: Any) -> bool:
-    """Whether a block may be run so in this call: at inference, and if nobody hooks into it or what is inside it.
-
-    Modules inside are passed over, see a part of the tokens, or return what is changed in place. Hooks on the block
-    itself run around it as ever.
-    """
-    if torch.is_grad_enabled() or block.training or _is_replaced(block):
-        return False
-    return not any(
-        _is_replaced(module) or module._forward_hooks or module._forward_pre_hooks
-        for module in block.modules()
-        if module is not block
-    )
-
-
 def run(
     block: Any,
     x: Tensor,
@@ -201,14 +186,6 @@ def _temperature(attn: Any, tokens: int) -> float:
         growth, base = attn.entropy_scaling_growth_factor, attn.base_token_count_for_entropy_scaling
         factor *= math.sqrt(growth * math.log(tokens) / math.log(base))
     return factor
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    """Whether another than a patch has put a forward on a module, as tools that offload weights do."""
-    forward: Any = module.__dict__.get("forward")
-    while hasattr(forward, "replaced"):
-        forward = forward.replaced
-    return forward is not None
 
 
 def _is_affine(norm: Any) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import blocks, memory, outputs
+from . import blocks, inference, memory, outputs
 from .embedding import embed
+from .proven_heads import ProvenHeads
 from .within_frames import AttentionWithinFrames, by_pytorch
 
 Precision = Literal["upstream", "bf16"]
@@ -33,12 +34,13 @@ class Lean:
         blocks: The blocks that can run lean, by name in `root`.
         layers: The layers whose outputs are kept; None for all.
         keeps: Whether outputs that are kept are not tensors but `outputs.Output`.
-        heads: The heads that then run some frames at a time, by name in `model`.
+        heads: The DPT heads, by name in `model`; they run some frames at a time if `keeps`.
         embedding: The patch embedding, if it runs some images at a time.
         not_lean: Why blocks with an attention cannot, by name of their class.
         plan: How the last forward kept to its budget; None without one.
         keeper: Who keeps the outputs of the forward that is running.
         within_frames: The attention of the blocks whose attention is not patched.
+        proven_heads: Makes heads ready to run lean.
 
     Raises:
         ValueError: If residuals should be bfloat16 and no block can run lean, or a budget is given for a model whose
@@ -92,15 +94,17 @@ class Lean:
                 f"{type(model).__name__} is not ({'; '.join(reasons)}); leave memory_budget=None"
             )
         self.keeps = self.dtype is not None or memory_budget is not None
-        heads = {name: head for name, head in model.named_modules() if outputs.reads_some_frames(head)}
-        self.heads = heads if self.keeps else {}
+        self.heads = {name: head for name, head in model.named_modules() if outputs.reads_some_frames(head)}
         self.plan: memory.Plan | None = None
         self.keeper: outputs.Keeper | None = None
         embedding = getattr(root, "patch_embed", None)
         self.embedding = embedding if memory_budget is not None and isinstance(embedding, nn.Module) else None
         self._root = root
-        self._model = None if memory_budget is None else model  # a copy of `root` alone shall not copy the heads
+        self._model = (
+            None if memory_budget is None else model
+        )  # a copy of `root` alone shall copy no more than DPT heads
         self.within_frames = AttentionWithinFrames(backend)
+        self.proven_heads = ProvenHeads()
         self._unpatched = [block for block in self.blocks.values() if block.attn not in attention]
         self._ran: set[nn.Module] = set()
         self._refusals: dict[Hashable, str | None] = {}
@@ -123,6 +127,7 @@ class Lean:
         """
         self._ran.clear()
         self.within_frames.ran.clear()
+        self.proven_heads.begin()
         self.not_lean = dict(self._obstacles)
         self.plan = None
         if not self.keeps:
@@ -198,7 +203,7 @@ class Lean:
             pos: Their positions, or None.
             attend: Its attention if that is patched, else None.
         """
-        if not blocks.can_run_now(block) or not self._is_proven(block, x, pos):
+        if inference.obstacle(block) is not None or not self._is_proven(block, x, pos):
             return None
         self._ran.add(block)
         at_once = memory.TOKENS_AT_ONCE if self.plan is None else self.plan.tokens_at_once
@@ -216,7 +221,7 @@ class Lean:
             if not alike:
                 self._refusals[key] = "no block like it attends within frames, where it could be compared"
             else:
-                other = next((other for other in alike if blocks.can_run_now(other)), None)
+                other = next((other for other in alike if inference.obstacle(other) is None), None)
                 positions = None if pos is None else pos[:2, :PROOF_TOKENS]
                 agrees = None if other is None else self._agrees(other, x[:2, :PROOF_TOKENS], positions)
                 if agrees is None:

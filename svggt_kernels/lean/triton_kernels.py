@@ -1,4 +1,4 @@
-"""The elementwise work of a transformer block as Triton kernels; `arithmetic` states each by its formula."""
+"""What blocks and heads compute beside their products, as Triton kernels; `arithmetic` states each by its formula."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+UPSAMPLED_AT_ONCE = 4096
+"""Values of the output that one program makes, of pixels that lie side by side in a row."""
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -27,26 +30,31 @@ def _normalised(values, weight, bias, eps, column, exists, C: tl.constexpr):
 
 
 @triton.jit
-def _layer_norm(x, weight, bias, out, eps, row_stride, C: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _layer_norm(
+    x, weight, bias, out, eps, rows, group_stride, row_stride, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0)
+    group, row = (place // rows).to(tl.int64), (place % rows).to(tl.int64)
     column = tl.arange(0, BLOCK)
     exists = column < C
-    values = tl.load(x + row * row_stride + column, mask=exists, other=0.0).to(tl.float32)
+    values = tl.load(x + group * group_stride + row * row_stride + column, mask=exists, other=0.0).to(tl.float32)
     normed = _normalised(values, weight, bias, eps, column, exists, C)
-    tl.store(out + row * C + column, normed.to(out.dtype.element_ty), mask=exists)
+    tl.store(out + place.to(tl.int64) * C + column, normed.to(out.dtype.element_ty), mask=exists)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See `arithmetic.layer_norm`."""
     C = x.shape[-1]
-    rows = x.reshape(-1, C)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    groups = x if x.dim() == 3 else x.reshape(1, -1, C)
+    if groups.stride(2) != 1:
+        groups = groups.contiguous()
+    rows = groups.shape[1]
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     with _current(x.device):
-        _layer_norm[(len(rows),)](
-            rows, weight, bias, out, eps, rows.stride(0), C=C, BLOCK=triton.next_power_of_2(C), num_warps=4
-        )
+        _layer_norm[(len(groups) * rows,)](
+            groups, weight, bias, out, eps, rows, groups.stride(0), groups.stride(1),
+            C=C, BLOCK=triton.next_power_of_2(C), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -220,3 +228,109 @@ def normalise_and_rotate_(
             NORMALISE=q_norm is not None, ROTATE=positions is not None, H=H, QUARTER=D // 4, ROWS=rows, num_warps=4,
         )  # fmt: skip
     return qkv
+
+
+@triton.jit
+def _between(place, scale, size):
+    """Return the two source places that an output place lies between, and how near it is to the second."""
+    position = place.to(tl.float32) * scale
+    first = position.to(tl.int32)
+    return first, tl.minimum(first + 1, size - 1), position - first.to(tl.float32)
+
+
+@triton.jit
+def _line(at, left, right, share, channel, exists, C: tl.constexpr):
+    """Return a line of the source between its pixels."""
+    a = tl.load(at + left[:, None] * C + channel, mask=exists, other=0.0)
+    b = tl.load(at + right[:, None] * C + channel, mask=exists, other=0.0)
+    return (1.0 - share)[:, None] * a + share[:, None] * b
+
+
+@triton.jit
+def _upsample(
+    x, bias, plus, columns, rows, out, height, width, out_height, out_width, y_scale, x_scale,
+    C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(out_width, PIXELS)
+    line = tl.program_id(0) // parts
+    frame, y = line // out_height, line % out_height
+    column = tl.program_id(0) % parts * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.arange(0, BLOCK)
+    in_channel = channel < C
+    exists = (column < out_width)[:, None] & in_channel
+    top, bottom, down = _between(y, y_scale, height)
+    left, right, share = _between(column, x_scale, width)
+    first_line = frame.to(tl.int64) * height
+    upper = _line(x + (first_line + top) * width * C, left, right, share, channel, exists, C)
+    lower = _line(x + (first_line + bottom) * width * C, left, right, share, channel, exists, C)
+    values = (1.0 - down) * upper + down * lower
+    values += tl.load(bias + channel, mask=in_channel, other=0.0)
+    at = column[:, None] * C + channel
+    if columns is not None:
+        values += tl.load(columns + at, mask=exists, other=0.0)
+        values += tl.load(rows + y * C + channel, mask=in_channel, other=0.0)
+    start = line.to(tl.int64) * out_width * C
+    if plus is not None:
+        values += tl.load(plus + start + at, mask=exists, other=0.0)
+    tl.store(out + start + at, values, mask=exists)
+
+
+def upsample(
+    x: Tensor, size: tuple[int, int], bias: Tensor, plus: Tensor | None, positions: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """See `arithmetic.upsample`; all maps are float32 and channels-last."""
+    N, C, height, width = x.shape
+    out = torch.empty((N, C, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    columns, rows = positions or (None, None)
+    y_scale, x_scale = ((given - 1) / max(made - 1, 1) for given, made in zip((height, width), size, strict=True))
+    block = triton.next_power_of_2(C)
+    pixels = max(1, UPSAMPLED_AT_ONCE // block)
+    with _current(x.device):
+        _upsample[(N * size[0] * triton.cdiv(size[1], pixels),)](
+            x, bias, plus, columns, rows, out, height, width, *size, y_scale, x_scale,
+            C=C, BLOCK=block, PIXELS=pixels, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _predict(
+    x, weight, bias, values, confidence, n,
+    SIGNED: tl.constexpr, VALUES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.arange(0, BLOCK)
+    exists, in_channel = pixel < n, channel < C
+    features = tl.load(x + pixel[:, None] * C + channel, mask=exists[:, None] & in_channel, other=0.0)
+    for i in tl.static_range(VALUES + 1):
+        w = tl.load(weight + i * C + channel, mask=in_channel, other=0.0)
+        made = tl.sum(features * w, 1) + tl.load(bias + i)
+        if i == VALUES:
+            tl.store(confidence + pixel, 1.0 + tl.exp(made), mask=exists)
+        else:
+            if SIGNED:
+                size = tl.abs(made)
+                # exp(size) - 1, by its series where the difference would lose digits: to 1e-8 below 0.5.
+                series = 1.0 + size / 8
+                for k in tl.static_range(7, 1, -1):
+                    series = 1.0 + size / k * series
+                grown = tl.where(size < 0.5, size * series, tl.exp(size) - 1.0)
+                made = tl.where(made < 0, -grown, grown)
+            else:
+                made = tl.exp(made)
+            tl.store(values + pixel * VALUES + i, made, mask=exists)
+
+
+def predict(x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """See `arithmetic.predict`; x is float32 and channels-last."""
+    N, C, H, W = x.shape
+    values = torch.empty((N, H, W, len(weight) - 1), dtype=x.dtype, device=x.device)
+    confidence = torch.empty((N, H, W), dtype=x.dtype, device=x.device)
+    block, n = triton.next_power_of_2(C), confidence.numel()
+    pixels = max(1, 4096 // block)
+    with _current(x.device):
+        _predict[(triton.cdiv(n, pixels),)](
+            x, weight, bias, values, confidence, n,
+            SIGNED=signed, VALUES=len(weight) - 1, C=C, BLOCK=block, PIXELS=pixels, num_warps=8,
+        )  # fmt: skip
+    return values, confidence

@@ -67,8 +67,8 @@ def patch(
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
-        lean: At inference also run the blocks in few passes over memory where they are of VGGT's kind. What is computed
-            is the same up to rounding; each kind of block is compared with its own forward once before it runs so.
+        lean: At inference also run blocks and DPT heads in few passes over memory where they are of VGGT's kind. What
+            is computed is the same up to rounding; each kind is compared with its own forward once before it runs so.
         precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
             which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
@@ -262,6 +262,8 @@ class Patch:
             lean_blocks=0 if self._lean is None else self._lean.runs,
             within_frames=() if self._lean is None else tuple(sorted(self._lean.within_frames.ran)),
             not_lean={} if self._lean is None else dict(self._lean.not_lean),
+            lean_heads=() if self._lean is None else tuple(sorted(self._lean.proven_heads.ran)),
+            heads_not_lean={} if self._lean is None else dict(self._lean.proven_heads.not_lean),
             layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
             memory=None if self._lean is None else self._lean.plan,
         )
@@ -349,9 +351,18 @@ class Patch:
 
     @uncompiled(recursive=False)
     def _run_head(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
-        """Run a head on layer outputs that may lie elsewhere, or in bfloat16."""
+        """Run a head, lean where that is possible, on layer outputs that may lie elsewhere, or in bfloat16."""
         (layers, *others) = args or (kwargs.pop("aggregated_tokens_list"),)
-        return run_head(stand_in.original, stand_in.module, layers, *others, **kwargs)
+        out = self._run_head_lean(stand_in, layers, *others, **kwargs)
+        return run_head(stand_in.original, stand_in.module, layers, *others, **kwargs) if out is None else out
+
+    @uncompiled(recursive=True)
+    def _run_head_lean(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        lean, head = self._lean, stand_in.module
+        assert lean is not None
+        layers, images, first, *_ = inspect.signature(type(head).forward).bind(head, *args, **kwargs).args[1:]
+        ready = lean.proven_heads.ready(stand_in.name, head, layers, images, first)
+        return None if ready is None else run_head(ready, head, *args, **kwargs)
 
     @uncompiled(recursive=False)
     def _keep_outputs(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:

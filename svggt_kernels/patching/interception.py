@@ -98,7 +98,6 @@ def uncompiled(*, recursive: bool) -> Callable[[Callable[..., Any]], Callable[..
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         disabled: list[Callable[..., Any]] = []
 
-        @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
@@ -106,6 +105,8 @@ def uncompiled(*, recursive: bool) -> Callable[[Callable[..., Any]], Callable[..
                 disabled.append(torch.compiler.disable(function, recursive=recursive))
             return disabled[0](*args, **kwargs)
 
-        return run
+        # Code of its own: torch.compile counts how often it compiles one, and gives up, with a warning, after eight.
+        run.__code__ = run.__code__.replace(co_name=function.__name__)
+        return functools.wraps(function)(run)
 
     return decorate

@@ -29,6 +29,8 @@ class PatchReport:
         within_frames: What computed the attention within frames of those blocks: "hopper" where that backend can,
             else "pytorch".
         not_lean: Why blocks did not, by name of their class.
+        lean_heads: Names of the DPT heads that ran lean since the last forward began.
+        heads_not_lean: Why others did not, by name.
         layers_kept: The layers whose outputs are kept; None for all.
         memory: How the last forward kept to its budget; None without one.
     """
@@ -47,6 +49,8 @@ class PatchReport:
     lean_blocks: int
     within_frames: tuple[str, ...]
     not_lean: dict[str, str]
+    lean_heads: tuple[str, ...]
+    heads_not_lean: dict[str, str]
     layers_kept: tuple[int, ...] | None
     memory: memory.Plan | None
 
@@ -81,6 +85,9 @@ class PatchReport:
         within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
         lines.append(f"lean blocks: {self.lean_blocks}{within}")
         lines.extend(f"  class {name} runs as it is: {reason}" for name, reason in self.not_lean.items())
+        if self.lean_heads or self.heads_not_lean:
+            lines.append(f"lean heads: {', '.join(self.lean_heads) or 'none'}")
+            lines.extend(f"  {name} runs as it is: {reason}" for name, reason in self.heads_not_lean.items())
         if self.layers_kept is not None:
             lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
         if self.memory is not None:
