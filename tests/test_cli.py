@@ -358,7 +358,7 @@ class TestCompare:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
+    @pytest.mark.parametrize("command", [["layout", "--covisibility", "all"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
     @pytest.mark.parametrize(
         ("make", "message"),
         [

@@ -88,13 +88,19 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_what_would_be_ignored(arguments)
     require_matplotlib()
     kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
+    with refusals():
+        photos = [] if _is_video(arguments.folder) else find_photos(arguments.folder)
     graph_of = None if kind else from_images(arguments)
     size = {
         "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
         "patch_size": kind.patch_size if kind else arguments.patch_size or PATCH_SIZE,
     }
     with refusals(), stage(f"reading {arguments.folder}"):
-        frames, photos = _read(arguments, size)
+        if photos:
+            frames = load_photos(photos[: arguments.max_frames], **size)
+        else:
+            frames, seconds = load_video(arguments.folder, max_frames=arguments.max_frames, **size)
+            photos = [Path(f"{second:.2f} s") for second in seconds]
         pairs = read_pairs(arguments.truth, photos, above=arguments.truth_above) if arguments.truth else None
     photos = photos[: len(frames)]
     if pairs is not None:
@@ -138,14 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(arguments: argparse.Namespace, size: dict[str, int]) -> tuple[Tensor, list[Path]]:
-    """Return the frames, and all photos of the folder or a name for each frame of the video."""
-    path = arguments.folder
-    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
-        frames, times = load_video(path, max_frames=arguments.max_frames, **size)
-        return frames, [Path(f"{time:.2f} s") for time in times]
-    photos = find_photos(path)
-    return load_photos(photos[: arguments.max_frames], **size), photos
+def _is_video(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _refuse_what_would_be_ignored(arguments: argparse.Namespace) -> None:
