@@ -227,6 +227,16 @@ class TestOnHopper:
         layout = BlockLayout.from_graph(graph, 128 + tail)
         assert within_budget(error_ratios(layout, torch.bfloat16, backend="hopper", seed=tail))
 
+    @pytest.mark.parametrize(("softmax", "dtype"), SOFTMAXES)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_dense_columns_of_more_than_a_tile(self, head_size: int, softmax: str, dtype: torch.dtype):
+        """Runs go through special tokens between frames that are seen; the others come in whole tiles, and rests."""
+        graph = CovisibilityGraph.from_pairs(9, [(0, 1), (0, 2), (0, 5), (3, 8), (4, 0), (4, 5), (7, 1)]).to("cuda")
+        layout = BlockLayout.from_graph(graph, 150, special_tokens=(40, 17), trailing_tokens=130)
+        with hopper.softmax(softmax):
+            ratios = error_ratios(layout, dtype, head_size=head_size, backend="hopper")
+        assert within_budget(ratios), ratios
+
     def test_what_is_not_visible_is_never_read(self):
         graph = CovisibilityGraph.from_pairs(4, [(0, 2), (2, 0)]).to("cuda")
         layout = BlockLayout.from_graph(graph, 170, special_tokens=3)
