@@ -40,14 +40,14 @@ def series(line: Line) -> str:
 
 
 def extrapolated(lines: Sequence[Line]) -> list[Line]:
-    """Return a line for each dense system that was measured at three numbers of frames or more, but not at the largest.
+    """Return a line for each system without a graph that was not measured at the most frames, but at three others.
 
     Seconds are those of `b S + c S^2`, fitted to the seconds of a frame; memory is not extrapolated.
     """
-    largest = max(lines, key=_frames)
+    largest = max(lines, key=lambda line: (_frames(line), -ModelCase.parse(line["case"]).anchors))
     added = []
-    for system in dict.fromkeys(line["system"] for line in lines if line["density"] == 1.0):
-        known = {_frames(line): line for line in lines if line["system"] == system and line["density"] == 1.0}
+    for system in dict.fromkeys(line["system"] for line in lines if line["backend"] is None):
+        known = {_frames(line): line for line in lines if line["system"] == system}
         if len(known) >= 3 and _frames(largest) not in known:
             line = known[max(known)] | {"case": largest["case"], "measured": False, "peak_gib": None}
             frames = np.array(list(known))

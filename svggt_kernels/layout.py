@@ -322,7 +322,7 @@ class BlockLayout:
         place, frame = on_device(drawn, device), on_device(np.argsort(drawn), device)
         indices = graph.indices.long()
         seen = torch.zeros_like(place).scatter_add_(0, indices, torch.ones_like(indices))
-        place += (seen * graph.num_key_frames > 4 * len(indices)) * graph.num_key_frames
+        place = place + (seen * graph.num_key_frames > 4 * len(indices)) * graph.num_key_frames
         none = torch.zeros(graph.num_frames, dtype=torch.int64, device=device)
         first = none.scatter_reduce(0, graph.rows.long(), place[indices], "amin", include_self=False)
         return frame[first % graph.num_key_frames]
@@ -397,7 +397,7 @@ def _compact(keep: Tensor, values: Tensor) -> Tensor:
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return a copy of host values on the device; from pinned memory, so that a GPU is not waited for."""
+    """Return host values on the device, on a CPU the same memory. A GPU is not waited for: it reads pinned memory."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -51,7 +51,14 @@ def test_model_lines_are_complete(tmp_path):
 
 def test_model_report_shows_the_latest_line_of_each_system_and_kind_of_special_tokens(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
-    line = {"case": "toy-8f-2n", "system": "svggt", "density": 0.5, "seconds_aggregator": None, "peak_gib": None}
+    line = {
+        "case": "toy-8f-2n",
+        "system": "svggt",
+        "backend": "sdpa",
+        "density": 0.5,
+        "seconds_aggregator": None,
+        "peak_gib": None,
+    }
     line |= {"measured": True, "seconds_full": 2.0, "date": "2026-01-01", "command": "python -m benchmarks model"}
     lines = [line, line | {"seconds_full": 1.0, "date": "2026-01-02"}, line | {"system": "upstream"}]
     lines += [line | {"command": "python -m benchmarks model --special-tokens masked", "seconds_full": 1.5}]
@@ -74,11 +81,19 @@ def test_model_report_shows_the_latest_line_of_each_system_and_kind_of_special_t
 
 def test_model_report_extrapolates_dense_systems():
     lines = [
-        {"system": "upstream", "case": f"toy-{S}f-2n", "density": 1.0, "measured": True, "peak_gib": 1.0}
+        {
+            "system": "upstream",
+            "backend": None,
+            "case": f"toy-{S}f-2n",
+            "density": 1.0,
+            "measured": True,
+            "peak_gib": 1.0,
+        }
         | {"seconds_aggregator": 2 * S + 3 * S**2, "seconds_full": 5 * S + 3 * S**2, "command": ""}
         for S in (10, 20, 30)
     ]
-    lines.append(lines[0] | {"case": "toy-100f-4n", "system": "svggt", "density": 0.1})
+    ours = [lines[0] | {"system": "svggt", "backend": "sdpa", "case": f"toy-{S}f-8n"} for S in (4, 6, 8)]
+    lines += [*ours, ours[0] | {"case": "toy-100f-4n-8a"}, ours[0] | {"case": "toy-100f-4n"}]
     [line] = model_report.extrapolated(lines)
     assert (line["system"], line["case"], line["measured"]) == ("upstream", "toy-100f-4n", False)
     assert line["seconds_aggregator"] == pytest.approx(30200)

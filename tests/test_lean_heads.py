@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vggt_double import VGGT
 
 import svggt_kernels
-from svggt_kernels.lean import arithmetic, heads, inference, memory, proven_heads
+from svggt_kernels.lean import arithmetic, heads, memory, proven_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECIAL, DIM, PATCH = 5, 64, 9
@@ -295,6 +295,12 @@ class AlongTheDiagonal(ConvolutionalHead):
         return x + ratio * pixels
 
 
+class Scales(ConvolutionalHead):
+    def forward(self, aggregated_tokens_list, images, patch_start_idx, frames_chunk_size=4):
+        values, confidence = super().forward(aggregated_tokens_list, images, patch_start_idx, frames_chunk_size)
+        return 10 * values, confidence
+
+
 def replace_units(module: ConvolutionalHead) -> None:
     for level in (1, 2, 3):
         block = getattr(module.scratch, f"refinenet{level}")
@@ -311,6 +317,7 @@ def set_class(kind: type) -> object:
         (replace_units, "something else"),
         (set_class(MixesFrames), "something else"),
         (set_class(AlmostTheSame), "something else"),
+        (set_class(Scales), "something else"),
         (set_class(AlongTheDiagonal), "no sum over their columns and rows"),
     ],
 )
@@ -319,6 +326,41 @@ def test_a_head_that_computes_something_else_is_told_apart(change, reason: str):
     change(module)
     lean, told = run(module.eval(), given)
     assert lean is None and reason in told
+
+
+class AddsByItsOwnRatio(ConvolutionalHead):
+    def _apply_pos_embed(self, x: Tensor, width: int, height: int) -> Tensor:
+        return super()._apply_pos_embed(x, width, height, self.own_ratio)
+
+
+def test_heads_that_differ_in_an_attribute_share_nothing():
+    proven, given = proven_heads.ProvenHeads(), inputs()
+    first, second = head(), head()
+    for module, ratio in ((first, 0.1), (second, 3.0), (first, 5.0)):
+        module.__class__, module.own_ratio = AddsByItsOwnRatio, ratio
+        with torch.no_grad():
+            for ours, theirs in zip(proven.ready("head", module, *given)(*given), module(*given), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_a_lean_head_that_gives_nan_proves_nothing(monkeypatch):
+    predict = heads.predict
+
+    def broken(x: Tensor, *others: object) -> tuple[Tensor, ...]:
+        factor = float("nan") if x.dtype == torch.float32 else 1
+        return tuple(factor * each for each in predict(x, *others))
+
+    monkeypatch.setattr(heads, "predict", broken)
+    assert "something else" in run(head(), inputs())[1]
+
+
+def test_the_newer_switch_of_precision_is_read():
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert run(head(), inputs())[1] is None
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def fusion(module: ConvolutionalHead) -> Fusion:
@@ -575,9 +617,3 @@ def test_heads_of_a_compiled_model_run_lean():
         expected = network(IMAGES)
         torch.testing.assert_close(compiled(IMAGES), expected)
         assert handle.report().lean_heads == ("depth_head",)
-
-
-def test_modules_of_blocks_and_heads_are_asked_the_same():
-    with torch.no_grad():
-        assert inference.obstacle(head()) is None
-    assert inference.obstacle(head()) == "gradients are on"

@@ -30,7 +30,7 @@ SIGNED = {"exp": False, "inv_log": True}
 CONFIDENCE = "expp1"
 METHODS = ("_forward_impl", "_apply_pos_embed")
 MOST_VALUES = 2**31 - 1
-"""Of the widest map: PyTorch splits a convolution of more, but not one with its ReLU."""
+"""Of the last map that is convolved: PyTorch splits a convolution of more, but not one with its ReLU."""
 
 Size = tuple[int, int]
 
@@ -90,8 +90,25 @@ def _obstacle_of_fusion(scratch: Any) -> str | None:
 
 
 def anatomy(head: Any) -> Hashable:
-    """Return what heads that compute the same formula, for which `obstacle` is None, have in common."""
-    return type(head), repr(head), head.activation, head.pos_embed, head.down_ratio, head.patch_size
+    """Return what heads that compute the same formula, for which `obstacle` is None, have in common.
+
+    That is their modules, and the numbers, strings and sequences of these that the modules have for attributes.
+    """
+    modules = [
+        (
+            name,
+            type(module),
+            tuple((key, repr(value)) for key, value in sorted(vars(module).items()) if _is_plain(value)),
+        )
+        for name, module in head.named_modules()
+    ]
+    return tuple(modules)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
 
 
 Table = tuple[Tensor, Tensor]
@@ -125,7 +142,7 @@ class Positions:
         grid, size = _grid(head, image), _size(head, image)
         maps = [(project.out_channels, *grid) for project in head.projects]
         maps.append((head.scratch.output_conv1.out_channels, *size))
-        key = (type(head), head.pos_embed, tuple(maps), like.dtype, like.device)
+        key = (anatomy(head), tuple(maps), like.dtype, like.device)
         if key not in self._tables:
             tables = [self._table(head, image, like.new_zeros(1, *each)) for each in maps]
             self._tables[key] = None if None in tables else tables  # type: ignore[assignment]

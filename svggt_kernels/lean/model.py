@@ -100,9 +100,8 @@ class Lean:
         embedding = getattr(root, "patch_embed", None)
         self.embedding = embedding if memory_budget is not None and isinstance(embedding, nn.Module) else None
         self._root = root
-        self._model = (
-            None if memory_budget is None else model
-        )  # a copy of `root` alone shall copy no more than DPT heads
+        # A copy of `root` alone shall copy no more than DPT heads.
+        self._model = None if memory_budget is None else model
         self.within_frames = AttentionWithinFrames(backend)
         self.proven_heads = ProvenHeads()
         self._unpatched = [block for block in self.blocks.values() if block.attn not in attention]

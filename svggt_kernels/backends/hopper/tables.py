@@ -33,8 +33,7 @@ class Tables(NamedTuple):
 def make_tables(layout: BlockLayout, row_block: int) -> Tables:
     """Return the tables for such row tiles as `BlockLayout.row_tiles` makes."""
     rows, runs = layout.row_tiles(row_block), layout.runs
-    with torch.inference_mode(False), torch.no_grad():
-        return Tables(rows, runs.columns, *_runs(layout), runs.dense_rows, runs.dense_columns)
+    return Tables(rows, runs.columns, *_runs(layout), runs.dense_rows, runs.dense_columns)
 
 
 def _runs(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
