@@ -334,8 +334,8 @@ class AddsByItsOwnRatio(ConvolutionalHead):
 
 
 def test_heads_that_differ_in_an_attribute_share_nothing():
-    proven, given = proven_heads.ProvenHeads(), inputs()
-    first, second = head(), head()
+    proven, given = proven_heads.ProvenHeads(), inputs(torch.float64)
+    first, second = head(torch.float64), head(torch.float64)
     for module, ratio in ((first, 0.1), (second, 3.0), (first, 5.0)):
         module.__class__, module.own_ratio = AddsByItsOwnRatio, ratio
         with torch.no_grad():
