@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks attention`, `model`, `repeat` and `report`."""
+"""The command line: `python -m benchmarks attention`, `model`, `repeat`, `report` and `model-report`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print(options.listing())
         return 0
-    device = torch.device(options.device or _default_device())
+    try:
+        device = torch.device(options.device or _default_device())
+    except RuntimeError:
+        print(f"error: --device must be cuda, cpu or mps, got {options.device!r}", file=sys.stderr)
+        return 2
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda needs a CUDA device, and PyTorch sees none here", file=sys.stderr)
         return 2

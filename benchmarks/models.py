@@ -86,7 +86,7 @@ COLUMNS = {
     "seconds_aggregator": "aggregator s:.3f",
     "seconds_full": "full s:.3f",
     "peak_gib": "peak GiB:.1f",
-    "deviation": "deviation:.1e",
+    "deviation": "deviation, full graph:.1e",
     "check": "check",
 }
 
@@ -161,6 +161,7 @@ PUBLISHED = tuple(
         ModelCase.parse,
         (
             "toy-16f-4n",
+            "vggt-1b-8f-10n",
             "vggt-1b-50f-10n",
             "vggt-1b-100f-10n",
             "vggt-1b-100f-10n-random",
@@ -214,7 +215,8 @@ class ModelRunner:
         except ImportError as error:
             self.not_run.append(
                 f"{case.name}: not run: {error}; "
-                "pip install --no-deps git+https://github.com/facebookresearch/vggt huggingface_hub einops"
+                "pip install --no-deps git+https://github.com/facebookresearch/vggt && "
+                "pip install einops huggingface_hub safetensors"
             )
             return
         is_fastvggt = hasattr(getattr(model, "aggregator", None), "merging")

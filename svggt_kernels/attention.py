@@ -103,8 +103,15 @@ def prepare(
 
     Raises:
         ValueError: If `backend` is unknown or cannot run such inputs.
-        TypeError: If no backend can.
+        TypeError: If no backend can, or an argument is of another type.
     """
+    for name, value, kind in (
+        ("layout", layout, BlockLayout),
+        ("dtype", dtype, torch.dtype),
+        ("head_size", head_size, int),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})")
     name = choose_backend(layout.device, dtype, head_size, backend)
     _tables(layout, name, dtype, head_size, training)
     return name

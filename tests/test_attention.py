@@ -217,6 +217,20 @@ def test_opcheck(band: BlockLayout):
     torch.library.opcheck(torch.ops.svggt_kernels.attention_backward.default, (*saved, tables, 0.25, "sdpa"))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, torch.float32, 16), "layout must be of type BlockLayout, got None"),
+        (("layout", "float32", 16), "dtype must be of type dtype, got 'float32'"),
+        (("layout", torch.float32, "16"), "head_size must be of type int, got '16'"),
+    ],
+)
+def test_prepare_names_an_argument_of_another_type(given, message: str):
+    layout = layout_of(CovisibilityGraph.sequential(3, 1))
+    with pytest.raises(TypeError, match=message):
+        prepare(*(layout if each == "layout" else each for each in given))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiles_without_a_graph_break():
     compiled = torch.compile(

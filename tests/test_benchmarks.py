@@ -358,6 +358,11 @@ def test_unknown_case_is_named(arguments, tmp_path, capsys):
     assert arguments.split()[-1] in capsys.readouterr().err
 
 
+def test_an_unknown_device_is_named(capsys):
+    assert main("attention --cases s2-p8-dense-h1 --device gpu".split()) == 2
+    assert "--device must be cuda, cpu or mps, got 'gpu'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the request can be met")
 @pytest.mark.parametrize(("request_", "status"), [("--backends triton --device cpu", 1), ("--device cuda", 2)])
 def test_a_request_that_measures_nothing_is_no_success(tmp_path, request_: str, status: int):

@@ -8,6 +8,7 @@ import json
 import torch
 
 from .environment import backend_answers, by_reason, devices, installed, instruction_sets, versions
+from .options import positive
 from .text import table
 
 OPTIONAL_PACKAGES = {
@@ -30,7 +31,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="show versions, devices and which backends can run here",
         description="Shows versions, devices and which backends can run on each device, or why not.",
     )
-    parser.add_argument("--head-size", type=int, default=64, help="head size D to ask the backends about (default: 64)")
+    parser.add_argument(
+        "--head-size", type=positive, default=64, help="head size D to ask the backends about (default: 64)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..covisibility import CovisibilityGraph, CovisibilityReport, GraphSummary
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
     with refusals():
         photos = [] if _is_video(arguments.folder) else find_photos(arguments.folder)
+    device = pick_device(arguments.device)
     graph_of = None if kind else from_images(arguments)
     size = {
         "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(f"--truth names no pair among the first {len(photos)} photos; raise --max-frames")
     output = make_folder(arguments.output)
     if graph_of is None:
-        layout, note = _from_model(arguments, frames)
+        layout, note = _from_model(arguments, frames, device)
     else:
         layout, note = _from_photos(arguments, frames, graph_of), None
 
@@ -191,12 +193,12 @@ def _from_photos(
     return BlockLayout.from_graph(graph, patches + special, special_tokens=special)
 
 
-def _from_model(arguments: argparse.Namespace, frames: Tensor) -> tuple[BlockLayout, str | None]:
+def _from_model(arguments: argparse.Namespace, frames: Tensor, device: torch.device) -> tuple[BlockLayout, str | None]:
     """Run the patched model once, because its tokens decide; the graph is over the photos in their order."""
-    model = load_model(arguments.model or "toy", arguments.weights, pick_device(arguments.device))
+    model = load_model(arguments.model or "toy", arguments.weights, device)
     with patch(model.module, covisibility=covisibility(arguments)) as handle:
         with enough_memory(), stage(f"running {model.name}"):
-            model(frames.to(pick_device(arguments.device)))
+            model(frames.to(device))
         inside, graph = handle.layout, handle.graph
     note = None
     if model.warning:

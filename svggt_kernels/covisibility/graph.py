@@ -60,7 +60,7 @@ class GraphSummary:
             frames = f"{self.frames} query frames, {self.key_frames} key frames"
         lines = [
             f"{frames}, {self.edges} edges, density {self.density:.3g}",
-            f"frames seen by a frame: {self.degree_min} to {self.degree_max}, median {self.degree_median:g}",
+            f"other frames seen by a frame: {self.degree_min} to {self.degree_max}, median {self.degree_median:g}",
         ]
         if self.components is not None:
             bound = "" if self.hop_diameter_is_exact else "at least "

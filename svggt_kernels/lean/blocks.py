@@ -64,7 +64,7 @@ def _obstacle_of_embedding(attn: Any) -> str | None:
     elif not all(_is_affine(norm) and norm.normalized_shape == (head_size,) for norm in norms):
         return "attn.q_norm and attn.k_norm are not LayerNorm over a head"
     if rotation is not None and _base(rotation) is None:
-        return "attn.rope says neither its base_frequency nor, with an F0 of 1, its base"
+        return "its rotation is of another kind: attn.rope has no base_frequency (VGGT), nor F0 = 1 and base (CroCo)"
     if head_size % 4 or (head_size // 4) & (head_size // 4 - 1):
         return f"a head of {head_size} cannot be rotated in two dimensions by a power of 2 of frequencies"
     return None
