@@ -204,14 +204,7 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   const Nothing nothing;
   if (due->values) run(*due, nothing);
 
-  for (int64_t i = 0; i < tile.rows[0].count; ++i) {
-    const float sum = reduce_sum(load(sums + i * kLanes));
-    *row_of<float>(tile.lse, i) = sum > 0 ? most[i] * scale + ::logf(sum) : -HUGE_VALF;
-    if (sum > 0)
-      for (int64_t d = 0; d < features; d += kLanes)
-        store(out + i * features + d, load(out + i * features + d) / splat(sum));
-  }
-  write_rows<Type>(out, 1, tile.results[0], head_size);
+  finish_rows<Type>(tile, head_size, out, sums, most, scale);
 }
 
 // Weights and slopes of kRows keys for one tile of queries, made of scores and of V dO^T a vector at a time. Slopes are

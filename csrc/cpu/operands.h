@@ -1,6 +1,7 @@
 // How operands lie in memory, for the kernels of kernel.cpp and tiles.cpp: packed columns, rows, sums of gradients.
 #pragma once
 
+#include <math.h>
 #include <sched.h>
 
 #include "simd.h"
@@ -97,6 +98,21 @@ void write_rows(const float* from, float factor, const Tokens& tokens, int64_t h
       std::memcpy(to + d, rounded, (left < kLanes ? left : kLanes) * sizeof(Element));
     }
   }
+}
+
+// The end of a forward pass: divides each row of `out` by its sum, and writes it and its LSE. Sums lie kLanes apart, in
+// parts; `unit` is that of `most`, the largest scores, in natural logarithms.
+template <class Type>
+void finish_rows(const RowTile& tile, int64_t head_size, float* out, const float* sums, const float* most, float unit) {
+  const int64_t features = round_up(head_size, kPad);
+  for (int64_t i = 0; i < tile.rows[0].count; ++i) {
+    const float sum = reduce_sum(load(sums + i * kLanes));
+    *row_of<float>(tile.lse, i) = sum > 0 ? most[i] * unit + ::logf(sum) : -HUGE_VALF;
+    if (sum > 0)
+      for (int64_t d = 0; d < features; d += kLanes)
+        store(out + i * features + d, load(out + i * features + d) / splat(sum));
+  }
+  write_rows<Type>(out, 1, tile.results[0], head_size);
 }
 
 // Numbers of tokens, contiguous but for their index.

@@ -290,14 +290,7 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   softmax.finish();
   add_values(*last, nothing);
 
-  for (int64_t i = 0; i < tile.rows[0].count; ++i) {
-    const float sum = reduce_sum(load(sums + i * kLanes));
-    *row_of<float>(tile.lse, i) = sum > 0 ? most[i] * kLn2 + ::logf(sum) : -HUGE_VALF;
-    if (sum > 0)
-      for (int64_t d = 0; d < features; d += kLanes)
-        store(out + i * features + d, load(out + i * features + d) / splat(sum));
-  }
-  write_rows<BFloat16>(out, 1, tile.results[0], head_size);
+  finish_rows<BFloat16>(tile, head_size, out, sums, most, kLn2);
 }
 
 // Makes the weights and slopes of 32 keys for one tile of queries of their scores and of V dO^T, two keys and 32 queries at

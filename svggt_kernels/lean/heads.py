@@ -129,11 +129,12 @@ class Positions:
     def __getstate__(self) -> dict[str, Any]:
         return {"_image": None, "_tables": {}}
 
-    def of(self, head: Any, image: Size, like: Tensor) -> list[Table] | None:
+    def of(self, head: Any, kind: Hashable, image: Size, like: Tensor) -> list[Table] | None:
         """Return the tables of a head's projected layers, and of its last map; None if what it adds is no such sum.
 
         Args:
             head: A head for which `obstacle` is None.
+            kind: Its `anatomy`.
             image: H and W of the images.
             like: A tensor of the tables' dtype, on their device.
         """
@@ -142,7 +143,7 @@ class Positions:
         grid, size = _grid(head, image), _size(head, image)
         maps = [(project.out_channels, *grid) for project in head.projects]
         maps.append((head.scratch.output_conv1.out_channels, *size))
-        key = (anatomy(head), tuple(maps), like.dtype, like.device)
+        key = (kind, tuple(maps), like.dtype, like.device)
         if key not in self._tables:
             tables = [self._table(head, image, like.new_zeros(1, *each)) for each in maps]
             self._tables[key] = None if None in tables else tables  # type: ignore[assignment]

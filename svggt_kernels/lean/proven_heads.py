@@ -55,8 +55,9 @@ class ProvenHeads:
         ready, reason = None, heads.obstacle(head) or inference.obstacle(head) or _mismatch(head, layers, images, first)
         if reason is None:
             weight, (height, width) = head.norm.weight, images.shape[-2:]
-            tables = self._positions.of(head, (height, width), weight)
-            reason = UNKNOWN_POSITIONS if tables is None else self._disproof(head, layers, images, first)
+            kind = heads.anatomy(head)
+            tables = self._positions.of(head, kind, (height, width), weight)
+            reason = UNKNOWN_POSITIONS if tables is None else self._disproof(head, kind, layers, images, first)
             if tables is not None and reason is None:
                 ready = heads.ReadyHead(head, tables, weight.dtype)
         if reason is None:
@@ -65,14 +66,14 @@ class ProvenHeads:
             self.not_lean[name] = reason
         return ready
 
-    def _disproof(self, head: Any, layers: Sequence[Any], images: Tensor, first: int) -> str | None:
+    def _disproof(self, head: Any, kind: Hashable, layers: Sequence[Any], images: Tensor, first: int) -> str | None:
         """Return why a head like this one does not compute what its own forward does; None if it does.
 
         Both are run on a corner of few frames, once for each kind of head, dtype and precision of products.
         """
         weight = head.norm.weight
         precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        key = (heads.anatomy(head), weight.dtype, weight.device, precision)
+        key = (kind, weight.dtype, weight.device, precision)
         if key not in self._refusals:
             some, corner = _corner(head, layers, images, first)
             try:
@@ -100,7 +101,7 @@ class ProvenHeads:
         theirs = type(head).forward(head, layers, images, 0, PROOF_FRAMES)
         results = []
         for dtype in (weight.dtype, torch.float64):
-            tables = heads.Positions().of(head, (height, width), weight.to(dtype))
+            tables = heads.Positions().of(head, heads.anatomy(head), (height, width), weight.to(dtype))
             if tables is None:
                 return False
             given = [each if each is None else each.to(dtype) for each in layers]
