@@ -1,9 +1,6 @@
-"""Graphs without a descriptor: cameras, COLMAP, and what is known to be true."""
+"""Graphs without a descriptor: cameras, and what is known to be true."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +8,7 @@ from graphs import assert_same_graph
 from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.covisibility import CovisibilityReport, from_colmap, from_poses
-from svggt_kernels.covisibility.colmap import shared_features
+from svggt_kernels.covisibility import CovisibilityReport, from_poses
 from svggt_kernels.covisibility.evaluation import edge_precision
 from svggt_kernels.covisibility.poses import frustum_overlap
 
@@ -79,70 +75,6 @@ class TestPoses:
         }
         with pytest.raises(ValueError, match=message):
             from_poses(**given)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, set[int]]]:
-    """A database and a model of five images, and the points that each image sees."""
-    pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
-    folder = tmp_path_factory.mktemp("colmap")
-    options = pycolmap.SyntheticDatasetOptions(num_rigs=1, num_cameras_per_rig=1, num_frames_per_rig=5)
-    options.num_points3D = 60
-    options.num_points2D_without_point3D = 3
-    options.track_length = 3
-    with pycolmap.Database.open(folder / "database.db") as database:
-        model = pycolmap.synthesize_dataset(options, database)
-    (folder / "sparse").mkdir()
-    model.write(folder / "sparse")
-    seen = {
-        image.name: {point.point3D_id for point in image.points2D if point.has_point3D()}
-        for image in model.images.values()
-    }
-    return folder / "database.db", folder / "sparse", seen
-
-
-class TestColmap:
-    def test_model_gives_shared_points(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
-        _, model, seen = scene
-        order = [3, 0, 4, 1, 2]  # that of the images given, not of the model
-        names = [list(seen)[i] for i in order]
-        shared = torch.tensor([[len(seen[a] & seen[b]) for b in names] for a in names]).fill_diagonal_(0)
-        paths = [Path("photos") / name for name in names]
-        assert torch.equal(shared_features(model, paths), shared)
-        middle = int(shared[shared > 0].median())
-        expected = CovisibilityGraph.from_dense(shared >= middle)
-        assert expected.density < 1
-        assert_same_graph(from_colmap(model, paths, min_shared=middle), expected)
-
-    def test_database_gives_verified_inliers(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
-        database, _, seen = scene
-        assert from_colmap(database, list(seen)).density == 1
-        assert from_colmap(database, list(seen), min_shared=10**6).num_edges == 5
-
-    def test_unknown_image_sees_itself(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
-        database, _, seen = scene
-        graph = from_colmap(database, [*seen, "new.jpg"])
-        assert graph.to_dense()[5].tolist() == [False] * 5 + [True]
-
-    @pytest.mark.parametrize("kind", [0, 1], ids=["database", "model"])
-    def test_another_image_set(self, scene: tuple[Path, Path, dict[str, set[int]]], kind: int) -> None:
-        with pytest.raises(ValueError, match=r"knows none of the 2 images \(a\.jpg, b\.jpg.* it is of 5 others"):
-            from_colmap(scene[kind], ["a.jpg", "b.jpg"])
-
-    def test_what_is_no_colmap(self, tmp_path: Path) -> None:
-        pytest.importorskip("pycolmap", reason="pycolmap is not installed")
-        (tmp_path / "database.db").write_text("something else")
-        with pytest.raises(ValueError, match="must be a database of COLMAP"):
-            from_colmap(tmp_path / "database.db", ["a.jpg"])
-        with pytest.raises(ValueError, match="must be a sparse model of COLMAP"):
-            from_colmap(tmp_path, ["a.jpg"])
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            from_colmap(tmp_path / "none.db", ["a.jpg"])
-
-    def test_no_pycolmap(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "pycolmap", None)
-        with pytest.raises(ImportError, match=r"svggt-kernels\[colmap\]"):
-            from_colmap(tmp_path, ["a.jpg"])
 
 
 class TestReport:
