@@ -51,6 +51,53 @@ class TestPoses:
         assert from_poses(turned(0, 0), cameras, (1, 10), SIZE).density == 1
 
     @pytest.mark.parametrize(
+        "shift",
+        [(0, 0, 0), (691234.6, 5334321.9, 512.3), (4_177_110.2, 855_811.7, 4_728_009.4)],
+        ids=["origin", "UTM", "earth's centre"],
+    )
+    def test_the_origin_of_the_world_does_not_matter(self, shift: tuple[float, ...]) -> None:
+        """A camera looks down, a photo every 25 cm: many samples lie exactly on the border of another frustum."""
+        cameras = torch.tensor([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]], dtype=torch.float64)
+        poses = torch.eye(4, dtype=torch.float64).repeat(40, 1, 1)
+        poses[:, :3, :3] = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
+        poses[:, 1, 3] = torch.arange(40) * 0.25
+        expected = frustum_overlap(poses, cameras, (0.5, 1.5), (480, 640))
+        exact = from_poses(poses.float(), cameras, (0.5, 1.5), (480, 640), min_overlap=0.3)
+        poses[:, :3, 3] += torch.tensor(shift, dtype=torch.float64)
+        overlap = frustum_overlap(poses, cameras, (0.5, 1.5), (480, 640))
+        assert torch.equal(overlap, expected) and torch.equal(overlap.diagonal(), torch.ones(40))
+        assert_same_graph(from_poses(poses, cameras, (0.5, 1.5), (480, 640), min_overlap=0.3), exact)
+
+    def test_warns_of_positions_that_are_too_coarse(self) -> None:
+        poses = turned(0, 10)
+        poses[:, 1, 3] = 5_334_321.9
+        with pytest.warns(UserWarning, match=r"float32, which holds the positions to 0\.64 only"):
+            from_poses(poses, INTRINSICS, (1, 10), SIZE)
+
+    def test_arrays(self) -> None:
+        poses, cameras = turned(0, 10, 180).double().numpy(), INTRINSICS.double().numpy()
+        poses.flags.writeable = False
+        expected = frustum_overlap(turned(0, 10, 180), INTRINSICS, (1, 10), SIZE)
+        assert torch.equal(frustum_overlap(poses, cameras, (1, 10), SIZE), expected)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"camera_to_world": turned(0, 1).bfloat16()},
+                "camera_to_world must be float32 or float64, got .*bfloat16",
+            ),
+            ({"intrinsics": INTRINSICS.half()}, "intrinsics must be float32 or float64, got torch.float16"),
+            ({"camera_to_world": turned(0, 1).tolist()}, "camera_to_world must be a tensor or a NumPy array"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_refuses_types(self, change: dict[str, object], message: str) -> None:
+        given = {"camera_to_world": turned(0, 1), "intrinsics": INTRINSICS, **change}
+        with pytest.raises(TypeError, match=message):
+            from_poses(**given, depth_range=(1, 10), image_size=SIZE)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"camera_to_world": 2 * turned(0, 1)}, "rigid motions.* frame 0"),
@@ -59,6 +106,8 @@ class TestPoses:
             ({"camera_to_world": turned(0, 1).fill_(torch.nan)}, "finite"),
             ({"intrinsics": INTRINSICS.repeat(3, 1, 1)}, r"intrinsics must be \[2, 3, 3\]"),
             ({"intrinsics": -INTRINSICS}, "focal lengths above 0"),
+            ({"intrinsics": INTRINSICS * torch.tensor([[1.0], [1], [0]])}, r"\[0, 0, 1\]\], got .* for frame 0"),
+            ({"intrinsics": INTRINSICS.T}, r"must be \[\[fx, skew, cx\], \[0, fy, cy\], \[0, 0, 1\]\]"),
             ({"depth_range": (5, 2)}, "0 < near < far"),
             ({"image_size": (0, 5)}, "image_size"),
             ({"min_overlap": 0}, "min_overlap"),
@@ -119,3 +168,21 @@ class TestReport:
         graph = CovisibilityGraph.from_descriptors(torch.rand(6, 4), neighbours=2)
         assert (graph | CovisibilityGraph.sequential(6, 1)).origin is graph.origin
         assert (CovisibilityGraph.sequential(6, 1) | graph).to("cpu").origin is not None
+
+
+def test_no_graph_goes_to_the_default_device() -> None:
+    """What comes from no tensor is on the CPU; "meta" stands for a GPU that the caller made the default."""
+    descriptors, poses = torch.rand(9, 4), turned(0, 10)
+    with torch.device("meta"):
+        graphs = [
+            CovisibilityGraph.all_visible(3),
+            CovisibilityGraph.sequential(3, 1),
+            CovisibilityGraph.from_pairs(3, [(0, 1)]),
+            CovisibilityGraph.from_descriptors(descriptors, neighbours=2, window=1),
+            CovisibilityGraph.from_descriptors(descriptors.numpy()),
+            from_poses(poses, INTRINSICS, (1, 10), SIZE),
+            from_poses(poses.numpy(), INTRINSICS.numpy(), (1, 10), SIZE),
+        ]
+        assert {graph.device for graph in graphs} == {torch.device("cpu")}
+        assert [graph.summary().frames for graph in graphs] == [3, 3, 3, 9, 9, 2, 2]
+        assert CovisibilityReport.of(graphs[0]).summary.edges == 9

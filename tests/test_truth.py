@@ -67,7 +67,7 @@ class TestTruth:
 
     def test_refuses_another_encoding(self, tmp_path: Path) -> None:
         (tmp_path / "pairs.csv").write_text("a,b,1\n", encoding="utf-16")
-        with pytest.raises(ValueError, match="pairs.csv must be comma-separated values in UTF-8"):
+        with pytest.raises(ValueError, match="must be comma-separated values in UTF-8"):
             truth.read_pairs(tmp_path / "pairs.csv", self.photos)
 
     def test_recall_counts_directed_pairs(self) -> None:
