@@ -86,14 +86,17 @@ def shared_features(source: str | Path, images: Sequence[str | PurePath]) -> Ten
 
 def _of_database(path: Path) -> tuple[dict[int, str], Shared]:
     """Return the name of each image, and the verified inliers of each two; of an image and itself, its keypoints."""
+    log = Path(f"{path}-wal")
+    has_log = log.exists() and log.stat().st_size > 0
     try:
-        with closing(_opened(path)) as database:
+        with closing(_opened(path, has_log)) as database:
             names = dict(database.execute("SELECT image_id, name FROM images"))
             pairs = dict(database.execute("SELECT pair_id, rows FROM two_view_geometries WHERE rows > 0"))
             keypoints = dict(database.execute("SELECT image_id, rows FROM keypoints"))
             [matched] = database.execute("SELECT count(*) FROM matches WHERE rows > 0").fetchone()
     except sqlite3.Error as error:
-        raise ValueError(f"{path} must be a database of COLMAP, and cannot be read: {error}") from error
+        advice = f"; copy it and {log.name} to a folder that can be written" if has_log else ""
+        raise ValueError(f"{path} must be a database of COLMAP, and cannot be read: {error}{advice}") from error
     if not pairs:
         raise ValueError(
             f"{path} holds {matched} matched pairs of {len(names)} images and no verified pair; run COLMAP's geometric "
@@ -104,16 +107,14 @@ def _of_database(path: Path) -> tuple[dict[int, str], Shared]:
     return names, counts
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _opened(path: Path, has_log: bool) -> sqlite3.Connection:
     """Open a database for reading, so that neither it nor its folder changes.
 
-    A connection to a database with a write-ahead log makes the files of that log. Where there is none, nothing is left
-    to be read from it, and the database is read as a file that does not change.
+    Some databases are written through a log beside them, whose files any plain connection makes. Without a log nothing
+    is left to be read from it, and such a database is opened as a file that never changes.
     """
     with path.open("rb") as file:
         is_logged = file.read(20)[18:] == WRITE_AHEAD
-    log = Path(f"{path}-wal")
-    has_log = log.exists() and log.stat().st_size > 0
     options = "mode=ro&immutable=1" if is_logged and not has_log else "mode=ro"
     database = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)
     database.text_factory = os.fsdecode  # a file name need not be UTF-8

@@ -34,7 +34,7 @@ class GraphSummary:
         degree_min: Fewest frames that a frame sees, itself not counted in a square graph.
         degree_median: Median of the same.
         degree_max: Most of the same.
-        bridges: Pairs that join parts which no neighbour joins; None if the graph does not come from descriptors.
+        bridges: Pairs that join parts which neighbours and known pairs leave; None if the graph does not come from descriptors.
         lonely: Frames with fewer than 2 real neighbours: frames of which each is among the most similar of the other.
             None if the graph does not come from descriptors.
         warnings: What will cost time or accuracy, one sentence each.
@@ -74,7 +74,7 @@ class GraphOrigin:
 
     Attributes:
         nearest: The frames most similar to each frame, rising, `[S, k]` int64.
-        bridges: Pairs that join parts which no neighbour joins, `[n, 2]` int64.
+        bridges: Pairs that join parts which neighbours and known pairs leave, `[n, 2]` int64.
     """
 
     nearest: Tensor  # [S, k] int64
