@@ -34,7 +34,8 @@ class GraphSummary:
         degree_min: Fewest frames that a frame sees, itself not counted in a square graph.
         degree_median: Median of the same.
         degree_max: Most of the same.
-        bridges: Pairs that join parts which neighbours and known pairs leave; None if the graph does not come from descriptors.
+        bridges: Pairs that join parts which neighbours and known pairs leave; None if the graph does not come from
+            descriptors.
         lonely: Frames with fewer than 2 real neighbours: frames of which each is among the most similar of the other.
             None if the graph does not come from descriptors.
         warnings: What will cost time or accuracy, one sentence each.
