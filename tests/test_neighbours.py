@@ -148,6 +148,46 @@ def test_autocast_and_gradients_do_not_reach_the_scores():
         assert_same_graph(CovisibilityGraph.from_descriptors(descriptors.requires_grad_()), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mode", [None, "r", "r+", "c"], ids=str)
+def test_descriptors_are_the_callers(tmp_path, dtype, mode):
+    values = scattered(40).numpy().astype(dtype)
+    np.save(tmp_path / "descriptors.npy", values)
+    given = np.load(tmp_path / "descriptors.npy", mmap_mode=mode)
+    expected = CovisibilityGraph.from_descriptors(scattered(40), neighbours=3)
+    assert_same_graph(CovisibilityGraph.from_descriptors(given, neighbours=3), expected)
+    assert np.array_equal(given, values)
+    assert np.array_equal(np.load(tmp_path / "descriptors.npy"), values)
+    parameter = torch.nn.Parameter(torch.from_numpy(values.copy()))
+    CovisibilityGraph.from_descriptors(parameter)
+    assert np.array_equal(parameter.detach().numpy(), values)
+
+
+def test_arrays_of_any_order_are_read():
+    expected = CovisibilityGraph.from_descriptors(scattered(40), neighbours=3)
+    values = scattered(40).numpy()
+    read_only = np.broadcast_to(values, (1, *values.shape))[0]
+    backwards = np.ascontiguousarray(values[::-1])[::-1]
+    for given in (np.asfortranarray(values), backwards, read_only, values.astype(">f4")):
+        assert_same_graph(CovisibilityGraph.from_descriptors(given, neighbours=3), expected)
+
+
+def test_known_pairs_come_before_bridges():
+    """Three places; two of them are known to be one, so that one bridge is needed and the known pair is none."""
+    places = torch.eye(3).repeat_interleave(4, 0) + 0.1 * torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+    options = {"neighbours": 3, "reference_frame": None, "anchors": 0}
+    known = CovisibilityGraph.from_pairs(12, [(2, 9)])
+    without, graph = (CovisibilityGraph.from_descriptors(places, also=also, **options) for also in (None, known))
+    assert without.summary().bridges == 2
+    assert graph.is_connected() and graph.summary().bridges == 1
+    assert graph.to_dense()[2, 9] and not graph.to_dense()[9, 2]
+    assert any("leave 2 parts, which 1 added pairs join" in warning for warning in graph.summary().warnings)
+    everything = CovisibilityGraph.from_descriptors(places, also=CovisibilityGraph.all_visible(12), **options)
+    assert everything.summary().bridges == 0
+    with pytest.raises(ValueError, match="only graphs over the same frames"):
+        CovisibilityGraph.from_descriptors(places, also=CovisibilityGraph.all_visible(11))
+
+
 @pytest.mark.parametrize("reference_frame", [0, None])
 @pytest.mark.parametrize("anchors", [None, 0, 1])
 def test_one_frame(reference_frame, anchors):

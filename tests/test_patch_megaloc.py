@@ -15,6 +15,7 @@ from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity, patch
 from svggt_kernels.covisibility.megaloc import IMAGENET_DEVIATION, IMAGENET_MEAN
+from svggt_kernels.patching import described as described_images
 from svggt_kernels.patching.described import fingerprint
 
 MEGALOC = MegaLocSimilarity(weights=megaloc(), size=SIZE, neighbours=1, anchors=0)
@@ -200,3 +201,47 @@ def test_fingerprint_sees_every_bit(dtype: torch.dtype):
     assert fingerprint(pictures.clone()) == fingerprint(pictures)
     assert fingerprint(pictures[[1, 0, 2, 3, 4]]) != fingerprint(pictures)
     assert fingerprint(pictures[:4]) != fingerprint(pictures)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fingerprint_sees_signs(dtype: torch.dtype):
+    """Differences in the highest bits of words alone."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(1, 3, 14, 14, dtype=dtype, generator=generator)
+    signs = 1 - 2 * torch.randint(2, (50, *pictures.shape), dtype=dtype, generator=generator)
+    assert len({fingerprint(pictures * sign) for sign in signs}) == 50
+
+
+def test_fingerprint_tells_dtypes_of_equal_bits_apart():
+    pictures = images()[0].half()
+    assert fingerprint(pictures) != fingerprint(pictures.view(torch.bfloat16))
+    assert fingerprint(pictures) != fingerprint(pictures.view(torch.int16))
+
+
+def test_factors_of_the_fingerprint_are_drawn_once():
+    described_images._factors.cache_clear()
+    for seed in range(3):
+        fingerprint(images(seed=seed)[0])
+    assert described_images._factors.cache_info().misses == 1
+
+
+def test_fingerprint_ignores_the_default_device():
+    expected = fingerprint(images()[0])
+    described_images._factors.cache_clear()
+    pictures = images()[0]
+    with torch.device("meta"):
+        assert fingerprint(pictures) == expected
+
+
+def test_normalisation_ignores_the_default_dtype(described: list[Tensor]):
+    model = FAMILY["da3"].create().float()
+    pictures = images(dtype=torch.float32)
+    with patch(model, covisibility=MEGALOC):
+        model(pictures)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model(pictures.flip(-1))
+        finally:
+            torch.set_default_dtype(default)
+    torch.testing.assert_close(described[1].flip(-1), described[0], rtol=0, atol=0)

@@ -1,9 +1,6 @@
-"""Graphs without a descriptor: cameras, COLMAP, and what is known to be true."""
+"""Graphs without a descriptor: cameras, and what is known to be true."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +8,7 @@ from graphs import assert_same_graph
 from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.covisibility import CovisibilityReport, from_colmap, from_poses
-from svggt_kernels.covisibility.colmap import shared_features
+from svggt_kernels.covisibility import CovisibilityReport, from_poses
 from svggt_kernels.covisibility.evaluation import edge_precision
 from svggt_kernels.covisibility.poses import frustum_overlap
 
@@ -55,6 +51,59 @@ class TestPoses:
         assert from_poses(turned(0, 0), cameras, (1, 10), SIZE).density == 1
 
     @pytest.mark.parametrize(
+        "shift",
+        [(0, 0, 0), (691234.6, 5334321.9, 512.3), (4_177_110.2, 855_811.7, 4_728_009.4)],
+        ids=["origin", "UTM", "earth's centre"],
+    )
+    def test_the_origin_of_the_world_does_not_matter(self, shift: tuple[float, ...]) -> None:
+        """A camera looks down, a photo every 25 cm: many samples lie exactly on the border of another frustum."""
+        cameras = torch.tensor([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]], dtype=torch.float64)
+        poses = torch.eye(4, dtype=torch.float64).repeat(40, 1, 1)
+        poses[:, :3, :3] = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
+        poses[:, 1, 3] = torch.arange(40) * 0.25
+        expected = frustum_overlap(poses, cameras, (0.5, 1.5), (480, 640))
+        exact = from_poses(poses.float(), cameras, (0.5, 1.5), (480, 640), min_overlap=0.3)
+        poses[:, :3, 3] += torch.tensor(shift, dtype=torch.float64)
+        overlap = frustum_overlap(poses, cameras, (0.5, 1.5), (480, 640))
+        assert torch.equal(overlap, expected) and torch.equal(overlap.diagonal(), torch.ones(40))
+        assert_same_graph(from_poses(poses, cameras, (0.5, 1.5), (480, 640), min_overlap=0.3), exact)
+
+    def test_autocast_does_not_reach_the_cameras(self) -> None:
+        poses = turned(*range(0, 60, 3))
+        expected = frustum_overlap(poses, INTRINSICS, (1, 10), SIZE)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(frustum_overlap(poses, INTRINSICS, (1, 10), SIZE), expected)
+
+    def test_warns_of_positions_that_are_too_coarse(self) -> None:
+        poses = turned(0, 10)
+        poses[:, 1, 3] = 5_334_321.9
+        with pytest.warns(UserWarning, match=r"float32, which holds the positions to 0\.64 only"):
+            from_poses(poses, INTRINSICS, (1, 10), SIZE)
+
+    def test_arrays(self) -> None:
+        poses, cameras = turned(0, 10, 180).double().numpy(), INTRINSICS.double().numpy()
+        poses.flags.writeable = False
+        expected = frustum_overlap(turned(0, 10, 180), INTRINSICS, (1, 10), SIZE)
+        assert torch.equal(frustum_overlap(poses, cameras, (1, 10), SIZE), expected)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"camera_to_world": turned(0, 1).bfloat16()},
+                "camera_to_world must be float32 or float64, got .*bfloat16",
+            ),
+            ({"intrinsics": INTRINSICS.half()}, "intrinsics must be float32 or float64, got torch.float16"),
+            ({"camera_to_world": turned(0, 1).tolist()}, "camera_to_world must be a tensor or a NumPy array"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_refuses_types(self, change: dict[str, object], message: str) -> None:
+        given = {"camera_to_world": turned(0, 1), "intrinsics": INTRINSICS, **change}
+        with pytest.raises(TypeError, match=message):
+            from_poses(**given, depth_range=(1, 10), image_size=SIZE)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"camera_to_world": 2 * turned(0, 1)}, "rigid motions.* frame 0"),
@@ -63,6 +112,8 @@ class TestPoses:
             ({"camera_to_world": turned(0, 1).fill_(torch.nan)}, "finite"),
             ({"intrinsics": INTRINSICS.repeat(3, 1, 1)}, r"intrinsics must be \[2, 3, 3\]"),
             ({"intrinsics": -INTRINSICS}, "focal lengths above 0"),
+            ({"intrinsics": INTRINSICS * torch.tensor([[1.0], [1], [0]])}, r"\[0, 0, 1\]\], got .* for frame 0"),
+            ({"intrinsics": INTRINSICS.T}, r"must be \[\[fx, skew, cx\], \[0, fy, cy\], \[0, 0, 1\]\]"),
             ({"depth_range": (5, 2)}, "0 < near < far"),
             ({"image_size": (0, 5)}, "image_size"),
             ({"min_overlap": 0}, "min_overlap"),
@@ -79,70 +130,6 @@ class TestPoses:
         }
         with pytest.raises(ValueError, match=message):
             from_poses(**given)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, set[int]]]:
-    """A database and a model of five images, and the points that each image sees."""
-    pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is not installed")
-    folder = tmp_path_factory.mktemp("colmap")
-    options = pycolmap.SyntheticDatasetOptions(num_rigs=1, num_cameras_per_rig=1, num_frames_per_rig=5)
-    options.num_points3D = 60
-    options.num_points2D_without_point3D = 3
-    options.track_length = 3
-    with pycolmap.Database.open(folder / "database.db") as database:
-        model = pycolmap.synthesize_dataset(options, database)
-    (folder / "sparse").mkdir()
-    model.write(folder / "sparse")
-    seen = {
-        image.name: {point.point3D_id for point in image.points2D if point.has_point3D()}
-        for image in model.images.values()
-    }
-    return folder / "database.db", folder / "sparse", seen
-
-
-class TestColmap:
-    def test_model_gives_shared_points(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
-        _, model, seen = scene
-        order = [3, 0, 4, 1, 2]  # that of the images given, not of the model
-        names = [list(seen)[i] for i in order]
-        shared = torch.tensor([[len(seen[a] & seen[b]) for b in names] for a in names]).fill_diagonal_(0)
-        paths = [Path("photos") / name for name in names]
-        assert torch.equal(shared_features(model, paths), shared)
-        middle = int(shared[shared > 0].median())
-        expected = CovisibilityGraph.from_dense(shared >= middle)
-        assert expected.density < 1
-        assert_same_graph(from_colmap(model, paths, min_shared=middle), expected)
-
-    def test_database_gives_verified_inliers(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
-        database, _, seen = scene
-        assert from_colmap(database, list(seen)).density == 1
-        assert from_colmap(database, list(seen), min_shared=10**6).num_edges == 5
-
-    def test_unknown_image_sees_itself(self, scene: tuple[Path, Path, dict[str, set[int]]]) -> None:
-        database, _, seen = scene
-        graph = from_colmap(database, [*seen, "new.jpg"])
-        assert graph.to_dense()[5].tolist() == [False] * 5 + [True]
-
-    @pytest.mark.parametrize("kind", [0, 1], ids=["database", "model"])
-    def test_another_image_set(self, scene: tuple[Path, Path, dict[str, set[int]]], kind: int) -> None:
-        with pytest.raises(ValueError, match=r"knows none of the 2 images \(a\.jpg, b\.jpg.* it is of 5 others"):
-            from_colmap(scene[kind], ["a.jpg", "b.jpg"])
-
-    def test_what_is_no_colmap(self, tmp_path: Path) -> None:
-        pytest.importorskip("pycolmap", reason="pycolmap is not installed")
-        (tmp_path / "database.db").write_text("something else")
-        with pytest.raises(ValueError, match="must be a database of COLMAP"):
-            from_colmap(tmp_path / "database.db", ["a.jpg"])
-        with pytest.raises(ValueError, match="must be a sparse model of COLMAP"):
-            from_colmap(tmp_path, ["a.jpg"])
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            from_colmap(tmp_path / "none.db", ["a.jpg"])
-
-    def test_no_pycolmap(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "pycolmap", None)
-        with pytest.raises(ImportError, match=r"svggt-kernels\[colmap\]"):
-            from_colmap(tmp_path, ["a.jpg"])
 
 
 class TestReport:
@@ -187,3 +174,21 @@ class TestReport:
         graph = CovisibilityGraph.from_descriptors(torch.rand(6, 4), neighbours=2)
         assert (graph | CovisibilityGraph.sequential(6, 1)).origin is graph.origin
         assert (CovisibilityGraph.sequential(6, 1) | graph).to("cpu").origin is not None
+
+
+def test_no_graph_goes_to_the_default_device() -> None:
+    """What comes from no tensor is on the CPU; "meta" stands for a GPU that the caller made the default."""
+    descriptors, poses = torch.rand(9, 4), turned(0, 10)
+    with torch.device("meta"):
+        graphs = [
+            CovisibilityGraph.all_visible(3),
+            CovisibilityGraph.sequential(3, 1),
+            CovisibilityGraph.from_pairs(3, [(0, 1)]),
+            CovisibilityGraph.from_descriptors(descriptors, neighbours=2, window=1),
+            CovisibilityGraph.from_descriptors(descriptors.numpy()),
+            from_poses(poses, INTRINSICS, (1, 10), SIZE),
+            from_poses(poses.numpy(), INTRINSICS.numpy(), (1, 10), SIZE),
+        ]
+        assert {graph.device for graph in graphs} == {torch.device("cpu")}
+        assert [graph.summary().frames for graph in graphs] == [3, 3, 3, 9, 9, 2, 2]
+        assert CovisibilityReport.of(graphs[0]).summary.edges == 9

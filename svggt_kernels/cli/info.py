@@ -18,7 +18,7 @@ OPTIONAL_PACKAGES = {
     "safetensors": "MegaLoc's weights",
     "huggingface_hub": "MegaLoc's weights from the hub",
     "tqdm": "MegaLoc's progress",
-    "pycolmap": "graphs from COLMAP",
+    "pycolmap": "graphs from COLMAP models",
     "av": "videos",
     "depth-anything-3": "--model da3-small",
 }

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
+import torch
+from torch import Tensor
+
 
 def integer(name: str, value: int, least: int, most: int | None = None) -> int:
     """Return an argument as an int.
@@ -26,3 +30,22 @@ def integer(name: str, value: int, least: int, most: int | None = None) -> int:
         wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(f"{name} must be {wanted}, got {number}")
     return number
+
+
+def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
+    """Return an argument as a tensor, which may share its memory: read it only.
+
+    Args:
+        name: What messages call it.
+        value: The argument; an array becomes a tensor on the CPU, and is copied where PyTorch cannot share it.
+
+    Raises:
+        TypeError: If it is neither a tensor nor an array of numbers that PyTorch knows.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        given = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor or a NumPy array of numbers, got {given}")
+    array = np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import integer
+from .arguments import integer, tensor
 from .connectivity import EXACT_DIAMETER_FRAMES, connected_components, hop_diameter
 from .neighbours import FrameSimilarity
 
@@ -34,7 +34,8 @@ class GraphSummary:
         degree_min: Fewest frames that a frame sees, itself not counted in a square graph.
         degree_median: Median of the same.
         degree_max: Most of the same.
-        bridges: Pairs that join parts which no neighbour joins; None if the graph does not come from descriptors.
+        bridges: Pairs that join parts which neighbours and known pairs leave; None if the graph does not come from
+            descriptors.
         lonely: Frames with fewer than 2 real neighbours: frames of which each is among the most similar of the other.
             None if the graph does not come from descriptors.
         warnings: What will cost time or accuracy, one sentence each.
@@ -74,7 +75,7 @@ class GraphOrigin:
 
     Attributes:
         nearest: The frames most similar to each frame, rising, `[S, k]` int64.
-        bridges: Pairs that join parts which no neighbour joins, `[n, 2]` int64.
+        bridges: Pairs that join parts which neighbours and known pairs leave, `[n, 2]` int64.
     """
 
     nearest: Tensor  # [S, k] int64
@@ -88,8 +89,8 @@ class GraphOrigin:
         """Return the frames with fewer than 2 real neighbours, nearest to each other; none where so few exist."""
         nearest = self.nearest.cpu()
         frames, count = nearest.shape
-        ahead = torch.arange(frames)[:, None] * frames + nearest
-        back = nearest * frames + torch.arange(frames)[:, None]
+        everyone = torch.arange(frames, device="cpu")[:, None]
+        ahead, back = everyone * frames + nearest, nearest * frames + everyone
         mutual = torch.isin(ahead, back).sum(dim=1)
         return tuple((mutual < min(REAL_NEIGHBOURS, count)).nonzero().flatten().tolist())
 
@@ -230,8 +231,9 @@ class CovisibilityGraph:
         num_frames = integer("num_frames", num_frames, 1)
         key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
         _check_edge_count(num_frames * key_frames)
-        indptr = torch.arange(num_frames + 1, dtype=torch.int32) * key_frames
-        return cls(indptr, torch.arange(key_frames, dtype=torch.int32).repeat(num_frames), num_frames, key_frames)
+        indptr = torch.arange(num_frames + 1, dtype=torch.int32, device="cpu") * key_frames
+        row = torch.arange(key_frames, dtype=torch.int32, device="cpu")
+        return cls(indptr, row.repeat(num_frames), num_frames, key_frames)
 
     @classmethod
     def sequential(cls, num_frames: int, window: int, *, loop: bool = False) -> CovisibilityGraph:
@@ -257,6 +259,7 @@ class CovisibilityGraph:
         anchors: int | None = None,
         bridge: bool = True,
         chunk: int = 2048,
+        also: CovisibilityGraph | None = None,
     ) -> CovisibilityGraph:
         """Build the graph from one global descriptor per frame (place recognition, pooled tokens).
 
@@ -264,7 +267,7 @@ class CovisibilityGraph:
         A false edge costs time and a missed one costs accuracy, so each step only adds edges:
 
         1. Each frame sees its `neighbours` most similar frames, and they see it.
-        2. Frames at most `window` apart see each other (ordered input).
+        2. Frames at most `window` apart see each other (ordered input), and the edges of `also` are added.
         3. With `bridge`, the components of the graph so far are joined by the maximum spanning tree over components,
            which takes the most similar pair between them. This comes before step 4 on purpose: a star through the
            reference frame connects any graph, but everything then passes through one frame.
@@ -283,16 +286,16 @@ class CovisibilityGraph:
                 anchor is frame 0. None means min(8, S // 16).
             bridge: Whether to join the components.
             chunk: Frames on each side of a tile of scores. It bounds memory and never changes the result.
+            also: Edges that are known, as a graph over the same frames; what they join needs no bridge.
 
         Raises:
             TypeError: If the descriptors are not floating point, or a count is not an integer.
-            ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range.
+            ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range; if
+                `also` is over other frames.
         """
-        if isinstance(descriptors, np.ndarray):
-            descriptors = torch.as_tensor(descriptors)
-        if not isinstance(descriptors, Tensor) or not descriptors.is_floating_point():
-            given = descriptors.dtype if isinstance(descriptors, Tensor) else type(descriptors).__name__
-            raise TypeError(f"descriptors must be a floating point tensor or array, got {given}")
+        descriptors = tensor("descriptors", descriptors)
+        if not descriptors.is_floating_point():
+            raise TypeError(f"descriptors must be a floating point tensor or array, got {descriptors.dtype}")
         if descriptors.ndim != 2 or 0 in descriptors.shape:
             raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
         frames, device = len(descriptors), descriptors.device
@@ -308,6 +311,8 @@ class CovisibilityGraph:
         nearest = similarity.nearest(neighbours)
         graph = cls._from_edges(everyone.repeat_interleave(neighbours), nearest.flatten(), frames)
         graph = graph.symmetrized() | cls.sequential(frames, window).to(similarity.device)
+        if also is not None:
+            graph |= also.to(similarity.device)
         bridges = everyone.new_empty((0, 2))
         if bridge:
             bridges = similarity.bridges(connected_components(graph.rows, graph.indices, frames))
@@ -411,8 +416,8 @@ class CovisibilityGraph:
         lonely = None if self.origin is None else self.origin.lonely()
         if bridges:
             warnings.append(
-                f"similar frames alone leave {bridges + 1} parts, which {bridges} added pairs join; if they do not "
-                "show one scene, run them apart, else give pairs that you know"
+                f"the pairs that are known or similar leave {bridges + 1} parts, which {bridges} added pairs join; if "
+                "they do not show one scene, run them apart, else give pairs that you know"
             )
         if lonely:
             warnings.append(
@@ -553,7 +558,7 @@ def _pairs_to_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Te
         array = pairs if isinstance(pairs, np.ndarray) else _pairs_to_array(list(pairs))
         if array.dtype.kind not in "iu":
             raise TypeError(f"pairs must hold integers, got an array of {array.dtype}; frames are counted from 0")
-        pairs = torch.as_tensor(array.astype(np.int64))
+        pairs = torch.from_numpy(array.astype(np.int64))
     if pairs.dtype.is_floating_point or pairs.dtype.is_complex or pairs.dtype == torch.bool:
         raise TypeError(f"pairs must hold integers, got a tensor of {pairs.dtype}; use from_dense for a boolean matrix")
     if pairs.ndim != 2 or pairs.shape[1] != 2:

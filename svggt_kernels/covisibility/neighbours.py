@@ -42,7 +42,8 @@ class FrameSimilarity:
             descriptors = descriptors.cpu()
         fixed_point = torch.empty(descriptors.shape, dtype=torch.int32, device=descriptors.device)
         for start in range(0, len(descriptors), ROUNDING_ROWS):
-            part = descriptors[start : start + ROUNDING_ROWS].detach().to(torch.float64).contiguous()
+            part = descriptors[start : start + ROUNDING_ROWS].detach()
+            part = part.to(torch.float64, memory_format=torch.contiguous_format, copy=True)  # changed in place below
             peak = part.abs().amax(dim=1, keepdim=True)
             if bool((~peak.isfinite()).any()):
                 frame = start + int((~peak.isfinite()).flatten().nonzero()[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ __all__ = ["ImageGraphs"]
 
 # Image sets whose graphs are kept.
 GRAPHS_KEPT = 16
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Sizes of images, by device, whose factors are kept.
+FACTORS_KEPT = 4
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""Integers of at most 32 bits that an element is read as, by the bytes of the element."""
 
 
 class ImageGraphs:
@@ -83,8 +87,9 @@ class ImageGraphs:
             default = torch.bfloat16 if images.device.type == "cuda" else torch.float32
             self._megaloc.to(images.device, self.source.dtype or default)
         if self.normalised:
+            precision = torch.promote_types(images.dtype, torch.float32)
             mean, deviation = (
-                torch.tensor(values, device=images.device).view(3, 1, 1)
+                torch.tensor(values, dtype=precision, device=images.device).view(3, 1, 1)
                 for values in (IMAGENET_MEAN, IMAGENET_DEVIATION)
             )
             images = images * deviation + mean
@@ -98,17 +103,23 @@ class ImageGraphs:
 def fingerprint(
     images: Tensor,  # [S, 3, H, W]
 ) -> bytes:
-    """Return 128 bits per image, computed where the images are; images that differ in one bit differ in it.
+    """Return 128 bits per image, computed where the images are, and their dtype and shape.
 
-    Each half is the sum of the image's words times fixed random 64-bit numbers, modulo 2^64: two different images agree
-    in both with a probability of at most 2^-64 (the words are at most 32 bits wide; multilinear hashing, Dietzfelbinger
-    et al. 1997). That is no protection against someone who makes images agree on purpose.
+    Images that differ in one bit differ in it. Each half is the sum of the image's words times fixed random 64-bit
+    numbers, modulo 2^64: two different images agree in both with a probability of at most 2^-64 (the words are at most
+    32 bits wide; multilinear hashing, Dietzfelbinger et al. 1997). That is no protection against someone who makes
+    images agree on purpose.
     """
     if images.device.type == "mps":  # its 64-bit integers have gaps
         images = images.cpu()
     words = images.detach().contiguous().flatten(1).view(WORDS[images.element_size()])
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (2, words.shape[1]), generator=generator).to(images.device)
+    factors = _factors(words.shape[1], images.device)
     sums = [torch.stack([(word * factor).sum() for factor in factors]) for word in words]
-    shape = torch.tensor([images.element_size(), *images.shape])
-    return torch.stack(sums).cpu().numpy().tobytes() + shape.numpy().tobytes()
+    return torch.stack(sums).cpu().numpy().tobytes() + repr((images.dtype, tuple(images.shape))).encode()
+
+
+@lru_cache(maxsize=FACTORS_KEPT)
+def _factors(words: int, device: torch.device) -> Tensor:
+    """Return the same random numbers in every process, `[2, words]` int64."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (2, words), generator=generator, device="cpu").to(device)

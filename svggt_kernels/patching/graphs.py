@@ -27,8 +27,8 @@ class Similarity:
         anchors: Frames that everyone sees; None for a number that grows with the frames.
         bridge: Whether to join parts of the graph that do not see each other.
         reference_frame: A frame that sees all and is seen by all: "model" for the one the model has, an index, or None.
-        also: A graph over the same frames, in the order of the images, whose edges are added: from COLMAP, from poses,
-            or several by `|`.
+        also: A graph over the same frames, in the order of the images, whose edges are added before parts are joined:
+            from COLMAP, from poses, or several by `|`.
     """
 
     neighbours: int = 10
@@ -52,24 +52,24 @@ class Similarity:
         Raises:
             ValueError: If a descriptor is not finite or zero, or `also` is over other frames.
         """
-        graph = CovisibilityGraph.from_descriptors(
+        return CovisibilityGraph.from_descriptors(
             descriptors,
             neighbours=self.neighbours,
             window=self.window,
             reference_frame=reference_frame if self.reference_frame == "model" else self.reference_frame,
             anchors=self.anchors,
             bridge=self.bridge,
+            also=self.also,
         )
-        return graph if self.also is None else graph | self.also.to(graph.device)
 
 
 @dataclass(frozen=True)
 class TokenSimilarity(Similarity):
     """Finds covisibility in the tokens that enter a model's first global attention.
 
-    The descriptor of a frame is the mean of its patch tokens minus the mean over all frames, in float32. What all
-    frames share would otherwise make every pair look alike. No other network runs, and any model has such tokens.
-    The attributes are those of `Similarity`.
+    The descriptor of a frame is the mean of its patch tokens minus the mean over all frames, in float32 (float64 for
+    float64 tokens). What all frames share would otherwise make every pair look alike. No other network runs, and any
+    model has such tokens. The attributes are those of `Similarity`.
     """
 
     def graph(
@@ -86,7 +86,7 @@ class TokenSimilarity(Similarity):
         Raises:
             ValueError: If tokens are NaN or infinite, or all zero.
         """
-        pooled = tokens.detach().mean(dim=1, dtype=torch.float32)
+        pooled = tokens.detach().mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         broken = [frame for frame, sound in enumerate(pooled.isfinite().all(dim=1).tolist()) if not sound]
         if broken:
             raise ValueError(
@@ -156,7 +156,8 @@ def frame_order(
 ) -> tuple[int, ...] | None:
     """Return the order into which a model put its frames, read off samples of their tokens; None if it kept theirs.
 
-    Frames whose samples are equal bit for bit (one photo given twice) are taken in the order in which they came.
+    Where samples are equal bit for bit (one photo given twice), several orders fit. Then one frame was moved to the
+    front and the rest stayed in order, if that fits; else equal frames are taken in the order in which they came.
 
     Args:
         before: Some values of each frame's tokens.
@@ -165,11 +166,9 @@ def frame_order(
     Raises:
         RuntimeError: If the frames after are not those before in another order.
     """
-    places: defaultdict[bytes, deque[int]] = defaultdict(deque)
-    for frame, values in enumerate(_bits(before)):
-        places[values].append(frame)
+    kept, moved = _bits(before), _bits(after)
     try:
-        order = tuple(places[values].popleft() for values in _bits(after))
+        order = _one_to_the_front(kept, moved) or _as_they_came(kept, moved)
     except IndexError:
         raise RuntimeError(
             "the order of the frames inside the model could not be read: the tokens after it reorders its frames are "
@@ -179,5 +178,20 @@ def frame_order(
     return None if order == tuple(range(len(order))) else order
 
 
+def _one_to_the_front(before: list[bytes], after: list[bytes]) -> tuple[int, ...] | None:
+    for front, values in enumerate(before):
+        order = (front, *(frame for frame in range(len(before)) if frame != front))
+        if values == after[0] and [before[frame] for frame in order] == after:
+            return order
+    return None
+
+
+def _as_they_came(before: list[bytes], after: list[bytes]) -> tuple[int, ...]:
+    places: defaultdict[bytes, deque[int]] = defaultdict(deque)
+    for frame, values in enumerate(before):
+        places[values].append(frame)
+    return tuple(places[values].popleft() for values in after)
+
+
 def _bits(samples: Tensor) -> list[bytes]:
-    return [row.tobytes() for row in samples.to("cpu", torch.float32).numpy()]
+    return [row.tobytes() for row in samples.cpu().to(torch.float64).numpy()]
