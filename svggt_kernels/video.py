@@ -115,7 +115,7 @@ def _sampled(path: Path, frames_per_second: float, damage: list[str]) -> Iterato
 
 
 def _video_stream(container: Any, path: Path) -> Any:
-    """Return the stream to read: FFmpeg's best one, or the first, of those that are no still picture."""
+    """Return the stream to read: FFmpeg's best one, or else the first, of the moving pictures that can be decoded."""
     from av.stream import Disposition
 
     still = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
@@ -123,8 +123,11 @@ def _video_stream(container: Any, path: Path) -> Any:
     if not moving:
         content = "only still pictures, such as a cover" if container.streams.video else "no video stream"
         raise ValueError(f"{path} must hold a video, but has {content}")
+    decodable = [stream for stream in moving if stream.codec_context is not None]
+    if not decodable:
+        raise ValueError(f"{path} must hold a video that FFmpeg decodes, but its codec is unknown: convert it to H.264")
     best = container.streams.best("video")
-    return best if best in moving else moving[0]
+    return best if best in decodable else decodable[0]
 
 
 def _decoded(container: Any, stream: Any, damage: list[str]) -> Iterator[Any]:
@@ -134,8 +137,6 @@ def _decoded(container: Any, stream: Any, damage: list[str]) -> Iterator[Any]:
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
-            except av.error.DecoderNotFoundError:
-                raise
             except av.FFmpegError as error:
                 damage.append(error.strerror)
                 continue

@@ -179,8 +179,8 @@ class TestDisplay:
     def test_a_cover_is_passed_over(self):
         from av.stream import Disposition
 
-        cover = SimpleNamespace(disposition=Disposition.attached_pic | Disposition.default)
-        streams = [cover, SimpleNamespace(disposition=Disposition(0))]
+        cover = SimpleNamespace(disposition=Disposition.attached_pic | Disposition.default, codec_context="mjpeg")
+        streams = [cover, SimpleNamespace(disposition=Disposition(0), codec_context="h264")]
         container = SimpleNamespace(streams=SimpleNamespace(video=streams, best=lambda kind: cover))
         assert video._video_stream(container, Path("a")) is streams[1]
 
@@ -229,7 +229,7 @@ class TestFiles:
     def test_refuses_a_codec_without_decoder(self, tmp_path: Path):
         path = write(tmp_path / "a.mp4", pictures(10), codec="libx264")
         path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
-        with pytest.raises(ValueError, match="Decoder not found"):
+        with pytest.raises(ValueError, match="its codec is unknown"):
             load_video(path)
 
 
