@@ -252,11 +252,14 @@ class TestLayout:
         said = refusal(capsys, *command, folder, "--megaloc", "nowhere.safetensors", "--device", "cpu")
         assert "there is no such file" in said and '"tokens"' in said
 
-    def test_video(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "walk.mp4").touch()
+    @pytest.mark.parametrize("name", ["walk.mp4", "walk.MTS", "walk.3gp", "walk"])  # every file that is no photo
+    def test_video(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        (tmp_path / name).touch()
         clip = (torch.rand(4, 3, 42, 56), [0.0, 0.5, 1.0, 2.0])
         monkeypatch.setattr(layout, "load_video", lambda path, **options: clip)
-        succeed("layout", tmp_path / "walk.mp4", "--covisibility", "sequential", "--output", tmp_path, "--json")
+        succeed("layout", tmp_path / name, "--covisibility", "sequential", "--output", tmp_path, "--json")
         assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
 
     def test_one_photo(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,7 +367,7 @@ class TestRefusals:
         [
             (lambda path: None, "does not exist"),
             (lambda path: path.mkdir(), "holds no photo .*: it holds no file at all"),
-            (lambda path: path.write_text(""), "is a file: give the folder"),
+            (lambda path: path.write_text(""), "cannot be read as a video|is a file: .* read videos"),
             (lambda path: path.mkdir() or (path / "1.jpg").write_text("oops"), r"1\.jpg cannot be read as a photo"),
         ],
         ids=["missing", "empty", "file", "broken photo"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +53,11 @@ class TestFind:
         with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
             find_photos(tmp_path / "nowhere")
 
-    def test_file_instead_of_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "a.png").touch()
-        with pytest.raises(NotADirectoryError, match="give the folder"):
-            find_photos(tmp_path / "a.png")
+    @pytest.mark.parametrize(("name", "advice"), [("a.png", "give the folder it lies in"), ("a.mp4", "read videos")])
+    def test_file_instead_of_folder(self, tmp_path: Path, name: str, advice: str) -> None:
+        (tmp_path / name).touch()
+        with pytest.raises(NotADirectoryError, match=f"is a file: .*{advice}"):
+            find_photos(tmp_path / name)
 
     def test_empty_folder(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no file at all"):
@@ -65,6 +68,25 @@ class TestFind:
         (tmp_path / "2.HEIC").touch()
         with pytest.raises(FileNotFoundError, match=r"only 2 x \.heic"):
             find_photos(tmp_path)
+
+    def test_folder_of_subfolders_names_them(self, tmp_path: Path) -> None:
+        for i in range(7):
+            (tmp_path / f"cam{i}").mkdir()
+        (tmp_path / ".hidden").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"only subfolders.*\(cam0, cam1, cam2, cam3, cam4 and 2 more\)"):
+            find_photos(tmp_path)
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(FileNotFoundError, match=r"only 1 x \.txt and subfolders"):
+            find_photos(tmp_path)
+
+    def test_photos_that_cannot_be_read_are_counted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("1.jpg", "2.HEIC", "3.heic", "4.NEF", "notes.txt"):
+            (tmp_path / name).touch()
+        with pytest.warns(UserWarning, match=r"taken: 1, left out .*: 3 \(2 x \.heic, 1 x \.nef\)"):
+            assert [path.name for path in find_photos(tmp_path)] == ["1.jpg"]
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")  # as pillow-heif registers itself
+        with pytest.warns(UserWarning, match=r"taken: 3, left out .*: 1 \(1 x \.nef\)"):
+            assert [path.name for path in find_photos(tmp_path)] == ["1.jpg", "2.HEIC", "3.heic"]
 
 
 class TestSize:
@@ -89,9 +111,26 @@ class TestSize:
         wide = flat(28, 84, 0, 255, 0)
         wide[:, 28:42] = (255, 0, 0)
         wide[:, 42:56] = (0, 0, 255)
-        frames = load_photos([save(tmp_path / "wide.png", wide), *squares], long_side=28, patch_size=14)
+        paths = [save(tmp_path / "wide.png", wide), *squares]
+        with pytest.warns(UserWarning, match=r"more than 15% of their area: 1 of 3, .*wide\.png loses 67%;"):
+            frames = load_photos(paths, long_side=28, patch_size=14)
         assert frames.shape == (3, 3, 28, 28)
         torch.testing.assert_close(frames[0], frames[1])
+
+    def test_photos_that_lose_little_are_not_named(self, tmp_path: Path) -> None:
+        load_photos([save(tmp_path / f"{w}.png", flat(84, w, 0, 0, 0)) for w in (75, 84, 95)], long_side=84)
+
+    def test_default_dtype_and_device_change_nothing(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        expected = load_photos([path], long_side=28)
+        with torch.device("meta"):
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                frames = load_photos([path], long_side=28)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        assert frames.dtype == torch.float32
+        assert torch.equal(frames, expected)
 
     def test_order_of_paths_is_kept(self, tmp_path: Path) -> None:
         paths = [save(tmp_path / f"{i}.png", flat(14, 14, 50 * i, 0, 0)) for i in range(4)]
@@ -118,7 +157,7 @@ class TestSize:
     @pytest.mark.parametrize(("long_side", "patch_size"), [(13, 14), (0, 14), (-5, 14), (14, 0)], ids=str)
     def test_impossible_sizes(self, tmp_path: Path, long_side: int, patch_size: int) -> None:
         path = save(tmp_path / "a.png", flat(14, 14, 0, 0, 0))
-        with pytest.raises(ValueError, match="at least one patch"):
+        with pytest.raises(ValueError, match="must be at least"):
             load_photos([path], long_side=long_side, patch_size=patch_size)
 
     def test_no_photo(self) -> None:
@@ -126,7 +165,8 @@ class TestSize:
             load_photos([])
 
 
-class TestConversion:
+class TestOrientation:
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp", "mpo"])
     @pytest.mark.parametrize(
         ("orientation", "turned"),
         [
@@ -141,16 +181,35 @@ class TestConversion:
         ],
         ids=lambda value: f"exif{value}" if isinstance(value, int) else "",
     )
-    def test_exif_orientation(self, tmp_path: Path, orientation: int, turned: object) -> None:
-        pixels = left_red_right_blue()
-        pixels[:14] //= 2  # the upper half is darker, so no two orientations agree
+    def test_every_container(
+        self, tmp_path: Path, suffix: str, orientation: int, turned: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        pixels = left_red_right_blue(32, 64)
+        pixels[:16] //= 2  # the upper half is darker, so no two orientations agree
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
-        path = save(tmp_path / "a.png", pixels, exif=exif)
-        frames = load_photos([path], long_side=56)
+        lossless = {"quality": 100, "subsampling": 0} if suffix in ("jpg", "mpo") else {"lossless": True}
+        path = save(tmp_path / f"a.{suffix}", pixels, exif=exif, **lossless)
+        frames = load_photos([path], long_side=64, patch_size=16)
         expected = torch.from_numpy(np.ascontiguousarray(turned(pixels))).permute(2, 0, 1) / 255
-        torch.testing.assert_close(frames[0], expected)
+        torch.testing.assert_close(frames[0], expected, atol=3 / 255, rtol=0)
 
+    def test_exif_that_cannot_be_written_again(self, tmp_path: Path) -> None:
+        fields = ((ORIENTATION, 3, 1, 6), (0x011A, 10, 1, 38))  # the resolution is a signed rational, at byte 38
+        table = struct.pack("<H", len(fields)) + b"".join(struct.pack("<HHII", *field) for field in fields) + bytes(4)
+        exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + table + struct.pack("<ii", -72, 1)
+        path = save(tmp_path / "a.jpg", left_red_right_blue(), exif=exif)
+        frames = load_photos([path], long_side=56)
+        assert frames.shape == (1, 3, 56, 28)
+        assert frames[0, 0, 0].min() > 0.9  # red is at the top
+
+    @pytest.mark.parametrize("suffix", ["png", "webp"])
+    def test_exif_that_cannot_be_read(self, tmp_path: Path, suffix: str) -> None:
+        path = save(tmp_path / f"a.{suffix}", left_red_right_blue(), exif=b"Exif\0\0no table")
+        assert load_photos([path], long_side=56).shape == (1, 3, 28, 56)
+
+
+class TestConversion:
     @pytest.mark.parametrize("mode", ["L", "1", "LA"])
     def test_grey_is_repeated(self, tmp_path: Path, mode: str) -> None:
         path = save(tmp_path / "a.png", flat(14, 14, 255, 255, 255), mode)
@@ -221,6 +280,13 @@ class TestBroken:
         (tmp_path / "bad.png").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.png cannot be read as a photo"):
             load_photos([tmp_path / "bad.png"])
+
+    @pytest.mark.parametrize("limit", [300, 100], ids=["warning", "error"])  # Pillow raises above twice the limit
+    def test_too_many_pixels_name_the_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        path = save(tmp_path / "a.png", flat(14, 28, 255, 255, 255))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=r"a\.png .*392 pixels.*raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+            load_photos([path], long_side=28)
 
     def test_missing_photo_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"gone\.png cannot be read"):

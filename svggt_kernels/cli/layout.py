@@ -14,8 +14,8 @@ from torch import Tensor
 from ..covisibility import CovisibilityGraph, CovisibilityReport, GraphSummary
 from ..layout import BlockLayout
 from ..patching import patch
-from ..photos import find_photos, load_photos
-from ..video import VIDEO_SUFFIXES, load_video
+from ..photos import find_photos, is_photo, load_photos
+from ..video import load_video
 from .environment import pick_device
 from .errors import CommandError, enough_memory, refusals
 from .models import KINDS, load_model
@@ -90,7 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
     require_matplotlib()
     kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
     with refusals():
-        photos = [] if _is_video(arguments.folder) else find_photos(arguments.folder)
+        is_video = arguments.folder.is_file() and not is_photo(
+            arguments.folder
+        )  # what FFmpeg opens, not what is named so
+        photos = [] if is_video else find_photos(arguments.folder)
     device = pick_device(arguments.device)
     graph_of = None if kind else from_images(arguments)
     size = {
@@ -144,10 +147,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(_as_text(report, judged.summary))
         print(f"Pictures: {output / 'graph.png'}, {output / 'neighbours.png'}\nReport: {output / 'report.json'}")
     return 0
-
-
-def _is_video(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _refuse_what_would_be_ignored(arguments: argparse.Namespace) -> None:
