@@ -94,12 +94,17 @@ def prepare(
     The operator does this by itself on first use. Only before torch.compile traces or a CUDA graph captures it, this
     must be called, because the tables do not belong into that graph.
 
+    Any CUDA stream may use the layout: one that did not make the tables waits for them. What is compiled or captured
+    does not wait: prepare on the stream that will run it, or synchronise. A CUDA graph reads the tables wherever it is
+    replayed, so the layout must be kept for as long.
+
     Args:
         layout: The layout, on the device where attention will run.
         dtype: Dtype of q, k and v at the kernel.
         head_size: D.
         backend: As in `block_sparse_attention`.
-        training: If True also make the tables of the backward pass.
+        training: If True also make the tables of the backward pass; needed too where a CUDA graph captures the hopper
+            backend with `return_lse`, which has kernels of its own.
 
     Raises:
         ValueError: If `backend` is unknown or cannot run such inputs.
@@ -151,14 +156,19 @@ def _tables(
                 raise RuntimeError(
                     "a layout must have its tables before torch.compile traces or a CUDA graph captures attention over "
                     f"it; call svggt_kernels.prepare(layout, {dtype}, {head_size}, backend={backend!r}, "
-                    f"training={training}) first"
+                    f"training={training}) first, or run once before with inputs of these sizes"
                 )
             kernels = backends.load(backend)
             make = kernels.tables if direction == "forward" else kernels.backward_tables
             # As in BlockLayout.runs: a later backward pass must be able to save them.
-            with torch.inference_mode(False), torch.no_grad():
-                layout.tables[key] = make(layout, dtype, head_size)
+            with layout.order.lock, torch.inference_mode(False), torch.no_grad():
+                layout.order.before_use(layout.device, layout.kept)
+                made = make(layout, dtype, head_size)
+                layout.order.after_making(layout.device)
+                layout.tables[key] = made
         found.append(layout.tables[key])
+    if not torch.compiler.is_compiling():
+        layout.order.before_use(layout.device, layout.kept)
     return (found[0], found[1]) if training else (found[0], [])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .covisibility.graph import CovisibilityGraph
+from .streams import StreamOrder
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,14 @@ class BlockLayout:
         queries: How the query tokens lie.
         keys: How the key tokens lie.
         tables: What backends made of the layout, by backend and kind; kept here so that it is made once.
+        order: Lets any CUDA stream use what is kept; shared with the layout that has queries and keys exchanged.
     """
 
     graph: CovisibilityGraph
     queries: FrameTokens
     keys: FrameTokens
     tables: dict[tuple[Hashable, ...], list[Tensor]] = field(init=False, default_factory=dict, repr=False)
+    order: StreamOrder = field(init=False, default_factory=StreamOrder, repr=False)
 
     @classmethod
     def from_graph(
@@ -179,7 +182,7 @@ class BlockLayout:
         return {"graph": self.graph, "queries": self.queries, "keys": self.keys}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, tables={})
+        self.__dict__.update(state, tables={}, order=StreamOrder())
 
     @property
     def device(self) -> torch.device:
@@ -223,8 +226,14 @@ class BlockLayout:
     @cached_property
     def _transposed(self) -> BlockLayout:
         other = BlockLayout(self.graph.transposed(), self.keys, self.queries)
-        other.__dict__["_transposed"] = self
+        other.__dict__.update(_transposed=self, order=self.order)
         return other
+
+    def kept(self) -> list[Tensor]:
+        """Return every tensor made so far of this layout and of the one with queries and keys exchanged."""
+        both = {self, self.__dict__.get("_transposed", self)}
+        of_backends = [tensor for layout in both for tables in layout.tables.values() for tensor in tables]
+        return of_backends + [tensor for layout in both for tensor in layout.__dict__.get("runs", ())]
 
     def to_dense(self) -> Tensor:
         """Return the mask, bool `[N, N_keys]`, True where a query sees a key. For tests and small layouts."""

@@ -7,8 +7,9 @@ import math
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -18,7 +19,7 @@ from layouts import random_layout
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention, prepare
 from svggt_kernels.backends import hopper
 from svggt_kernels.backends.hopper import forward_pass, runtime
-from svggt_kernels.verify import error_ratios, within_budget
+from svggt_kernels.verify import BUDGET, error_ratios, plain_attention, within_budget
 
 NEEDED = hopper.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, 64)
 
@@ -120,10 +121,24 @@ def test_scores_in_units_of_log2_have_a_kernel_of_their_own(scale: float, bounde
         (torch.float16, "bounded", ("online",)),
     ],
 )
-def test_tables_load_the_kernels_of_the_chosen_softmax(dtype: torch.dtype, softmax: str, variants: tuple[str, ...]):
+@pytest.mark.parametrize("with_lse", [False, True], ids=["output alone", "with LSE"])
+def test_tables_load_the_kernels_of_the_chosen_softmax(
+    with_lse: bool, dtype: torch.dtype, softmax: str, variants: tuple[str, ...]
+):
     with hopper.softmax(softmax):
-        kernels = hopper._forward_kernels(dtype, 64)
-    assert kernels == [forward_pass.kernel(dtype, 64, variant) for variant in variants]
+        kernels = hopper._forward_kernels(dtype, 64, with_lse)
+    assert kernels == [forward_pass.kernel(dtype, 64, variant, with_lse) for variant in variants]
+
+
+def test_inference_loads_kernels_without_lse_and_training_also_those_with_it(monkeypatch):
+    loaded: list[runtime.Kernel] = []
+    monkeypatch.setattr(hopper, "_load", lambda kernels, device: loaded.extend(kernels))
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1), 10)
+    for make, with_lse in ((hopper.tables, False), (hopper.backward_tables, True)):
+        loaded.clear()
+        make(layout, torch.bfloat16, 64)
+        forward = [kernel for kernel in loaded if kernel.name == "forward"]
+        assert len(forward) == 3 and all((("WITH_LSE", 1) in kernel.defines) == with_lse for kernel in forward)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +188,18 @@ def assert_agree(kind: str, actual: Sequence[torch.Tensor], expected: Sequence[t
     torch.testing.assert_close(tuple(actual), tuple(expected), **exactly)
 
 
+def lse_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The LSE of queries that see all keys, in the dtype of q."""
+    return (q @ k.mT * q.shape[-1] ** -0.5).logsumexp(-1)
+
+
+def assert_float32(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """Assert that the error is at most twice that of `plain`, computed in float32, which is at least a rounding."""
+    epsilon = torch.finfo(torch.float32).eps
+    error, allowed = (float((x.double() - exact).square().mean().sqrt()) for x in (actual, plain))
+    assert error <= BUDGET * max(allowed, epsilon * float(exact.square().mean().sqrt())), (error, allowed)
+
+
 def band(frames: int, tokens: int, reach: int = 1, **options: object) -> BlockLayout:
     return BlockLayout.from_graph(CovisibilityGraph.sequential(frames, reach).to("cuda"), tokens, **options)
 
@@ -196,19 +223,96 @@ class TestOnHopper:
     @pytest.mark.parametrize(("softmax", "dtype"), SOFTMAXES)
     @pytest.mark.parametrize("head_size", [64, 128])
     def test_the_lse_of_rows_that_see_many_tiles(self, head_size: int, softmax: str, dtype: torch.dtype):
-        """Scores are exact, and row sums are taken out of accumulators that round towards zero.
+        """Scores are exact, and the LSE is made of the weights before they are rounded.
 
-        Over 52 000 keys rounding the weights to bfloat16, by itself, leaves errors of 1.2e-5, 4e-5 at most, with a
-        mean of -2e-6. Rounding the scale into q leaves 3.5e-4, and all sums in the accumulators a mean of about -6e-5.
+        Over 52 000 keys rounding the weights to bfloat16 leaves errors of 1.2e-5, 4e-5 at most; rounding the scale into
+        q 3.5e-4, and sums in accumulators that round towards zero a mean of about -6e-5.
         """
         graph = CovisibilityGraph.from_pairs(1, [(0, j) for j in range(40)], num_key_frames=40).to("cuda")
         layout = BlockLayout.from_graph(graph, 200, key_tokens_per_frame=1300)
         q, k, v = inputs(layout, head_size=head_size, dtype=dtype)
         with hopper.softmax(softmax):
             _, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="hopper")
-        error = lse.double() - (q.double() @ k.double().mT * head_size**-0.5).logsumexp(-1)
-        assert float(error.mean().abs()) <= 1e-5
-        assert float(error.abs().max()) <= 8e-5
+        assert_float32(lse, *(lse_of(q.to(dtype), k.to(dtype)) for dtype in (torch.float32, torch.float64)))
+
+    @pytest.mark.parametrize("scale", [None, math.log(2)], ids=["default scale", "ln 2"])
+    @pytest.mark.parametrize(("softmax", "dtype"), SOFTMAXES)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_rows_of_equal_scores(self, head_size: int, softmax: str, dtype: torch.dtype, scale: float | None):
+        """Their weights are rounded all alike, which must not reach the LSE; equal values come out as they are."""
+        layout = band(5, 300, special_tokens=3)
+        q, k, v = inputs(layout, head_size=head_size, dtype=dtype)
+        k[:], v[:] = k[:, :, :1].clone(), 0.7
+        with hopper.softmax(softmax):
+            out, lse = block_sparse_attention(q, k, v, layout, scale=scale, return_lse=True, backend="hopper")
+        expected = [
+            plain_attention(*(x.to(dtype) for x in (q, k, v)), layout.to_dense(), scale)[1]
+            for dtype in (torch.float32, torch.float64)
+        ]
+        assert_float32(lse, *expected)
+        assert torch.equal(out, v)
+
+    @pytest.mark.parametrize(("softmax", "dtype"), SOFTMAXES)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_partial_results_merge_by_their_lse(self, head_size: int, softmax: str, dtype: torch.dtype):
+        """Two sets of keys, the scores of each equal, its values 1 or -1: what is merged shows the weights of the sets.
+
+        Outputs of 1 and -1 need no rounding, so the whole is as good as if it were merged of float32.
+        """
+        layout = band(3, 500, reach=3)
+        q, k, _ = inputs(layout, head_size=head_size, dtype=dtype)
+        sets = [(k[:, :, i : i + 1].expand_as(k), torch.full_like(k, value)) for i, value in enumerate((1.0, -1.0))]
+
+        def merged(attend: Callable[..., tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype):
+            parts = [attend(*(x.to(dtype) for x in (q, *columns))) for columns in sets]
+            lse = torch.stack([lse for _, lse in parts]).logsumexp(0)
+            return sum((part_lse - lse).exp()[..., None] * out for out, part_lse in parts), lse
+
+        with hopper.softmax(softmax):
+            ours = merged(partial(block_sparse_attention, layout=layout, return_lse=True, backend="hopper"), dtype)
+        dense = partial(plain_attention, mask=layout.to_dense())
+        for actual, plain, exact in zip(ours, merged(dense, torch.float32), merged(dense, torch.float64), strict=True):
+            assert_float32(actual, plain, exact)
+
+    @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_gradients_of_rows_that_see_one_key(self, head_size: int, dtype: torch.dtype, kinds: tuple[str, str]):
+        """Their weight is 1 without any rounding, and the plain gradient of v exact."""
+        layout = band(300, 1, reach=0)
+        with hopper.softmax(kinds[0]), hopper.gradients(kinds[1]):
+            ratios = error_ratios(layout, dtype, head_size=head_size, backend="hopper")
+        assert within_budget(ratios), ratios
+
+    @pytest.mark.parametrize(("softmax", "dtype"), SOFTMAXES)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    def test_the_output_does_not_depend_on_asking_for_the_lse(self, head_size: int, softmax: str, dtype: torch.dtype):
+        layout = band(4, 300, special_tokens=3)
+        q, k, v = inputs(layout, head_size=head_size, dtype=dtype)
+        q[:, 1] *= 40  # a head that the bounded softmax leaves to the running maximum
+        with hopper.softmax(softmax):
+            alone = block_sparse_attention(q, k, v, layout, backend="hopper")
+            assert torch.equal(block_sparse_attention(q, k, v, layout, return_lse=True, backend="hopper")[0], alone)
+
+    @pytest.mark.parametrize("head_size", [64, 128])
+    @pytest.mark.parametrize(("score", "value"), [(-38, -95), (-38, -110), (-12, -112)])
+    def test_small_weights_of_small_values(self, score: int, value: int, head_size: int):
+        """Products that float32 cannot hold: rows of such scores, in units of log2, and values of such a size."""
+        layout = band(4, 300)
+        q, k, v = inputs(layout, head_size=head_size)
+        direction = torch.nn.functional.normalize(torch.randn(head_size, device="cuda"), dim=0)
+        k[:] = direction * head_size**0.5
+        q[:] = direction * score * math.log(2)
+        v *= 2.0**value
+        exact = block_sparse_attention(*(x.double() for x in (q, k, v)), layout, backend="sdpa")
+
+        def error(x: torch.Tensor) -> float:
+            return float(((x.double() - exact) / 2.0**value).square().mean().sqrt())
+
+        for softmax in hopper.CHOICES["softmax"]:
+            with hopper.softmax(softmax):
+                out = block_sparse_attention(q, k, v, layout, backend="hopper")
+            assert error(out) <= BUDGET * error(exact.bfloat16()), softmax
 
     @pytest.mark.parametrize(("softmax", "dtype"), SOFTMAXES)
     @pytest.mark.parametrize("head_size", [64, 128])

@@ -19,7 +19,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_BYTES_OF_A_BLOCK = 227 * 1024
 
 FORWARD = [
-    forward_pass.kernel(dtype, head_size, variant)
+    forward_pass.kernel(dtype, head_size, variant, with_lse)
+    for with_lse in (False, True)
     for head_size in forward_pass.CONFIGS
     for dtype, variant in (*((torch.bfloat16, kind) for kind in forward_pass.VARIANTS), (torch.float16, "online"))
 ]
@@ -51,13 +52,14 @@ def test_compiles_without_spills_and_without_a_warning(kernel: runtime.Kernel, e
     assert kernel.shared_bytes <= SHARED_BYTES_OF_A_BLOCK
 
 
-def test_the_log_says_that_products_are_serialized(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("with_lse", [False, True], ids=["output alone", "with LSE"])
+def test_the_log_says_that_products_are_serialized(with_lse: bool, tmp_path: Path, monkeypatch):
     sources = shutil.copytree(runtime.SOURCES, tmp_path / "hopper")
     source = (sources / "forward.cu").read_text()
     assert "if (takes_sums) state.take_sums();" in source
     (sources / "forward.cu").write_text(source.replace("if (takes_sums) state.take_sums();", "state.take_sums();"))
     monkeypatch.setattr(runtime, "SOURCES", sources)
-    kernel = forward_pass.kernel(torch.bfloat16, 64, "bounded")
+    kernel = forward_pass.kernel(torch.bfloat16, 64, "bounded", with_lse)
     assert "serialized" in runtime.compile_to_cubin(kernel.file, dict(kernel.defines))[1]
 
 

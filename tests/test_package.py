@@ -19,7 +19,7 @@ COMPILER = os.environ.get("CXX", "c++")
 
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
-    {"covisibility", "models", "toy", "scenes", "photos"},
+    {"covisibility", "streams", "models", "toy", "scenes", "photos"},
     {"layout", "video"},
     {"budget"},
     {"backends"},

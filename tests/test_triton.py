@@ -10,7 +10,7 @@ from layouts import random_layout
 
 import svggt_kernels.backends.triton as backend
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
-from svggt_kernels.verify import error_ratios, within_budget
+from svggt_kernels.verify import BUDGET, error_ratios, within_budget
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -113,6 +113,20 @@ def test_gradients_do_not_depend_on_asking_for_the_lse(device: str):
     for a, b in zip(without, differentiated(q, k, v, layout, weights, backend="triton", return_lse=True), strict=True):
         assert torch.equal(a, b)
     assert without[0].transpose(1, 2).is_contiguous()
+
+
+def test_the_error_of_the_lse_does_not_grow_with_the_number_of_tiles(device: str):
+    """All scores of a row but the largest are equal, so that rounding errs to the same side tile after tile."""
+    frames, tokens, rows = 10, 1024, 32
+    graph = CovisibilityGraph.from_pairs(1, [(0, j) for j in range(frames)], num_key_frames=frames).to(device)
+    layout = BlockLayout.from_graph(graph, rows, key_tokens_per_frame=tokens)
+    q, k = torch.zeros(1, 1, rows, 32, device=device), torch.zeros(1, 1, frames * tokens, 32, device=device)
+    q[..., 0], k[:, :, 0, 0] = torch.linspace(1, 20, rows), 1
+    _, lse = block_sparse_attention(q, k, k, layout, return_lse=True, backend="triton")
+    exact, plain = ((q.to(dtype) @ k.to(dtype).mT * 32**-0.5).logsumexp(-1) for dtype in (torch.float64, torch.float32))
+    error, allowed = (float((x.double() - exact).square().mean().sqrt()) for x in (lse, plain))
+    rounding = torch.finfo(torch.float32).eps / 2 * float(exact.square().mean().sqrt())
+    assert error <= BUDGET * max(allowed, rounding), (error, allowed)
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])

@@ -1,5 +1,5 @@
 // Forward pass: one persistent block per multiprocessor. Macros: HEAD_SIZE; COLUMNS of a tile; STAGES of
-// the ring; BFLOAT16, or it is float16; ONLINE; or UNIT_SCALE: `scale` is 1.
+// the ring; BFLOAT16, or it is float16; ONLINE; or UNIT_SCALE: `scale` is 1; WITH_LSE.
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
 // stream, by the copy engine: as one box where they lie side by side, else in boxes of 8 tokens, and row by row only where
@@ -9,12 +9,15 @@
 //
 // Softmax: with ONLINE, a running maximum (Milakov and Gimelshein, arXiv 1805.02867). Without, weights are exp2(score)
 // with no maximum at all, and the proof comes after: a row's sum between SMALLEST and LARGEST lost nothing to overflow or
-// underflow. Its output lost nothing to overflow; a product of a tiny weight and a tiny value may underflow. Tiles with
-// rows that fail are flagged, and done again by the ONLINE kernel.
+// underflow. Its output lost nothing to overflow; nor to underflow if the sum is 1 or more, as then no weight is smaller
+// than what softmax makes of it, or if no element is below SMALLEST_OUTPUT. Tiles with rows that fail are flagged, and
+// done again by the ONLINE kernel.
 //
 // Ordinary instructions are what the tensor cores wait for, so a score costs little more than its scale and exponential.
 // The sum of a row is a column of the output: P times ones behind V. The tensor cores round sums towards zero, which over
-// thousands of steps would add up, so now and then it is taken out.
+// thousands of steps would add up, so now and then it is taken out. That sum is of weights rounded to 16 bits, as those
+// that V is multiplied by: the output is divided by it, and equal values come out as they are. The LSE is not made of it,
+// as weights that are alike are rounded alike; WITH_LSE adds up the weights before they are rounded, an addition a score.
 
 #include "work.cuh"
 
@@ -41,12 +44,14 @@ constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products the
 // What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
 constexpr float SMALLEST = 9.094947017729282e-13f; // 2^-40
 constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
+// Products that are flushed to zero, likewise, are below 2^-10 of an element that passes.
+constexpr float SMALLEST_OUTPUT = 2.5849394142282115e-26f; // 2^-85
 #endif
 
 struct Parameters {
   ColumnMaps k_maps, v_maps;
   Tensor4 q, k, v, out;
-  float* lse;  // [B, H, N]
+  float* lse;  // [B, H, N]; null without WITH_LSE
   int* next;   // the next item to be taken, 0 at first
   int* failed; // [items], then one for any of them; 0 at first. With ONLINE null to do all
   Layout layout;
@@ -168,6 +173,10 @@ struct State {
   float shrink[2];  // by what the output so far must be multiplied
   bool shrinks;     // whether for any row of the warp it must
 #endif
+#if defined(WITH_LSE)
+  float exact_sum[2]; // of the weights before they are rounded, of the thread's columns alone
+  float excess[2];    // by what rounding made those sums too large
+#endif
 
   DEVICE_MEMBER void reset() {
 #pragma unroll
@@ -175,6 +184,9 @@ struct State {
     sum[0] = sum[1] = 0.0f;
 #if defined(ONLINE)
     maximum[0] = maximum[1] = -infinity();
+#endif
+#if defined(WITH_LSE)
+    exact_sum[0] = exact_sum[1] = excess[0] = excess[1] = 0.0f;
 #endif
   }
 
@@ -212,7 +224,35 @@ struct State {
       s[i] = exp2_approx(fmaf(s[i], scale, zero));
     }
 #endif
+#if defined(WITH_LSE)
+    add_exactly();
+#endif
   }
+
+#if defined(WITH_LSE)
+  // Add the weights of a tile, four at a time and compensated from tile to tile (Kahan, 1965), so that the error does not
+  // grow with the number of tiles.
+  DEVICE_MEMBER void add_exactly() {
+#if defined(ONLINE)
+    if (shrinks) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        exact_sum[row] *= shrink[row];
+        excess[row] *= shrink[row];
+      }
+    }
+#endif
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float tile = -excess[row];
+#pragma unroll
+      for (int i = 2 * row; i < SCORES; i += 8) tile += (s[i] + s[i + 1]) + (s[i + 4] + s[i + 5]);
+      const float sum = exact_sum[row] + tile;
+      excess[row] = (sum - exact_sum[row]) - tile;
+      exact_sum[row] = sum;
+    }
+  }
+#endif
 
   // Take the row sums out of the output.
   DEVICE_MEMBER void take_sums() {
@@ -222,13 +262,19 @@ struct State {
     for (int i = OUT - 4; i < OUT; ++i) out[i] = 0.0f;
   }
 
+#if defined(WITH_LSE)
+  // The LSE of a row, in all four threads that hold it.
   DEVICE_MEMBER float log_sum(int row, float scale) const {
+    float sum = exact_sum[row];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
 #if defined(ONLINE)
-    return (log2_approx(sum[row]) + in_log2(maximum[row], scale)) * LN_2;
+    return (log2_approx(sum) + in_log2(maximum[row], scale)) * LN_2;
 #else
-    return log2_approx(sum[row]) * LN_2;
+    return log2_approx(sum) * LN_2;
 #endif
   }
+#endif
 };
 
 // Read the A operand of the scores where it does not stay in shared memory; lane l addresses row l % 16.
@@ -380,9 +426,15 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
 #endif
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int r = 16 * warp + lane / 4 + 8 * row;
+      [[maybe_unused]] const int r = 16 * warp + lane / 4 + 8 * row;
 #if !defined(ONLINE)
-      const bool proven = zero == 0.0f && state.sum[row] >= SMALLEST && state.sum[row] <= LARGEST;
+      bool proven = zero == 0.0f && state.sum[row] >= SMALLEST && state.sum[row] <= LARGEST;
+      if (state.sum[row] < 1.0f) {
+#pragma unroll
+        for (int i = 2 * row; i < 32 * PANELS; i += 4) {
+          proven &= fminf(fabsf(out[i]), fabsf(out[i + 1])) >= SMALLEST_OUTPUT;
+        }
+      }
       row_failed |= r < num_rows && !saw_nothing && !proven;
 #endif
       const float inverse = saw_nothing ? 0.0f : 1.0f / state.sum[row];
@@ -391,11 +443,13 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
         out[i + 2 * row] *= inverse;
         out[i + 2 * row + 1] *= inverse;
       }
+#if defined(WITH_LSE)
+      const float lse = saw_nothing ? -infinity() : state.log_sum(row, p.scale);
       if (lane % 4 == 0 && r < num_rows) {
         const int64 head = work.batch_head(p.layout);
-        p.lse[head * p.tokens + work.token(p.layout, 64 * consumer + r)] =
-            saw_nothing ? -infinity() : state.log_sum(row, p.scale);
+        p.lse[head * p.tokens + work.token(p.layout, 64 * consumer + r)] = lse;
       }
+#endif
     }
 #if !defined(ONLINE)
     if (__any_sync(0xffffffff, row_failed) && lane == 0) {

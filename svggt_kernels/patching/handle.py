@@ -139,6 +139,9 @@ def patch(
 class Patch:
     """The handle of a patched model. `patch` makes it; leaving it as a context manager undoes it.
 
+    A CUDA graph that captured a forward reads tables that the handle keeps, also after `undo()`: keep the handle for as
+    long as the graph is replayed.
+
     Attributes:
         record: What is known about the model.
         modules: Names of the patched attention modules.

@@ -116,9 +116,11 @@ class Planner:
             self._of_images = ImageGraphs(self.source, normalised=record.images_are_normalised)
         self._everything: CovisibilityGraph | None = None
         self._layouts: OrderedDict[tuple[Any, ...], tuple[CovisibilityGraph, BlockLayout]] = OrderedDict()
+        # CUDA graphs read the tables of these wherever they are replayed.
+        self._captured: set[BlockLayout] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layouts": OrderedDict()}
+        return {**self.__dict__, "_layouts": OrderedDict(), "_captured": set()}
 
     @property
     def describes_tokens(self) -> bool:
@@ -126,7 +128,7 @@ class Planner:
         return isinstance(self.source, TokenSimilarity)
 
     def forget(self) -> None:
-        """Drop what is kept."""
+        """Drop what is kept, but for what CUDA graphs read."""
         self._layouts.clear()
         if self._of_images is not None:
             self._of_images.forget()
@@ -198,6 +200,8 @@ class Planner:
                 for graph, order in zip(graphs if len(graphs) == batch else graphs * batch, orders, strict=True)
             )
         forward.layouts = layouts[:1] if all(layout is layouts[0] for layout in layouts) else layouts
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.update(layouts)
 
     def _reference_image(self, order: Order) -> int | None:
         """Return the image that is the model's reference frame."""

@@ -117,26 +117,28 @@ def _choose(what: str, kind: str) -> Iterator[None]:
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
     """Return the row tiles of the layout and its runs; on a CUDA device also load the kernels that walk them.
 
-    So a CUDA graph can capture the forward pass next. Only the kernels of the softmax that is chosen now are loaded, as
-    each takes about a second, once per process and device.
+    So a CUDA graph can capture the forward pass next, without its LSE. Only the kernels of the softmax that is chosen
+    now are loaded, as each takes about a second, once per process and device.
     """
-    _load(_forward_kernels(dtype, head_size), layout.device)
+    _load(_forward_kernels(dtype, head_size, with_lse=False), layout.device)
     return list(make_tables(layout, forward_pass.ROWS))
 
 
 def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
     """Return the same for the gradient of q, and those of the transposed layout for the gradients of k and v.
 
-    Likewise only the kernels of the gradients that are chosen now are loaded, three of them.
+    Likewise only the kernels of the softmax and the gradients that are chosen now are loaded: those of the forward pass
+    with its LSE, which the backward pass reads, and three more.
     """
+    _load(_forward_kernels(dtype, head_size, with_lse=True), layout.device)
     _load(_backward_kernels(dtype, head_size), layout.device)
     return [*make_tables(layout, backward_pass.ROWS), *make_tables(layout.transposed(), backward_pass.ROWS)]
 
 
-def _forward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
+def _forward_kernels(dtype: torch.dtype, head_size: int, with_lse: bool) -> list[runtime.Kernel]:
     """Return what the forward pass launches under the chosen softmax."""
     variants = forward_pass.VARIANTS if _is_bounded(dtype) else ("online",)
-    return [forward_pass.kernel(dtype, head_size, variant) for variant in variants]
+    return [forward_pass.kernel(dtype, head_size, variant, with_lse) for variant in variants]
 
 
 def _backward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
@@ -167,11 +169,10 @@ def forward(
     scale: float,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return out `[B, H, N, D]` and LSE `[B, H, N]`."""
+    """Return out `[B, H, N, D]` and, if needed, LSE `[B, H, N]`."""
     with torch.cuda.device(q.device):
         q, k, v = (_readable(x) for x in (q, k, v))
-        out, lse = forward_pass.forward(q, k, v, Tables(*tables), scale, _is_bounded(q.dtype))
-    return out, lse if need_lse else lse.new_empty(0)
+        return forward_pass.forward(q, k, v, Tables(*tables), scale, _is_bounded(q.dtype), need_lse)
 
 
 def backward(

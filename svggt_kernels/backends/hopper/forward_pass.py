@@ -64,20 +64,26 @@ def variant(scale: float, bounded: bool) -> str:
     return "bounded-unit" if ctypes.c_float(scale * LOG2_E).value == 1.0 else "bounded"
 
 
-def kernel(dtype: torch.dtype, head_size: int, variant: str) -> Kernel:
-    """Return the kernel for a dtype, a head size and one of `VARIANTS`."""
+def kernel(dtype: torch.dtype, head_size: int, variant: str, with_lse: bool) -> Kernel:
+    """Return the kernel for a dtype, a head size and one of `VARIANTS`; with or without the LSE."""
     macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size])
     macros += tuple((name.upper(), value) for name, value in CONFIGS[head_size]._asdict().items())
     macros += {"bounded": (), "bounded-unit": (("UNIT_SCALE", 1),), "online": (("ONLINE", 1),)}[variant]
+    macros += (("WITH_LSE", 1),) if with_lse else ()
     return Kernel("forward.cu", "forward", 128 * (CONSUMERS + 1), SHARED_BYTES[head_size], macros)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
-    """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE `[B, H, N]`; q, k, v as `readable` gives them."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bounded: bool, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE `[B, H, N]`, without `with_lse` `[0]`.
+
+    q, k and v are as `readable` gives them. The output has the same bits with and without the LSE.
+    """
     B, H, N, D = q.shape
     config = CONFIGS[D]
     out = q.new_empty(B, N, H, D).transpose(1, 2)
-    lse = q.new_empty(B, H, N, dtype=torch.float32)
+    lse = q.new_empty((B, H, N) if with_lse else (0,), dtype=torch.float32)
     layout = Layout.of(tables, ROWS, q)
     # The next item of each launch; which items have rows that failed, and whether any has.
     counters = q.new_zeros(2 + layout.items + 1 if bounded else 2, dtype=torch.int32)
@@ -89,8 +95,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bound
         counters[2:].data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip
     blocks = min(layout.items, multiprocessors(q.device))
-    launch(kernel(q.dtype, D, variant(scale, bounded)), blocks, parameters, q.device)
+    launch(kernel(q.dtype, D, variant(scale, bounded), with_lse), blocks, parameters, q.device)
     if bounded:
         parameters.next = counters[1:].data_ptr()
-        launch(kernel(q.dtype, D, "online"), blocks, parameters, q.device)
+        launch(kernel(q.dtype, D, "online", with_lse), blocks, parameters, q.device)
     return out, lse

@@ -85,17 +85,23 @@ def _tail(i, tail_start_ptr, tail_length_ptr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k, v, exists, score_max, score_sum, out, scale, MASKED: tl.constexpr):
-    """One step of the online softmax; scores in units of log2."""
+def _attend(q, k, v, exists, score_max, score_sum, excess, out, scale, MASKED: tl.constexpr):
+    """One step of the online softmax; scores in units of log2.
+
+    `excess` is by what rounding made the sum too large (Kahan, 1965); without, errors of many tiles would add up.
+    """
     s = tl.dot(q, k.T, input_precision="ieee")
     if MASKED:
         s = tl.where(exists[None, :], s, -float("inf"))
     new_max = tl.maximum(score_max, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new_max[:, None])
     shrink = tl.exp2(score_max - new_max)
-    score_sum = score_sum * shrink + tl.sum(p, 1)
+    score_sum *= shrink
+    of_tile = tl.sum(p, 1) - excess * shrink
+    new_sum = score_sum + of_tile
+    excess = (new_sum - score_sum) - of_tile
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-    return new_max, score_sum, out
+    return new_max, new_sum, excess, out
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -120,6 +126,7 @@ def forward(
     q = tl.load(q_ptr + rows[:, None] * q_token + d[None, :], mask=exists[:, None], other=0.0)
     score_max = tl.full([ROWS], -float("inf"), tl.float32)
     score_sum = tl.zeros([ROWS], tl.float32)
+    excess = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
     scale_log2 = scale * LOG2_E
 
@@ -127,19 +134,25 @@ def forward(
         start = tl.load(full_start_ptr + i)
         k = _full_tile(k_tiles, k_ptr, b, h, start, k_token, COLUMNS, D, DESCRIPTORS)
         v = _full_tile(v_tiles, v_ptr, b, h, start, v_token, COLUMNS, D, DESCRIPTORS)
-        score_max, score_sum, out = _attend(q, k, v, None, score_max, score_sum, out, scale_log2, MASKED=False)
+        score_max, score_sum, excess, out = _attend(
+            q, k, v, None, score_max, score_sum, excess, out, scale_log2, MASKED=False
+        )
 
     for i in tl.range(_num_dense_tiles(group, dense_group, num_dense, TAIL)):
         k = _dense_tile(k_dense_tiles, k_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
         v = _dense_tile(v_dense_tiles, v_dense_ptr, b, h, batch_head, i, num_dense, TAIL, D, DESCRIPTORS)
         visible = i * TAIL + tl.arange(0, TAIL) < num_dense
-        score_max, score_sum, out = _attend(q, k, v, visible, score_max, score_sum, out, scale_log2, MASKED=True)
+        score_max, score_sum, excess, out = _attend(
+            q, k, v, visible, score_max, score_sum, excess, out, scale_log2, MASKED=True
+        )
 
     for i in tl.range(tl.load(tail_offsets_ptr + group), tl.load(tail_offsets_ptr + group + 1)):
         columns, visible = _tail(i, tail_start_ptr, tail_length_ptr, TAIL)
         k = tl.load(k_ptr + columns[:, None] * k_token + d[None, :], mask=visible[:, None], other=0.0)
         v = tl.load(v_ptr + columns[:, None] * v_token + d[None, :], mask=visible[:, None], other=0.0)
-        score_max, score_sum, out = _attend(q, k, v, visible, score_max, score_sum, out, scale_log2, MASKED=True)
+        score_max, score_sum, excess, out = _attend(
+            q, k, v, visible, score_max, score_sum, excess, out, scale_log2, MASKED=True
+        )
 
     saw_nothing = score_sum == 0.0
     score_sum = tl.where(saw_nothing, 1.0, score_sum)
