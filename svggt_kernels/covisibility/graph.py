@@ -73,7 +73,7 @@ class GraphOrigin:
     """Which edges of a graph from descriptors were found, and which were added to hold it together.
 
     Attributes:
-        nearest: The frames most similar to each frame, rising, `[S, k]` int64.
+        nearest: The frames most similar to each frame, the most similar first, `[S, k]` int64.
         bridges: Pairs that join parts which no neighbour joins, `[n, 2]` int64.
     """
 
