@@ -23,7 +23,14 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 WITHOUT_TORCH = """
-import sys
+import os, signal, sys, time
+
+def lost():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        return RuntimeError("as NumPy raises when its import is interrupted")
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -81,8 +88,9 @@ class TestImports:
         assert ended.returncode == code, ended.stderr
         assert "torch was imported" not in ended.stderr
 
-    def test_interrupted_while_torch_is_imported(self) -> None:
-        ended = run_without_torch("KeyboardInterrupt", "info")
+    @pytest.mark.parametrize("error", ["KeyboardInterrupt", "lost()"])
+    def test_interrupted_while_torch_is_imported(self, error: str) -> None:
+        ended = run_without_torch(error, "info")
         assert ended.returncode == 130
         assert ended.stderr == "svggt-kernels info: interrupted\n"
 

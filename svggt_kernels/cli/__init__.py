@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from .errors import CommandError, enough_memory
 from .files import require_folder
 from .parser import build_parser, refuse_unread
+
+INTERRUPTED = 130  # the exit code of what Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(arguments, "output"):
             require_folder(arguments.output)
         # The import of a command is that of torch, which takes seconds.
-        command = import_module(f".{arguments.command}", __name__)
+        with _ended_by_an_interrupt(arguments.command):
+            command = import_module(f".{arguments.command}", __name__)
         with warnings.catch_warnings(), enough_memory():
             warnings.showwarning = _say_warning
             code = command.run(arguments)
@@ -58,8 +65,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")
         return 2
     except KeyboardInterrupt:
-        print(f"svggt-kernels {arguments.command}: interrupted", file=sys.stderr)
-        return 130
+        print(_interrupted(arguments.command), file=sys.stderr)
+        return INTERRUPTED
+
+
+@contextmanager
+def _ended_by_an_interrupt(command: str) -> Iterator[None]:
+    """End the process at once at Ctrl-C, with one line: NumPy's and torch's imports lose a KeyboardInterrupt.
+
+    What else handles or ignores the signal stays as it is.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{_interrupted(command)}\n".encode())
+        os._exit(INTERRUPTED)
+
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted(command: str) -> str:
+    return f"svggt-kernels {command}: interrupted"
 
 
 def _say_warning(message: Warning | str, *where: object, **more: object) -> None:
