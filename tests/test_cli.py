@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,8 @@ import pytest
 import tiny
 import torch
 
-from svggt_kernels import CovisibilityGraph, MegaLoc, backends
-from svggt_kernels.backends import cpu, sdpa
-from svggt_kernels.cli import check, compare, comparison, demo, layout, main, models, options
+from svggt_kernels import CovisibilityGraph, MegaLoc, Patch, backends, patch
+from svggt_kernels.cli import check, compare, comparison, demo, layout, main, models, options, parser
 from svggt_kernels.toy import ToyMultiViewTransformer
 
 COMMANDS = ("info", "check", "layout", "compare", "demo")
@@ -115,85 +114,6 @@ sys.exit(main(["info"]) or main(["check", "--device", "cpu"]) or main(["demo", "
         )
 
 
-class TestInfo:
-    def test_text_names_versions_and_reasons(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["info"]) == 0
-        out = capsys.readouterr().out
-        assert torch.__version__ in out
-        assert all(name in out for name in backends.BACKENDS)
-        assert "cannot run: it needs a CUDA device" in out
-
-    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["info", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["versions"]["torch"] == torch.__version__
-        assert found["backends"]["cpu"]["sdpa"] == {"float16": None, "bfloat16": None, "float32": None}
-        assert isinstance(found["backends"]["cpu"]["triton"]["float32"], str)
-
-    def test_names_the_instruction_set_and_why_not_a_better_one(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(cpu, "unsupported", lambda *kind: None)
-        monkeypatch.setattr(cpu, "instruction_set", lambda: "avx512_bf16")
-        monkeypatch.setattr(cpu, "passed_over", lambda: {"amx_bf16": "the system refused them"})
-        assert main(["info", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["instruction_sets"] == {"avx512_bf16": None, "amx_bf16": "the system refused them"}
-        assert main(["info"]) == 0
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert ["avx512_bf16", "used"] in lines
-        assert "amx_bf16 not used: the system refused them".split() in lines
-
-    def test_names_no_instruction_set_where_the_cpu_backend_is_missing(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(cpu, "unsupported", lambda *kind: "it was not built")
-        assert main(["info", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["instruction_sets"] == {}
-
-
-class TestCheck:
-    def test_all_is_well(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["check", "--device", "cpu"]) == 0
-        out = capsys.readouterr().out
-        assert out.count(" ok") >= 3
-        assert "WRONG" not in out
-
-    @pytest.mark.parametrize("factor", [1.01, math.nan], ids=["one percent off", "nan"])
-    def test_wrong_numbers_fail(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, factor: float
-    ) -> None:
-        right = sdpa.forward
-        monkeypatch.setattr(sdpa, "forward", lambda *x: (right(*x)[0] * factor, right(*x)[1]))
-        assert main(["check", "--device", "cpu"]) == 1
-        assert "At least one backend is WRONG here" in capsys.readouterr().out
-
-    def test_wrong_gradient_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = sdpa.backward
-
-        def wrong(*inputs: object) -> tuple[torch.Tensor, ...]:
-            dq, dk, dv = right(*inputs)  # type: ignore[arg-type]
-            return dq, dk * 1.02, dv
-
-        monkeypatch.setattr(sdpa, "backward", wrong)
-        verdict = check.judge("sdpa", torch.device("cpu"), torch.float32)
-        assert not verdict.passed
-        assert [name for name, ratio in verdict.ratios.items() if ratio > 2] == ["grad k"]
-
-    def test_what_a_kernel_raises_is_the_finding(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def broken(*inputs: object) -> None:
-            raise RuntimeError("the kernel fell over")
-
-        monkeypatch.setattr(sdpa, "forward", broken)
-        assert main(["check", "--device", "cpu"]) == 1
-        assert "WRONG RuntimeError: the kernel fell over" in capsys.readouterr().out
-
-    def test_unknown_device(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "--device must be auto or one of" in refusal(capsys, "check", "--device", "abacus")
-
-
 class TestLayout:
     def test_writes_report_and_picture(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         output = tmp_path / "deep" / "output"
@@ -217,7 +137,7 @@ class TestLayout:
         place = torch.arange(6) // 3
         assert torch.equal(graph.to_dense(), place[:, None] == place)
 
-    @pytest.mark.parametrize("kind", options.COVISIBILITY)
+    @pytest.mark.parametrize("kind", parser.COVISIBILITY)
     def test_every_kind_of_graph(
         self,
         folder: Path,
@@ -228,8 +148,12 @@ class TestLayout:
         tiny_toy: models.ModelKind,
     ) -> None:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
-        made = ["--covisibility", kind, "--window", 1, "--neighbours", 1, "--long-side", 28]
-        succeed("layout", folder, *made, "--device", "cpu", "--output", tmp_path, "--json")
+        given = {"--window": 1, "--neighbours": 1, "--device": "cpu"}
+        read = [
+            word for option in given if kind in parser.READ_BY_IN_LAYOUT[option] for word in (option, given[option])
+        ]
+        made = ["--covisibility", kind, *read, "--long-side", 28]
+        succeed("layout", folder, *made, "--output", tmp_path, "--json")
         printed = json.loads(capsys.readouterr().out)
         assert printed == json.loads((tmp_path / "report.json").read_text())
         assert printed["graph"]["frames"] == 6
@@ -313,7 +237,7 @@ class TestCompare:
     ) -> None:
         drawn: dict[str, object] = {}
         monkeypatch.setattr(
-            compare, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[1])
+            compare, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[0]) or b""
         )
         succeed("compare", folder, *TOY, "--repeats", 1, "--output", tmp_path)
         assert drawn["warning"] == models.RANDOM_WEIGHTS
@@ -331,6 +255,59 @@ class TestCompare:
     def test_one_photo(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
         succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
+
+    def test_one_patch_serves_all_timed_runs(self, monkeypatch: pytest.MonkeyPatch, tiny_toy: models.ModelKind) -> None:
+        patched: list[torch.nn.Module] = []
+
+        def slowly(module: torch.nn.Module, **options: object) -> Patch:
+            patched.append(module)
+            time.sleep(1)
+            return patch(module, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(comparison, "patch", slowly)
+        model = models.load_model("toy", None, torch.device("cpu"))
+        found, _ = comparison.compare(model, torch.rand(3, 3, 28, 28), "tokens", described="", repeats=3)
+        assert len(patched) == 1
+        assert found.first_sparse_ms > 1000 > found.sparse.max_ms
+        assert found.sparse.runs == 3
+        assert found.first_planning_ms < found.first_sparse_ms
+        weights = [parameter.data_ptr() for parameter in model.module.parameters()]
+        assert [parameter.data_ptr() for parameter in patched[0].parameters()] == weights
+
+    @pytest.mark.parametrize("repeats", [1, 2])
+    def test_one_run_is_not_called_a_median(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_toy: models.ModelKind,
+        repeats: int,
+    ) -> None:
+        titles: list[str] = []
+        monkeypatch.setattr(compare, "draw_comparison", lambda *inputs, title, **labels: titles.append(title) or b"")
+        succeed("compare", folder, *TOY, "--repeats", repeats, "--output", tmp_path)
+        for text in (capsys.readouterr().out, titles[0]):
+            assert ("whole model, one run" in text) == (repeats == 1)
+            assert ("median of 2 runs" in text) == (repeats == 2)
+
+    @pytest.mark.parametrize(("device", "dtype"), [("cuda:0", torch.bfloat16), ("cpu", torch.float32)])
+    def test_a_backend_is_asked_about_the_dtype_that_will_run(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        device: str,
+        dtype: torch.dtype,
+    ) -> None:
+        def reasons(*kind: object) -> dict[str, str | None]:
+            return dict.fromkeys(backends.BACKENDS, "that is the dtype" if kind[1] == dtype else None)
+
+        monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(device))
+        monkeypatch.setattr(backends, "reasons", reasons)
+        said = refusal(capsys, "compare", folder, *TOY, "--backend", "hopper", "--output", tmp_path)
+        assert "that is the dtype; leave --backend out" in said
 
     def test_the_model_is_as_before(self, tiny_toy: models.ModelKind) -> None:
         model = models.load_model("toy", None, torch.device("cpu"))
@@ -357,7 +334,7 @@ class TestCompare:
 
         monkeypatch.setattr(ToyMultiViewTransformer, "forward", exhausted)
         said = refusal(capsys, "compare", folder, *TOY, "--output", tmp_path)
-        assert said.endswith("use fewer photos (--max-frames) or smaller ones (--long-side)\n")
+        assert said.endswith("use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)\n")
 
 
 class TestRefusals:
@@ -403,17 +380,28 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--covisibility", "tokens", "--patch-size", "16"], "the model has its own"),
-            (["--covisibility", "tokens", "--special-tokens", "9"], "the model has its own"),
-            (["--model", "vggt"], "--model does not go with --covisibility megaloc"),
-            (["--covisibility", "all", "--megaloc", "m.pt"], "it is for --covisibility megaloc"),
+            (["tokens", "--patch-size", "16"], "--patch-size does not go with --covisibility tokens"),
+            (
+                ["tokens", "--special-tokens", "9"],
+                "it is for --covisibility megaloc or thumbnails or sequential or all",
+            ),
+            (["megaloc", "--model", "vggt"], "--model does not go with --covisibility megaloc"),
+            (["all", "--megaloc", "m.pt"], "it is for --covisibility megaloc"),
+            (["sequential", "--neighbours", "4"], "--neighbours does not go with --covisibility sequential"),
+            (["all", "--window", "2"], "--window does not go with --covisibility all"),
+            (["thumbnails", "--device", "cpu"], "it is for --covisibility megaloc or tokens"),
+            (["all", "--truth-above", "3"], "give --truth too"),
         ],
-        ids=["patch", "special", "model", "megaloc"],
+        ids=" ".join,
     )
     def test_options_that_would_be_ignored(
         self, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
     ) -> None:
-        assert message in refusal(capsys, "layout", folder, *words)
+        assert message in refusal(capsys, "layout", folder, "--covisibility", *words)
+
+    def test_options_that_a_comparison_would_ignore(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        said = refusal(capsys, "compare", folder, *TOY, "--megaloc", "m.pt")
+        assert "--megaloc does not go with --covisibility tokens" in said
 
     def test_a_backend_that_cannot_run_here(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         said = refusal(capsys, "compare", folder, *TOY, "--backend", "triton")
@@ -458,6 +446,12 @@ class TestWeights:
         assert model.weights == str(tmp_path / "w.pt")
         assert all(torch.equal(value, trained[name]) for name, value in model.module.state_dict().items())
 
+    def test_of_half_precision_are_used(self, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
+        trained = {name: value.half() for name, value in tiny_toy.build().state_dict().items()}
+        torch.save(trained, tmp_path / "w.pt")
+        loaded = models.load_model("toy", tmp_path / "w.pt", torch.device("cpu")).module.state_dict()
+        assert all(torch.equal(value, trained[name].float()) for name, value in loaded.items())
+
     def test_random_ones_are_always_the_same(self, tiny_toy: models.ModelKind) -> None:
         first = models.load_model("toy", None, torch.device("cpu")).module.state_dict()
         state = torch.manual_seed(SEED + 1).get_state()
@@ -471,8 +465,13 @@ class TestWeights:
             (lambda state: {}, "are missing"),
             (lambda state: state | {"camera_token": torch.zeros(1)}, "1 have another shape, for example camera_token"),
             (lambda state: [1, 2], "must hold a mapping"),
+            (lambda state: {"model": state, "epoch": 3}, "'model' stands for OrderedDict"),
+            (lambda state: dict(enumerate(state.values())), "0 stands for Tensor"),
+            (lambda state: {name: value.to(torch.int8) for name, value in state.items()}, r"numbers, .* \(int8\)"),
+            (lambda state: {name: value.to(torch.complex64) for name, value in state.items()}, r"\(complex64\)"),
+            (lambda state: state | {"more.weight": torch.zeros(1)}, "1 are not the model's, for example more.weight"),
         ],
-        ids=["missing", "shape", "no mapping"],
+        ids=["missing", "shape", "no mapping", "nested", "numbered", "int8", "complex", "larger"],
     )
     def test_that_do_not_fit_are_refused(
         self, tmp_path: Path, tiny_toy: models.ModelKind, spoil: object, message: str
@@ -481,10 +480,11 @@ class TestWeights:
         with pytest.raises(models.CommandError, match=message):
             models.load_model("toy", tmp_path / "w.pt", torch.device("cpu"))
 
-    @pytest.mark.parametrize("name", ["w.pt", "nothing.pt"], ids=["garbage", "missing"])
+    @pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "nothing.pt"])
     def test_that_cannot_be_read_are_refused(self, tmp_path: Path, tiny_toy: models.ModelKind, name: str) -> None:
-        (tmp_path / "w.pt").write_text("not weights")
-        with pytest.raises(models.CommandError, match=r"\.pt (cannot be read as weights|is none)|but .* is none"):
+        for suffix in ("pt", "safetensors"):
+            (tmp_path / f"w.{suffix}").write_text("not weights")
+        with pytest.raises(models.CommandError, match=r"cannot be read as weights|but .* is none"):
             models.load_model("toy", tmp_path / name, torch.device("cpu"))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +50,13 @@ class TestMeasure:
         monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.0)
         assert measure.alternate(lambda: 1, lambda: 2, torch.device("cpu"), 3)[3].runs == 1
 
+    def test_runs_are_counted_and_their_end_is_estimated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = SimpleNamespace(perf_counter=itertools.count(0, 10).__next__)  # every run takes 10 s
+        monkeypatch.setattr(measure, "time", clock)
+        said: list[str] = []
+        measure.alternate(lambda: 1, lambda: 2, torch.device("cpu"), 3, said.append)
+        assert said == ["run 1 of 3", "run 2 of 3, about 40 s left", "run 3 of 3, about 20 s left"]
+
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
     def test_peak_memory_of_a_run(self) -> None:
         def run() -> float:
@@ -66,6 +76,29 @@ class TestText:
         assert text.milliseconds(12340) == "12.3 s"
         assert text.mebibytes(None) == "not measured"
         assert text.percent(0.123) == "12.3 %"
+
+    def test_counts(self) -> None:
+        assert [text.count(number, "photo") for number in (0, 1, 2)] == ["0 photos", "1 photo", "2 photos"]
+
+    @pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
+    def test_a_stage_says_names_as_they_are(
+        self, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("rich", reason="rich is not installed")
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+            monkeypatch.setenv("COLUMNS", "200")
+        with text.stage("reading [red] [/nothing] :smile:") as tell:
+            tell("photo [bold]")
+            time.sleep(0.2)  # the spinner draws at intervals
+        said = capsys.readouterr().err
+        assert "reading [red] [/nothing] :smile:" in said
+        assert "photo [bold]" in said
+        assert ("\x1b" in said) == terminal
+
+    def test_a_report_holds_text_that_every_reader_of_json_takes(self) -> None:
+        printed = report.as_json("command", {"names": ["caf\udce9.png", "é$_\n"]})
+        assert json.loads(printed)["names"] == [r"caf\udce9.png", "é$_\n"]
 
     def test_report_has_no_number_that_json_does_not_have(self) -> None:
         printed = report.as_json("command", {"a": math.nan, "b": [math.inf, 1.0]})

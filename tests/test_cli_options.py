@@ -8,8 +8,15 @@ import pytest
 import tiny
 import torch
 
-from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity
-from svggt_kernels.cli import options
+from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity, backends, patching
+from svggt_kernels.cli import models, options, parser
+
+
+def test_the_parser_knows_what_the_package_has():
+    assert parser.MODELS == tuple(models.KINDS)
+    assert parser.BACKENDS == tuple(backends.BACKENDS)
+    assert parser.SEQUENTIAL_WINDOW == patching.SEQUENTIAL_WINDOW
+    assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
 
 
 def test_thumbnails_of_one_colour_have_a_direction():

@@ -368,6 +368,19 @@ def test_wrong_keys(tmp_path: Path):
         assert words in str(error.value)
 
 
+def test_numbers_instead_of_names(tmp_path: Path):
+    torch.save(dict(enumerate(megaloc().state_dict().values())), tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="0 stands for Tensor"):
+        MegaLoc.from_pretrained(tmp_path / "m.pt", config=CONFIG)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_floating_point(tmp_path: Path, dtype: torch.dtype):
+    torch.save({name: value.to(dtype) for name, value in megaloc().state_dict().items()}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=f"no floating point: .*{dtype}"):
+        MegaLoc.from_pretrained(tmp_path / "m.pt", config=CONFIG)
+
+
 def test_random_weights_are_the_same_each_time():
     assert torch.equal(megaloc(3)(pictures()), megaloc(3)(pictures()))
     assert not torch.equal(megaloc(3)(pictures()), megaloc(4)(pictures()))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
 
-from . import check, compare, demo, info, layout
-from .environment import installed
-from .errors import CommandError
+from .errors import CommandError, enough_memory
+from .files import require_folder
+from .parser import build_parser, refuse_unread
 
-COMMANDS = (info, check, layout, compare, demo)
+INTERRUPTED = 130  # the exit code of what Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,13 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         says why), 130 if interrupted.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name need not be text that stdout can encode.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = build_parser().parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
     arguments.command_line = shlex.join(["svggt-kernels", *words])
     try:
-        return arguments.run(arguments)
+        refuse_unread(arguments)
+        if hasattr(arguments, "output"):
+            require_folder(arguments.output)
+        # The import of a command is that of torch, which takes seconds.
+        with _ended_by_an_interrupt(arguments.command):
+            command = import_module(f".{arguments.command}", __name__)
+        with warnings.catch_warnings(), enough_memory():
+            warnings.showwarning = _say_warning
+            code = command.run(arguments)
+        sys.stdout.flush()
+        return code
     except CommandError as error:
         print(f"svggt-kernels {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -40,21 +59,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`| head`); nothing more can be said to it.
         sys.stdout = open(os.devnull, "w")
         return 0
+    except OSError as error:
+        # Such as a full disk under stdout, which then takes no last words either.
+        print(f"svggt-kernels {arguments.command}: {error}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")
+        return 2
     except KeyboardInterrupt:
-        print(f"svggt-kernels {arguments.command}: interrupted", file=sys.stderr)
-        return 130
+        print(_interrupted(arguments.command), file=sys.stderr)
+        return INTERRUPTED
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="svggt-kernels",
-        description="Attention for multi-view transformers in which only frames that can see each other attend to each "
-        "other.",
-        epilog="'svggt-kernels COMMAND --help' shows the options of a command.",
-    )
-    parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
-    return parser
+@contextmanager
+def _ended_by_an_interrupt(command: str) -> Iterator[None]:
+    """End the process at once at Ctrl-C, with one line: NumPy's and torch's imports lose a KeyboardInterrupt.
+
+    What else handles or ignores the signal stays as it is.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{_interrupted(command)}\n".encode())
+        os._exit(INTERRUPTED)
+
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted(command: str) -> str:
+    return f"svggt-kernels {command}: interrupted"
+
+
+def _say_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """Say a warning in a line; the place in the code that it comes from means nothing to a user."""
+    print(f"  warning: {message}", file=sys.stderr)

@@ -38,19 +38,6 @@ class Verdict:
         return self.failure is None and within_budget(self.ratios)
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "check",
-        help="check the numbers of every backend on this machine, in a minute or two",
-        description="Runs every backend that can run here, forward and backward, on a few small layouts, and compares "
-        f"with plain attention in float64. The error may be at most {BUDGET:g} times that of plain attention in the "
-        f"same dtype. Exit code 0 if all is well, 1 if not.",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    parser.set_defaults(run=run)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Check every backend and print a table; return the exit code."""
     device = pick_device(arguments.device)

@@ -15,46 +15,14 @@ from ..photos import find_photos, load_photos
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
 from .errors import CommandError, refusals
-from .models import KINDS, load_model
-from .options import add_graph, add_output, add_photos, covisibility, describe, make_folder, positive
+from .files import write_files
+from .models import HEAD_SIZE, load_model, running_dtype
+from .options import covisibility, describe
 from .pictures import draw_comparison, draw_graph, require_matplotlib
 from .report import against_truth, as_json, as_text, content, headline
-from .text import percent, stage
+from .text import count, stage
 
 ROWS = 4
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "compare",
-        help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
-        description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every "
-        "output. Writes a report and pictures. Without --weights the model's weights are random; only MegaLoc's are "
-        "downloaded, where its graph is asked for.",
-    )
-    add_photos(parser)
-    parser.add_argument("--model", choices=KINDS, required=True, help="the model to run")
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random"
-    )
-    add_graph(parser, default="megaloc")
-    parser.add_argument(
-        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument(
-        "--backend", choices=backends.BACKENDS, help="the backend that must run (default: the best that can)"
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="timed runs of each kind, fewer if they take long (default: 3)",
-    )
-    add_output(parser, "compare-output")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,15 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     require_matplotlib()
     device = pick_device(arguments.device)
     if arguments.backend is not None:
-        reason = backends.reasons(device, torch.float32, 64)[arguments.backend]
+        reason = backends.reasons(device, running_dtype(device), HEAD_SIZE)[arguments.backend]
         if reason is not None:
             raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
     with refusals():
         photos = find_photos(arguments.folder)[: arguments.max_frames]
     sees = covisibility(arguments)
     model = load_model(arguments.model, arguments.weights, device)
-    output = make_folder(arguments.output)
-    with refusals(), stage(f"reading {len(photos)} photos"):
+    with refusals(), stage(f"reading {count(len(photos), 'photo')}"):
         frames = load_photos(
             photos, long_side=arguments.long_side or model.kind.long_side, patch_size=model.kind.patch_size
         )
@@ -85,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(as_text(comparison))
     names = [photo.name for photo in photos]
     command, cell = arguments.command_line, model.kind.cell
-    print(write_results(output, comparison, outputs, frames, names, command=command, cell=cell))
+    print(write_results(arguments.output, comparison, outputs, frames, names, command=command, cell=cell))
     return 0
 
 
@@ -100,7 +67,7 @@ def write_results(
     cell: int,
     pairs: Tensor | None = None,  # [E, 2]
 ) -> str:
-    """Write report.json, comparison.png and graph.png, and say where they are.
+    """Write report.json, comparison.png and graph.png, and return words that say where they are.
 
     Args:
         folder: Where to.
@@ -111,10 +78,12 @@ def write_results(
         command: The command that makes it again.
         cell: As `draw_comparison` takes it.
         pairs: Pairs of frames that are known to share a view, if they are.
+
+    Raises:
+        CommandError: They cannot be written.
     """
     shown = torch.linspace(0, len(frames) - 1, min(ROWS, len(frames))).round().int().tolist()
-    draw_comparison(
-        folder / "comparison.png",
+    compared = draw_comparison(
         frames[shown],
         outputs.dense["depth"][shown],
         outputs.sparse["depth"][shown],
@@ -123,14 +92,15 @@ def write_results(
         warning=comparison.warning,
         cell=cell,
     )
-    draw_graph(
-        folder / "graph.png",
+    graph = draw_graph(
         outputs.graph,
-        f"{comparison.frames} frames, {comparison.covisibility}: density {percent(comparison.density)}",
+        f"{count(comparison.frames, 'frame')}, {comparison.covisibility}",
         None if pairs is None else CovisibilityGraph.from_pairs(comparison.frames, pairs),
     )
     report = {**content(comparison), "frame_names": list(names)}
     if pairs is not None:
         report["truth"] = against_truth(CovisibilityReport.of(outputs.graph, pairs))
-    (folder / "report.json").write_text(as_json(command, report))
+    write_files(
+        folder, {"comparison.png": compared, "graph.png": graph, "report.json": as_json(command, report).encode()}
+    )
     return f"Pictures: {folder / 'comparison.png'}, {folder / 'graph.png'}\nReport: {folder / 'report.json'}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
 from ..patching import Patch, patch
 from .environment import device_name, dtype_name
-from .errors import enough_memory
-from .measure import Cost, Deviation, alternate, deviation, rotation_degrees
+from .errors import refusals
+from .measure import Cost, Deviation, Meter, allocated_mib, alternate, deviation, rotation_degrees
 from .models import LoadedModel
 from .text import stage
 
@@ -69,9 +69,14 @@ class Comparison:
         backend: What ran the sparse attention.
         passed_over: Better backends, and why they did not run.
         layers: Global attention layers, all of them answered by the patch.
-        planning_ms: Time for graph and layout in one sparse forward, ms; part of the sparse time.
+        planning_ms: Time for graph and layout in a sparse forward on frames that came before, ms; part of `sparse`.
+        first_planning_ms: The same in the first sparse forward, ms; frames that are new cost it again.
         dense: Cost of the whole model as it is.
-        sparse: Cost of the whole patched model.
+        sparse: Cost of the whole patched model, by one patch for all runs.
+        first_dense_ms: Wall time of the first dense run, ms. First runs are not among those of `dense` and `sparse`.
+        first_sparse_ms: Wall time of `patch` and the first sparse run, ms: with what happens once, the proof of lean
+            blocks and heads, MegaLoc, graph and layout, tables, kernels compiled on first use.
+        kept_mib: Memory that patch and MegaLoc hold from run to run, MiB; None where it cannot be measured.
         attention: Cost of one global attention.
         deviations: For each output, how far sparse is from dense.
         rotation_degrees: Angle between the cameras of both, median and max; None if the model gives no camera.
@@ -97,8 +102,12 @@ class Comparison:
     passed_over: dict[str, str]
     layers: int
     planning_ms: float
+    first_planning_ms: float
     dense: Cost
     sparse: Cost
+    first_dense_ms: float
+    first_sparse_ms: float
+    kept_mib: float | None
     attention: AttentionCost
     deviations: dict[str, Deviation]
     rotation_degrees: dict[str, float] | None
@@ -150,38 +159,46 @@ def compare(
 ) -> tuple[Comparison, Outputs]:
     """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 
+    A twin that shares the model's weights is patched once, so that a timed run is one of many and not the first.
+
     Args:
         model: The model, on its device.
         frames: RGB in [0, 1], on the same device.
         covisibility: As `patch` takes it.
         described: What that is, in words.
         backend: As `patch` takes it.
-        repeats: Timed runs of each at most, after one that warms up; see `alternate`.
+        repeats: Timed runs of each at most, after the first of each, which is told apart; see `alternate`.
 
     Raises:
-        CommandError: The device has not enough memory.
+        CommandError: The graph cannot be made of these frames, or the backend cannot run.
     """
-    device, handles, calls = frames.device, deque[Patch](maxlen=1), _AttentionShapes()
+    device, calls, twin = frames.device, _AttentionShapes(), _twin(model)
 
     def run_dense() -> dict[str, Tensor]:
         return model(frames)
 
     def run_sparse() -> dict[str, Tensor]:
-        with patch(model.module, covisibility=covisibility, backend=backend) as handle:
-            handles.append(handle)
-            return model(frames)
+        return twin(frames)
 
-    with enough_memory():
-        with stage("dense, warming up"), calls:
-            run_dense()
-        with stage("sparse, warming up"):
-            run_sparse()
-        with stage(f"dense and sparse in turn, up to {repeats} runs each"):
-            dense, dense_cost, sparse, sparse_cost = alternate(run_dense, run_sparse, device, repeats)
-        dense, sparse = ({name: output.cpu() for name, output in outputs.items()} for outputs in (dense, sparse))
-        report, layout, graph = handles[0].report(), handles[0].layout, handles[0].graph
-        with stage("one global attention by itself"):
-            attention = _attention_cost(calls.largest, layout, model.autocast, report.backend, repeats, device)
+    def patch_and_run() -> Patch:
+        handle = patch(twin.module, covisibility=covisibility, backend=backend)
+        run_sparse()
+        return handle
+
+    first_dense, first_sparse = Meter(device), Meter(device)
+    with stage("dense, first run"), calls:
+        first_dense(run_dense)
+    before = allocated_mib(device)
+    with refusals(), stage("sparse, first run"):
+        handle = first_sparse(patch_and_run)
+    after = allocated_mib(device)
+    first_planning = handle.report().planning_seconds
+    with stage("dense and sparse in turn") as tell:
+        dense, dense_cost, sparse, sparse_cost = alternate(run_dense, run_sparse, device, repeats, tell)
+    dense, sparse = ({name: output.cpu() for name, output in outputs.items()} for outputs in (dense, sparse))
+    report, layout, graph = handle.report(), handle.layout, handle.graph
+    with stage("one global attention by itself"):
+        attention = _attention_cost(calls.largest, layout, model.autocast, report.backend, repeats, device)
 
     summary = graph.summary()
     assert report.backend is not None and report.token_density is not None and report.ideal_speedup is not None
@@ -206,12 +223,22 @@ def compare(
         passed_over=report.passed_over,
         layers=len(report.modules),
         planning_ms=1000 * report.planning_seconds,
+        first_planning_ms=1000 * first_planning,
         dense=dense_cost,
         sparse=sparse_cost,
+        first_dense_ms=first_dense.cost().median_ms,
+        first_sparse_ms=first_sparse.cost().median_ms,
+        kept_mib=None if before is None or after is None else after - before,
         attention=attention,
         deviations={name: deviation(dense[name], sparse[name]) for name in dense},
         rotation_degrees=_camera_rotation(dense, sparse),
     ), Outputs(dense, sparse, graph)
+
+
+def _twin(model: LoadedModel) -> LoadedModel:
+    """Return a copy of the model whose parameters and buffers are the model's own."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
+    return replace(model, module=copy.deepcopy(model.module, shared))
 
 
 class _AttentionShapes(TorchFunctionMode):

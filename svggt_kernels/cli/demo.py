@@ -12,35 +12,19 @@ from .compare import write_results
 from .comparison import compare
 from .environment import pick_device
 from .models import load_model
-from .options import add_output, make_folder, positive
 from .pictures import require_matplotlib
 from .report import as_text
-from .text import percent, stage, times
+from .text import count, percent, stage, times
 
 HEIGHT, WIDTH = 196, 252
 SHARED = 0.05
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "demo",
-        help="render a walk through a flat and compare dense and sparse on it; needs nothing else",
-        description="Renders a walk through a flat, so that it is known exactly which frames share a view, and runs a "
-        "small untrained model on it, dense and sparse. Needs no photos, no weights and no network.",
-    )
-    parser.add_argument("--frames", type=positive, default=48, metavar="S", help="frames of the walk (default: 48)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    add_output(parser, "demo-output")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Render, compare, tell the story, and write report and pictures; return the exit code."""
     require_matplotlib()
     device = pick_device(arguments.device)
-    output = make_folder(arguments.output)
-    with stage(f"rendering {arguments.frames} frames"):
+    with stage(f"rendering {count(arguments.frames, 'frame')}"):
         scene = walk(arguments.frames, HEIGHT, WIDTH)
     model = load_model("toy", None, device)
     comparison, outputs = compare(
@@ -49,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = scene.covisible_pairs(SHARED)
     exact = CovisibilityGraph.from_pairs(arguments.frames, pairs)
     print(
-        f"Rendered: a walk of {arguments.frames} frames through {len(scene.rooms)} rooms. Exact depth and poses say "
-        f"who really\nsees whom: {percent(exact.density)} of all pairs share at least {percent(SHARED)} of their "
-        "pixels.\n"
+        f"Rendered: a walk of {count(arguments.frames, 'frame')} through {count(len(scene.rooms), 'room')}. Exact "
+        f"depth and poses say who really\nsees whom: {percent(exact.density)} of all pairs share at least "
+        f"{percent(SHARED)} of their pixels.\n"
     )
     print(as_text(comparison), end="\n\n")
     if len(pairs):
@@ -63,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(
         write_results(
-            output,
+            arguments.output,
             comparison,
             outputs,
             scene.images,

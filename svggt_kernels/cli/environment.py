@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from .. import backends
 from .errors import CommandError
+from .packages import installed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,14 +27,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def installed(package: str) -> str:
-    """Return the version of a package, or `not installed`; imports nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def devices() -> dict[str, str]:
     """Return every device that torch can use here, with its name."""
     found = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -49,14 +41,14 @@ def device_name(device: torch.device) -> str:
     return devices()[key]
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device called `name`, or for `auto` the fastest kind there is.
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, or for None and "auto" the fastest kind there is.
 
     Raises:
         CommandError: There is no such device here.
     """
     found = devices()
-    if name == "auto":
+    if name in (None, "auto"):
         return torch.device(next(iter(found)))
     if name == "cuda" and "cuda:0" in found:
         name = "cuda:0"

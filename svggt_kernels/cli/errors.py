@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+# How PyTorch's CPU allocator begins to say that memory ran out; it raises a plain RuntimeError.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 class CommandError(Exception):
@@ -24,9 +25,19 @@ def refusals() -> Iterator[None]:
 @contextmanager
 def enough_memory() -> Iterator[None]:
     """Turn a device that runs out of memory into a `CommandError` that says what to do."""
+    import torch
+
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise CommandError(
-            "the device ran out of memory; use fewer photos (--max-frames) or smaller ones (--long-side)"
-        ) from error
+        raise _out_of_memory() from error
+    except RuntimeError as error:
+        if CPU_ALLOCATOR not in str(error):
+            raise
+        raise _out_of_memory() from error
+
+
+def _out_of_memory() -> CommandError:
+    return CommandError(
+        "memory ran out; use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)"
+    )

@@ -7,8 +7,8 @@ import json
 
 import torch
 
-from .environment import backend_answers, by_reason, devices, installed, instruction_sets, versions
-from .options import positive
+from .environment import backend_answers, by_reason, devices, instruction_sets, versions
+from .packages import installed
 from .text import table
 
 OPTIONAL_PACKAGES = {
@@ -22,20 +22,6 @@ OPTIONAL_PACKAGES = {
     "av": "videos",
     "depth-anything-3": "--model da3-small",
 }
-
-
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "info",
-        help="show versions, devices and which backends can run here",
-        description="Shows versions, devices and which backends can run on each device, or why not.",
-    )
-    parser.add_argument(
-        "--head-size", type=positive, default=64, help="head size D to ask the backends about (default: 64)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .text import Tell
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -85,7 +87,7 @@ class Meter:
 
 
 def alternate(
-    first: Callable[[], S], second: Callable[[], T], device: torch.device, repeats: int
+    first: Callable[[], S], second: Callable[[], T], device: torch.device, repeats: int, tell: Tell | None = None
 ) -> tuple[S, Cost, T, Cost]:
     """Run two things in turn, so that other work on the machine meets both alike; warm up before.
 
@@ -93,17 +95,29 @@ def alternate(
         first: One thing to run.
         second: The other.
         device: Where they run.
-        repeats: Runs of each, fewer if they take more than `ENOUGH_SECONDS` together.
+        repeats: Runs of each, at least 1; fewer if they take more than `ENOUGH_SECONDS` together.
+        tell: Is told before each run how many there are and how long the rest will take.
 
     Returns:
         The last result and the cost of the first, then of the second.
     """
     meters = Meter(device), Meter(device)
-    for _ in range(repeats):
+    spent = 0.0
+    for done in range(repeats):
+        if tell is not None:
+            left = f", about {spent / done * (repeats - done):.0f} s left" if done else ""
+            tell(f"run {done + 1} of {repeats}{left}")
         results = meters[0](first), meters[1](second)
-        if sum(sum(meter.elapsed_ms) for meter in meters) > 1000 * ENOUGH_SECONDS:
+        spent = sum(sum(meter.elapsed_ms) for meter in meters) / 1000
+        if spent > ENOUGH_SECONDS:
             break
     return results[0], meters[0].cost(), results[1], meters[1].cost()
+
+
+def allocated_mib(device: torch.device) -> float | None:
+    """Return the memory that tensors on a CUDA device hold, MiB; None for other devices."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
 def deviation(dense: Tensor, sparse: Tensor) -> Deviation:

@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..covisibility.tensor_files import read_tensors, same_kind
 from ..toy import ToyMultiViewTransformer
+from .environment import dtype_name
 from .errors import CommandError, refusals
 
 SEED = 0
+HEAD_SIZE = 64  # of all these models
 RANDOM_WEIGHTS = "The weights are random: depth and cameras mean nothing; only dense against sparse can be compared."
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -85,10 +88,13 @@ class LoadedModel:
             return self.kind.outputs(self.module(self.kind.feed(frames)))
 
 
+def running_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of attention there: bfloat16 on CUDA, by autocast, as these models are used; else float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedModel:
     """Build the model called `name`, with random weights of a fixed seed or those of a file.
-
-    On CUDA it runs under bfloat16 autocast, as these models are used; elsewhere in float32.
 
     Raises:
         CommandError: The name is unknown, a package is missing (the message says how to install it), or the weights do
@@ -110,46 +116,50 @@ def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedM
     if weights is not None:
         with refusals():
             _load_weights(module, weights, kind.key_prefix)
+    dtype = running_dtype(device)
     return LoadedModel(
         name=name,
         module=module.eval().to(device),
         kind=kind,
         weights=f"random, seed {SEED}" if weights is None else str(weights),
         warning=RANDOM_WEIGHTS if weights is None else None,
-        autocast=torch.bfloat16 if device.type == "cuda" else None,
+        autocast=None if dtype == torch.float32 else dtype,
     )
 
 
 def _load_weights(module: nn.Module, path: Path, key_prefix: str) -> None:
+    """Put a file's weights into the module: each of its tensors must be there, of its shape and kind, and no other.
+
+    Raises:
+        ValueError: The file cannot be read, holds something else, or does not fit the model.
+        ImportError: safetensors is needed and not installed.
+    """
     if not path.is_file():
         raise ValueError(f"--weights must be a file, but {path} is none")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(
-                "reading .safetensors needs safetensors, which is not installed: pip install safetensors"
-            ) from error
-        state = load_file(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle raises whatever the bytes lead it to
-            raise ValueError(
-                f"{path} cannot be read as weights ({type(error).__name__}): give a .safetensors or .pt file"
-            ) from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(state).__name__}")
-    state = {key.removeprefix(key_prefix): value for key, value in state.items()}
+    state = read_tensors(path)
+    if all(name.startswith(key_prefix) for name in state):
+        state = {name.removeprefix(key_prefix): tensor for name, tensor in state.items()}
     expected = module.state_dict()
-    missing = [key for key in expected if key not in state]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    if missing or wrong:
+    faults = {
+        "are missing": [name for name in expected if name not in state],
+        "have another shape": [
+            name for name, tensor in state.items() if name in expected and tensor.shape != expected[name].shape
+        ],
+        "hold another kind of numbers": [
+            f"{name} ({dtype_name(tensor.dtype)})"
+            for name, tensor in state.items()
+            if name in expected and not same_kind(tensor, expected[name].dtype)
+        ],
+        "are not the model's": [name for name in state if name not in expected],
+    }
+    if any(faults.values()):
+        counts = ", ".join(f"{len(names)} {fault}" for fault, names in faults.items() if names)
+        example = next(names[0] for names in faults.values() if names)
         raise ValueError(
-            f"{path} does not fit the model: of {len(expected)} tensors {len(missing)} are missing and {len(wrong)} "
-            f"have another shape, for example {(missing + wrong)[0]}; give the weights of this very model"
+            f"{path} does not fit the model: of its {len(state)} tensors and the model's {len(expected)}, {counts}, "
+            f"for example {example}; give the weights of this very model, neither quantised nor part of a larger one"
         )
-    module.load_state_dict(state, strict=False)
+    module.load_state_dict(state)
 
 
 def _build_da3_small() -> nn.Module:

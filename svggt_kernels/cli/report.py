@@ -11,11 +11,14 @@ from ..covisibility import CovisibilityReport
 from .comparison import Comparison
 from .environment import versions
 from .measure import Cost
-from .text import mebibytes, milliseconds, percent, table, times
+from .text import count, mebibytes, milliseconds, percent, printable, table, times
 
 
 def as_json(command: str, content: dict[str, Any]) -> str:
-    """Return a report with what a reader needs to make it again; numbers that JSON does not have become null."""
+    """Return a report with what a reader needs to make it again.
+
+    Numbers that JSON does not have become null, and file names that are no text become `printable`.
+    """
     return json.dumps(_plain({"command": command, "versions": versions(), **content}), indent=2) + "\n"
 
 
@@ -45,7 +48,7 @@ def as_text(comparison: Comparison) -> str:
     c = comparison
     lines = [
         f"{c.model}, weights: {c.weights}" + (f", autocast {c.autocast}" if c.autocast else ", float32"),
-        f"{c.frames} frames of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} "
+        f"{count(c.frames, 'frame')} of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} "
         f"({c.device_name})",
         f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over "
         "tokens",
@@ -56,7 +59,7 @@ def as_text(comparison: Comparison) -> str:
         "  The ideal counts work alone, but the kernels differ too: dense attention is PyTorch's, sparse that of "
         f"backend {c.backend}.",
         _share(c),
-        *([f"  Runs of the same thing differ by {times(c.unrest)}, so the times are rough."] if c.unrest > 1.5 else []),
+        *_doubts(c),
         "",
         "Sparse against dense output:",
         _deviations(c),
@@ -64,6 +67,12 @@ def as_text(comparison: Comparison) -> str:
     if c.warning:
         lines += ["", c.warning]
     return "\n".join(lines)
+
+
+def _doubts(c: Comparison) -> list[str]:
+    if c.dense.runs == 1:
+        return ["  Each was timed once, so nothing tells how far runs differ: the times are rough."]
+    return [f"  Runs of the same thing differ by {times(c.unrest)}, so the times are rough."] if c.unrest > 1.5 else []
 
 
 def _share(c: Comparison) -> str:
@@ -76,14 +85,18 @@ def _share(c: Comparison) -> str:
 
 
 def _costs(c: Comparison) -> str:
+    once = c.dense.runs == 1
     attention = f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal: {percent(c.reached)} reached"
     return table(
         [
             ("", "dense", "sparse", "speed-up"),
-            ("whole model, median", *_medians(c.dense, c.sparse), times(c.speedup)),
-            ("  shortest to longest run", _range(c.dense), _range(c.sparse), ""),
+            (f"whole model, {_kind_of_time(c)}", *_medians(c.dense, c.sparse), times(c.speedup)),
+            *([] if once else [("  shortest to longest run", _range(c.dense), _range(c.sparse), "")]),
+            ("  first run, not among them", milliseconds(c.first_dense_ms), milliseconds(c.first_sparse_ms), ""),
+            ("    of it graph and layout", "", milliseconds(c.first_planning_ms), ""),
             ("one global attention", *_medians(c.attention.dense, c.attention.sparse), attention),
-            ("peak memory beyond weights", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib), ""),
+            ("peak memory that a run adds", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib), ""),
+            *([] if c.kept_mib is None else [("kept from run to run", "", mebibytes(c.kept_mib), "")]),
         ]
     )
 
@@ -102,13 +115,20 @@ def _deviations(c: Comparison) -> str:
 def headline(comparison: Comparison) -> str:
     """Return the facts for the top of the picture."""
     c = comparison
-    return (
-        f"{c.model}, {c.frames} frames of {c.width} x {c.height} px on {c.device_name}; density "
-        f"{percent(c.token_density)} over tokens\nwhole model: dense {milliseconds(c.dense.median_ms)}, sparse "
-        f"{milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); attention, PyTorch against {c.backend}: "
-        f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal; depth differs by "
-        f"{percent(c.deviations['depth'].relative_l2)} (relative L2)"
+    model = f"whole model, {_kind_of_time(c)}: dense {milliseconds(c.dense.median_ms)}, sparse "
+    attention = (
+        f"attention, PyTorch against {c.backend}: {times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal"
     )
+    return (
+        f"{c.model}, {count(c.frames, 'frame')} of {c.width} x {c.height} px on {c.device_name}; density "
+        f"{percent(c.token_density)} over tokens\n{model}{milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); "
+        f"{attention} ideal\ndepth of all frames differs by {percent(c.deviations['depth'].relative_l2)} (relative "
+        "L2 over pixels)"
+    )
+
+
+def _kind_of_time(c: Comparison) -> str:
+    return "one run" if c.dense.runs == 1 else f"median of {c.dense.runs} runs"
 
 
 def _medians(*costs: Cost) -> tuple[str, ...]:
@@ -121,9 +141,11 @@ def _range(cost: Cost) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {printable(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return printable(value)
     return value

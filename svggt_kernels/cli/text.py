@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+Tell = Callable[[str], None]
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
@@ -35,25 +37,44 @@ def times(factor: float) -> str:
     return f"{factor:.3g}x"
 
 
+def count(number: int, noun: str) -> str:
+    """Return `1 photo` or `3 photos`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def printable(text: str) -> str:
+    """Return the text with escapes for what no encoding holds: those bytes of a file name that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
-def stage(what: str) -> Iterator[None]:
-    """Say on stderr what is being done, with a spinner on a terminal where rich is installed, and how long it took."""
+def stage(what: str) -> Iterator[Tell]:
+    """Say on stderr what is being done and how long it took; yield a function that says how far it is.
+
+    On a terminal where rich is installed a spinner shows both, elsewhere each is a line.
+    """
     started = time.perf_counter()
-    with _spinner(what):
-        yield
+    with _spinner(what) as tell:
+        yield tell
     print(f"  {what}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
 @contextmanager
-def _spinner(what: str) -> Iterator[None]:
+def _spinner(what: str) -> Iterator[Tell]:
     try:
         from rich.console import Console
+        from rich.text import Text
     except ImportError:
-        yield
+        yield _line(what)
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield
+        yield _line(what)
         return
-    with console.status(what + " ..."):
-        yield
+    # In a string rich would read markup, and a folder may be called [red].
+    with console.status(Text(f"{what} ...")) as status:
+        yield lambda progress: status.update(Text(f"{what}, {progress} ..."))
+
+
+def _line(what: str) -> Tell:
+    return lambda progress: print(f"  {what}, {progress}", file=sys.stderr)

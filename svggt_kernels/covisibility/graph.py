@@ -74,7 +74,7 @@ class GraphOrigin:
     """Which edges of a graph from descriptors were found, and which were added to hold it together.
 
     Attributes:
-        nearest: The frames most similar to each frame, rising, `[S, k]` int64.
+        nearest: The frames most similar to each frame, the most similar first, `[S, k]` int64.
         bridges: Pairs that join parts which neighbours and known pairs leave, `[n, 2]` int64.
     """
 

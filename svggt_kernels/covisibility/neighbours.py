@@ -70,9 +70,10 @@ class FrameSimilarity:
         return self.fixed_point.device
 
     def nearest(self, count: int) -> Tensor:
-        """Return the `count` frames most similar to each frame, itself excluded, as `[S, count]` int64, sorted.
+        """Return the `count` frames most similar to each frame, itself excluded, as `[S, count]` int64.
 
-        Every tile serves its rows and, turned round, its columns, so half of the matrix is computed.
+        The most similar comes first, of equally similar ones the smaller index. Every tile serves its rows and, turned
+        round, its columns, so half of the matrix is computed.
         """
         scores = self.fixed_point.new_full((self.num_frames, count), -torch.inf, dtype=torch.float64)
         frames = self.fixed_point.new_zeros((self.num_frames, count), dtype=torch.int64)
@@ -90,7 +91,7 @@ class FrameSimilarity:
                     tile = points @ self.fixed_point[columns].to(torch.float64).T
                     _keep_largest(scores[columns], frames[columns], tile.T.contiguous(), row_start)
                 _keep_largest(scores[rows], frames[rows], tile, column_start)
-        return frames
+        return frames.gather(1, scores.argsort(dim=1, descending=True, stable=True))
 
     def farthest_points(self, start: int, count: int) -> Tensor:
         """Return `start` and then, `count - 1` times, the frame least similar to all before it, `[count]` int64."""

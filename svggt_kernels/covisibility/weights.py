@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .tensor_files import PICKLES, read_tensors, same_kind
+
 PUBLISHED = "gberton/MegaLoc"
 FILE = "model.safetensors"
-PICKLES = frozenset({".torch", ".pth", ".pt", ".bin", ".ckpt"})
 INSTALL = "pip install 'svggt-kernels[megaloc]'"
 OTHERWISE = (
     'or find covisibility in another way: patch(model, covisibility="tokens") ranks frames by the model\'s own tokens, '
@@ -38,7 +38,10 @@ def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
         ImportError: If safetensors or huggingface_hub is needed and not installed.
     """
     path = find_weights(source)
-    held = _read(path)
+    try:
+        held = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; download {FILE} of {PUBLISHED} again") from error
     weights = {
         name.replace("backbone.model.", "backbone.", 1): tensor
         for name, tensor in held.items()
@@ -51,6 +54,9 @@ def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
             f"{name} {list(weights[name].shape)} (must be {list(shape)})"
             for name, shape in shapes.items()
             if name in weights and weights[name].shape != shape
+        ],
+        "no floating point": [
+            f"{name} ({tensor.dtype})" for name, tensor in weights.items() if not same_kind(tensor, torch.float32)
         ],
     }
     found = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
@@ -121,34 +127,6 @@ def _advice() -> str:
         f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
         "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
         f"--megaloc FILE; {OTHERWISE}"
-    )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix in PICKLES:
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise _damaged(path, error) from error
-        if not isinstance(held, Mapping) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
-            raise ValueError(f"{path} must hold a dictionary of tensors, got {type(held).__name__}")
-        return dict(held)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: {INSTALL}") from error
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return ValueError(
-        f"{path} must hold weights, and cannot be read ({type(error).__name__}: {reason}); it is damaged or something "
-        f"else: download {FILE} of {PUBLISHED} again"
     )
 
 

@@ -1,0 +1,52 @@
+"""The folder that results go to: looked at before any work is done, written when all of it is done."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import CommandError
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse before any work is done if `--output` can be no folder with files in it; creates nothing."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise CommandError(f"--output must be a folder, but {nearest} is a file; name another one")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise CommandError(
+            f"--output must be a folder that can be written to, but {nearest} cannot ({error.strerror}); name another "
+            "one"
+        ) from error
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of these names, all of them or none: each becomes visible once all are on the disk.
+
+    Raises:
+        CommandError: The folder cannot be made or a file cannot be written, for example on a full disk. Files that
+            were there before are as they were.
+    """
+    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            parts[name].write_bytes(content)
+        for name, part in parts.items():
+            part.replace(folder / name)
+    except OSError as error:
+        raise CommandError(
+            f"{', '.join(contents)} must be written to --output {folder}, and cannot be ({error.strerror}); free some "
+            "space or name another folder"
+        ) from error
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink()

@@ -1,0 +1,265 @@
+"""The words of the command line: every command and its options.
+
+Nothing here imports torch, so `--help` and what is wrong with the words themselves are answered at once. What the help
+says of the package (models, backends, sizes) is therefore stated here too; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import CommandError
+from .packages import installed
+
+MODELS = ("toy", "da3-small", "vggt", "pi3")
+BACKENDS = ("hopper", "triton", "metal", "cpu", "sdpa")
+COVISIBILITY = ("megaloc", "tokens", "thumbnails", "sequential", "all")
+SEQUENTIAL_WINDOW = 10
+NEIGHBOURS = 10
+LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
+
+# The graphs that read an option; with others the option would have no effect.
+READ_BY = {
+    "--neighbours": ("megaloc", "tokens", "thumbnails"),
+    "--window": ("megaloc", "tokens", "thumbnails", "sequential"),
+    "--megaloc": ("megaloc",),
+}
+READ_BY_IN_LAYOUT = {
+    **READ_BY,
+    "--model": ("tokens",),
+    "--weights": ("tokens",),
+    "--device": ("megaloc", "tokens"),
+    "--patch-size": ("megaloc", "thumbnails", "sequential", "all"),
+    "--special-tokens": ("megaloc", "thumbnails", "sequential", "all"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="svggt-kernels",
+        description="Attention for multi-view transformers in which only frames that can see each other attend to each "
+        "other.",
+        epilog="'svggt-kernels COMMAND --help' shows the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_demo):
+        add(commands)
+    return parser
+
+
+def refuse_unread(arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect on this command.
+
+    Raises:
+        CommandError: One was given; the message says what it is for.
+    """
+    readers: Mapping[str, Sequence[str]] = getattr(arguments, "read_by", {})
+    for option, graphs in readers.items():
+        if _value(arguments, option) is not None and arguments.covisibility not in graphs:
+            raise CommandError(
+                f"{option} does not go with --covisibility {arguments.covisibility}; it is for --covisibility "
+                f"{' or '.join(graphs)}"
+            )
+    if getattr(arguments, "truth_above", None) is not None and arguments.truth is None:
+        raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    return _at_least(text, 1)
+
+
+def natural(text: str) -> int:
+    """Read an integer of at least 0."""
+    return _at_least(text, 0)
+
+
+def number(text: str) -> float:
+    """Read a number, NaN refused."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="show versions, devices and which backends can run here",
+        description="Shows versions, devices and which backends can run on each device, or why not.",
+    )
+    parser.add_argument(
+        "--head-size", type=positive, default=64, help="head size D to ask the backends about (default: 64)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="check the numbers of every backend on this machine, in a minute or two",
+        description="Runs every backend that can run here, forward and backward, on a few small layouts, and compares "
+        "with plain attention in float64. The error may be at most a small multiple of that of plain attention in the "
+        "same dtype; the table says which. Exit code 0 if all is well, 1 if not.",
+    )
+    _add_device(parser)
+
+
+def _add_layout(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "layout",
+        help="show who sees whom in a folder of photos or a video, and the speed-up to hope for",
+        description="Makes the covisibility graph of a folder of photos, or of a video's frames, says how dense it is "
+        "and what speed-up of global attention it allows at best, and draws it, with each frame's neighbours.",
+    )
+    _add_photos(parser)
+    _add_graph(parser)
+    parser.add_argument("--model", choices=MODELS, help="whose tokens --covisibility tokens takes (default: toy)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weights of that model; without them they are random"
+    )
+    _add_device(parser, "where that model or MegaLoc runs: ")
+    parser.add_argument(
+        "--long-side",
+        type=positive,
+        metavar="PIXELS",
+        help=f"longer side of a frame (default: {LONG_SIDE}; with tokens the model's)",
+    )
+    parser.add_argument(
+        "--patch-size",
+        type=positive,
+        metavar="PIXELS",
+        help=f"pixels of a token (default: {PATCH_SIZE}; the model's with tokens)",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        type=natural,
+        metavar="R",
+        help=f"camera and register tokens per frame (default: {SPECIAL_TOKENS}; the model's with tokens)",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="CSV",
+        help="pairs known to share a view, a line each: photo, photo, score; shows recall and precision",
+    )
+    parser.add_argument("--truth-above", type=number, metavar="X", help="score a pair must exceed (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, and draw no pictures")
+    _add_output(parser, "layout-output")
+    parser.set_defaults(read_by=READ_BY_IN_LAYOUT)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
+        description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every "
+        "output. Writes a report and pictures. Without --weights the model's weights are random; only MegaLoc's are "
+        "downloaded, where its graph is asked for.",
+    )
+    _add_photos(parser)
+    parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random"
+    )
+    _add_graph(parser)
+    parser.add_argument(
+        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
+    )
+    _add_device(parser)
+    parser.add_argument("--backend", choices=BACKENDS, help="the backend that must run (default: the best that can)")
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="timed runs of each kind, after one that is not; fewer if they take long. One alone does not tell how far "
+        "runs differ (default: 3)",
+    )
+    _add_output(parser, "compare-output")
+    parser.set_defaults(read_by=READ_BY)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="render a walk through a flat and compare dense and sparse on it; needs nothing else",
+        description="Renders a walk through a flat, so that it is known exactly which frames share a view, and runs a "
+        "small untrained model on it, dense and sparse. Needs no photos, no weights and no network.",
+    )
+    parser.add_argument("--frames", type=positive, default=48, metavar="S", help="frames of the walk (default: 48)")
+    _add_device(parser)
+    _add_output(parser, "demo-output")
+
+
+def _add_photos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a folder of photos, taken in the order of their names"
+    )
+    parser.add_argument("--max-frames", type=positive, metavar="N", help="use the first N photos only")
+
+
+def _add_graph(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--covisibility",
+        choices=COVISIBILITY,
+        default="megaloc",
+        help="how to tell which frames see each other. megaloc: similar images by MegaLoc; tokens: similar tokens of "
+        "the model; thumbnails: similar when small, crude but without any weights; sequential: neighbours in the order "
+        "of the names, for video; all: every frame sees every other (default: megaloc)",
+    )
+    parser.add_argument(
+        "--megaloc",
+        type=Path,
+        metavar="FILE",
+        help="MegaLoc's weights (default: gberton/MegaLoc, from the cache of the Hugging Face hub or downloaded)",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=natural,
+        metavar="K",
+        help=f"most similar frames that each frame sees (default: {NEIGHBOURS})",
+    )
+    parser.add_argument(
+        "--window",
+        type=natural,
+        metavar="W",
+        help=f"frames before and after that each frame sees, for ordered photos (default: 0; {SEQUENTIAL_WINDOW} with "
+        "sequential)",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser, what: str = "") -> None:
+    parser.add_argument("--device", help=f"{what}cpu, cuda, cuda:1, mps (default: the fastest that is here)")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help=f"folder for report and pictures (default: {default})",
+    )
+
+
+def _value(arguments: argparse.Namespace, option: str) -> object:
+    return getattr(arguments, option.removeprefix("--").replace("-", "_"))
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value

@@ -1,0 +1,64 @@
+"""Files of named tensors: what a model's weights come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PICKLES = frozenset({".torch", ".pth", ".pt", ".bin", ".ckpt"})
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file that `torch.save` wrote (by its suffix, such as .pt) or a .safetensors file; runs no code from it.
+
+    Returns:
+        The tensors by name, on the CPU, as they are in the file.
+
+    Raises:
+        ValueError: The file is damaged, or holds something else than named tensors.
+        ImportError: safetensors is needed and not installed.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True) if _is_pickle(path) else _read_safetensors(path)
+    except ImportError:
+        raise
+    except Exception as error:  # both readers raise whatever the bytes lead them to
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it must be a .safetensors or .pt file, and is "
+            "damaged or something else"
+        ) from error
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(held).__name__}")
+    for name, tensor in held.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} must hold a mapping from names to tensors, but {name!r} stands for {type(tensor).__name__}; "
+                "save the state_dict() of the model alone"
+            )
+    return dict(held)
+
+
+def same_kind(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the numbers of a tensor still mean the same in another dtype: quantised or complex ones do not."""
+    return tensor.layout == torch.strided and (
+        tensor.dtype == dtype or (tensor.dtype in FLOATING and dtype in FLOATING)
+    )
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix.lower() in PICKLES
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path} needs safetensors, which is not installed: pip install safetensors"
+        ) from error
+    return load_file(path)
