@@ -78,12 +78,13 @@ inline float reduce_sum(Floats x) {
   return reduce(x, [](float a, float b) { return a + b; });
 }
 
-// 2^x for x < 127, and 2^-100 for all x below that: next to a largest weight of 1 that is nothing. kDegree 5 errs by
+// 2^x for x < 127: 0 where 2^x is below the normal numbers of float32 (x < -126.5), NaN where x is NaN. kDegree 5 errs by
 // 1e-7, 3 by 1e-4, relative; the coefficients are minimax on [-1/2, 1/2] with 2^0 = 1 exact.
 template <int kDegree>
 inline Floats exp2(Floats x) {
-  const Floats magic = splat(0x1.8p23f);  // a sum with it keeps the nearest integer, in its low bits
-  x = maximum(splat(-100.0f), x);
+  // The low bits of a sum with it are the nearest integer plus 127: the exponent of a float, which is 0 for -127.
+  const Floats magic = splat(0x1.8p23f + 127);
+  x = maximum(splat(-127.0f), x);
   const Floats shifted = x + magic;
   const Floats r = x - (shifted - magic);
   Floats p;
@@ -98,7 +99,7 @@ inline Floats exp2(Floats x) {
     p = p * r + splat(0.693282928f);
   }
   p = p * r + splat(1.0f);
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  return p * (Floats)((Ints)shifted << 23);
 }
 
 // What depends on the dtype of operands: how many consecutive elements of the summed axis a lane holds, the product of
