@@ -37,7 +37,7 @@ def from_colmap(
         ImportError: If pycolmap is not installed.
     """
     shared = shared_features(source, images)
-    return CovisibilityGraph.from_dense(shared >= max(min_shared, 1))
+    return CovisibilityGraph.from_dense(shared >= max(min_shared, 1), square=True)
 
 
 def shared_features(source: str | Path, images: Sequence[str | PurePath]) -> Tensor:
