@@ -420,7 +420,7 @@ def _first_of_row(indptr: Tensor, begins: Tensor) -> Tensor:
     return marks.index_fill_(0, indptr[:-1].long(), True)[:-1]
 
 
-def _as_int(name: str, value: int) -> int:
+def _as_int(name: str, value: object) -> int:
     if isinstance(value, Tensor) and torch.jit.is_tracing():
         raise RuntimeError(
             f"{name} must be an int, but torch.jit.trace made a tensor of it: attention over a layout, as in a patched "
