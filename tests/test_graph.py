@@ -89,7 +89,7 @@ def test_a_part_of_a_matrix_with_as_many_rows_as_columns_gets_no_diagonal():
     part = CovisibilityGraph.sequential(8, window=2).to_dense()[:4, 4:]
     assert torch.equal(CovisibilityGraph.from_dense(part, square=False).to_dense(), part)
     assert torch.equal(CovisibilityGraph.from_dense(part, square=True).to_dense(), with_diagonal(part))
-    with pytest.raises(TypeError, match=r"square must be given .* got shape \(4, 4\); give square=True if"):
+    with pytest.raises(TypeError, match="square must be given for this 4 x 4 matrix"):
         CovisibilityGraph.from_dense(part)
     with pytest.raises(ValueError, match=r"as many rows as columns, got shape \(3, 4\)"):
         CovisibilityGraph.from_dense(part[:3], square=True)

@@ -228,9 +228,8 @@ class CovisibilityGraph:
             square = num_frames == key_frames
             if square and not bool(visible.diagonal().all()) and not torch.equal(visible, visible.T):
                 raise TypeError(
-                    "square must be given for a matrix with as many rows as columns that is not symmetric and whose "
-                    f"diagonal is not all True, got shape {tuple(visible.shape)}; give square=True if columns are the "
-                    "same frames as rows, so that each sees itself, or square=False if they are different frames"
+                    f"square must be given for this {num_frames} x {num_frames} matrix, neither symmetric nor of whole "
+                    "diagonal: True if columns are the same frames as rows, False if they are others"
                 )
         if square:
             visible = visible.clone().fill_diagonal_(True)
@@ -371,14 +370,10 @@ class CovisibilityGraph:
         return self.num_frames == self.num_key_frames
 
     def is_causal(self) -> bool:
-        """Return whether every frame sees itself, some see earlier frames and none sees a later one.
-
-        Reads the arrays from their device. False for a rectangular graph.
-        """
-        if not self.is_square:
-            return False
+        """Return whether every frame sees itself, some see earlier ones and none a later one; waits for the device."""
         steps = self.rows - self.indices
-        return bool((steps >= 0).all() & (steps > 0).any()) and int((steps == 0).sum()) == self.num_frames
+        in_order = self.is_square and bool((steps >= 0).all() & (steps > 0).any())
+        return in_order and int((steps == 0).sum()) == self.num_frames
 
     @property
     def rows(self) -> Tensor:
