@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .layout import BlockLayout
@@ -28,7 +29,8 @@ def block_sparse_attention(
     The softmax runs over the visible keys only and is exact, in float32 or better inside. Keys that nobody sees are
     never used. A query that sees nothing gives 0 and LSE -inf, and its gradient is 0; a key that nobody sees gets
     gradient 0. Under autocast the inputs are cast as PyTorch's scaled_dot_product_attention casts them. Differentiable
-    in reverse mode, once. What infinite inputs give is not defined.
+    in reverse mode, once. A query whose visible scores hold NaN gives NaN and LSE NaN. What infinite inputs give is not
+    defined.
 
     Args:
         q: Queries `[B, H, N, D]`; any strides. float16, bfloat16 or float32, with the sdpa backend also float64.
@@ -52,16 +54,17 @@ def block_sparse_attention(
         ValueError: If shapes, devices or the layout do not fit together, or the named backend cannot run the inputs.
         TypeError: If dtypes differ or no backend runs them.
         RuntimeError: If traced by torch.compile or captured into a CUDA graph with a layout that was not prepared, see
-            `prepare`; or if differentiated twice.
+            `prepare`; if differentiated twice or in forward mode; or inside a transform of torch.func.
     """
     _validate(q, k, v, layout)
+    _require_reverse_mode(q, k, v)
     q, k, v = _autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     else:
-        q, scale = _with_positive_scale(q, scale)
+        q, scale = _with_normal_scale(q, scale)
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tables, backward_tables = _tables(layout, name, q.dtype, q.shape[-1], training)
@@ -70,20 +73,28 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Return q and a scale > 0 with the same scores: kernels take the maximum of the unscaled scores."""
+def _with_normal_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return q and a scale with the same scores, which is positive and, where kernels hold it in float32, normal there.
+
+    Kernels take the maximum of the unscaled scores, and multiply a hidden score of -inf by the scale.
+    """
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
+    if scale < 0:
+        q, scale = -q, -scale
     if q.dtype != torch.float64:
-        # Kernels hold scale * log2(e) in float32.
-        in_log2 = abs(scale) * LOG2_E
-        if in_log2 > torch.finfo(torch.float32).max:
+        float32 = torch.finfo(torch.float32)
+        if scale * LOG2_E > float32.max:
             raise ValueError(f"scale * log2(e) must be finite in float32, got a scale of {scale}; multiply q instead")
-        if in_log2 <= 2.0**-150:  # rounds to 0
-            scale = 0.0
+        if scale <= 2.0**-150 or (scale < float32.tiny and q.dtype == torch.float16):
+            scale = 0.0  # float32 rounds to 0 the scale, or all scores that float16 can have
+        elif scale < float32.tiny:
+            scale, exponent = math.frexp(scale)
+            q = q * 2.0**exponent
     if scale == 0:
-        return q * 0, 1.0
-    return (-q, -scale) if scale < 0 else (q, scale)
+        # Not q * 0, whose gradient would be NaN where that of q overflows.
+        return q.masked_fill(~q.isnan(), 0), 1.0
+    return q, scale
 
 
 def prepare(
@@ -182,6 +193,22 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _require_reverse_mode(*tensors: Tensor) -> None:
+    """Raise if a tensor has a forward-mode tangent or belongs to a transform of torch.func: neither would be seen."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "block_sparse_attention has derivatives in reverse mode only, and q, k or v has a forward-mode tangent "
+            "(torch.autograd.forward_ad, torch.func.jvp, jacfwd); use torch.autograd.grad or backward()"
+        )
+    if any(torch.func.debug_unwrap(x) is not x for x in tensors):
+        raise RuntimeError(
+            "block_sparse_attention runs inside no transform of torch.func (grad, vjp, vmap); use torch.autograd.grad "
+            "or backward() for its derivatives in reverse mode, and B and H as batch dimensions"
+        )
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:

@@ -125,33 +125,39 @@ class BlockLayout:
     def from_graph(
         cls,
         graph: CovisibilityGraph,
-        tokens_per_frame: int | Sequence[int],
+        tokens_per_frame: int | Sequence[int] | np.ndarray | Tensor,
         *,
-        special_tokens: int | tuple[int, int] = 0,
+        special_tokens: int | Sequence[int] = 0,
         dense_special: bool = True,
         trailing_tokens: int = 0,
-        key_tokens_per_frame: int | Sequence[int] | None = None,
+        key_tokens_per_frame: int | Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> BlockLayout:
         """Lay a covisibility graph over tokens.
 
         Args:
             graph: Edge (i, j) lets queries of frame i see keys of frame j.
-            tokens_per_frame: Tokens of a query frame, special ones included; one int, or one int per frame.
+            tokens_per_frame: Tokens of a query frame, special ones included; one int, or one int per frame as a
+                sequence, array or tensor.
             special_tokens: The first R tokens of each frame; `(a, b)` for the first a and the last b.
             dense_special: If True special tokens see everything and are seen by everything; if False they are
                 ordinary tokens of their frame.
-            trailing_tokens: Tokens after the last frame that belong to no frame; they are always dense.
-            key_tokens_per_frame: The same as `tokens_per_frame` for the key frames of a rectangular graph. By default
-                one int of `tokens_per_frame` serves both sides.
+            trailing_tokens: Tokens after the last frame that belong to no frame; they are always dense, so from one
+                layer to the next they carry what any frame holds to every other, also where the graph is causal.
+            key_tokens_per_frame: The same as `tokens_per_frame` for the key frames where they are other frames than
+                the query frames. By default one int of `tokens_per_frame` serves both sides.
 
         Raises:
             ValueError: If a frame has no token, fewer tokens than special ones, or the number of lengths is not the
-                number of frames.
-            TypeError: If `graph` is no CovisibilityGraph or a count is no int.
+                number of frames; or if dense special tokens would show later frames to the frames of a causal graph,
+                which is looked at where the graph is on the CPU.
+            TypeError: If `graph` is no CovisibilityGraph, a count is no int or `dense_special` no bool.
+            RuntimeError: If torch.jit.trace made a tensor of a count.
         """
         if not isinstance(graph, CovisibilityGraph):
             raise TypeError(f"graph must be a CovisibilityGraph, got {type(graph).__name__}")
-        both_ends = special_tokens if isinstance(special_tokens, tuple) else (special_tokens, 0)
+        if not isinstance(dense_special, bool | np.bool_):
+            raise TypeError(f"dense_special must be a bool, got {dense_special!r} ({type(dense_special).__name__})")
+        both_ends = special_tokens if isinstance(special_tokens, Sequence) else (special_tokens, 0)
         if len(both_ends) != 2:
             raise ValueError(f"special_tokens must be an int or (leading, closing), got {special_tokens}")
         leading, closing = both_ends
@@ -164,6 +170,12 @@ class BlockLayout:
                 raise ValueError(f"{name} must be 0 or more, got {count}")
         if key_tokens_per_frame is None:
             key_tokens_per_frame = tokens_per_frame
+            if dense_special and leading + closing > 0 and graph.device.type == "cpu" and graph.is_causal():
+                raise ValueError(
+                    "special tokens must not be dense where the graph is causal, as they would show every frame the "
+                    'frames after it; use dense_special=False (special_tokens="masked" in patch), or give '
+                    "key_tokens_per_frame if the key frames are other frames than the query frames"
+                )
         lengths = _frame_lengths("tokens_per_frame", tokens_per_frame, graph.num_frames, leading + closing)
         key_lengths = _frame_lengths(
             "key_tokens_per_frame", key_tokens_per_frame, graph.num_key_frames, leading + closing
@@ -417,13 +429,22 @@ def _first_of_row(indptr: Tensor, begins: Tensor) -> Tensor:
     return marks.index_fill_(0, indptr[:-1].long(), True)[:-1]
 
 
-def _as_int(name: str, value: int) -> int:
+def _as_int(name: str, value: object) -> int:
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{name} must be an int, but torch.jit.trace made a tensor of it: attention over a layout, as in a patched "
+            "model, has no trace; call the model itself, or torch.compile it"
+        )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     return int(value)
 
 
-def _frame_lengths(name: str, tokens: int | Sequence[int], num_frames: int, special: int) -> tuple[int, ...]:
+def _frame_lengths(
+    name: str, tokens: int | Sequence[int] | np.ndarray | Tensor, num_frames: int, special: int
+) -> tuple[int, ...]:
+    if isinstance(tokens, np.ndarray | Tensor) and tokens.ndim > 0:
+        tokens = tokens.tolist()
     if not isinstance(tokens, Sequence):
         lengths = (_as_int(name, tokens),) * num_frames
     else:

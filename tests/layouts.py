@@ -26,12 +26,14 @@ def random_layout(seed: int, *, max_frames: int = 5, max_tokens: int = 140, devi
         pairs = (torch.rand(frames, key_frames, generator=generator) < draw(0, 10) / 10).nonzero()
         graph = CovisibilityGraph.from_pairs(frames, pairs, num_key_frames=key_frames)
     else:
-        graph = CovisibilityGraph.from_dense(torch.rand(frames, frames, generator=generator) < draw(0, 10) / 10)
+        visible = torch.rand(frames, frames, generator=generator) < draw(0, 10) / 10
+        graph = CovisibilityGraph.from_dense(visible, square=True)
+    query_lengths, dense_special = lengths(frames), draw(0, 3) > 0
     return BlockLayout.from_graph(
         graph.to(device),
-        lengths(frames),
+        query_lengths,
         special_tokens=(leading, closing),
-        dense_special=draw(0, 3) > 0,
+        dense_special=dense_special and not graph.is_causal(),
         trailing_tokens=draw(0, 2) * draw(0, 1),
         key_tokens_per_frame=lengths(key_frames) if rectangular else None,
     )

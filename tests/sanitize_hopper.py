@@ -37,7 +37,8 @@ def layout(tokens: int, special: int) -> BlockLayout:
     """Each frame sees four of five, more than 8 tiles of columns; a sixth sees itself."""
     visible = torch.zeros(6, 6, dtype=torch.bool)
     visible[:5, :5] = ~torch.eye(5, dtype=torch.bool).roll(2, 1)
-    return BlockLayout.from_graph(CovisibilityGraph.from_dense(visible).to("cuda"), tokens, special_tokens=special)
+    graph = CovisibilityGraph.from_dense(visible, square=True).to("cuda")
+    return BlockLayout.from_graph(graph, tokens, special_tokens=special)
 
 
 def run(tokens: int, special: int, head_size: int, dtype: torch.dtype, scale: float | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import random_layout
+from torch.autograd import forward_ad
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, backends, block_sparse_attention, prepare
 from svggt_kernels.attention import choose_backend
@@ -143,6 +144,79 @@ def test_a_scale_that_float32_rounds_to_zero_is_zero(band: BlockLayout, scale: f
     assert factor > 0
     assert bool((given == 0).all()) == (dtype == torch.float32 and abs(scale) < 1e-45)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=band.to_dense(), scale=0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("scale", [0.0, 5e-46, -6e-46, 8e-46, 1e-40, -1e-38])
+def test_a_scale_near_zero_gives_the_mean_and_finite_gradients(band: BlockLayout, scale: float, dtype: torch.dtype):
+    """Even if the gradient of q at scale 1 is beyond the dtype: 300 * 300 * 9 is beyond float16."""
+    q, k, v = (x.detach().to(dtype) for x in inputs(band))
+    leaves = [x.requires_grad_() for x in (q, 300 * k, v)]
+    out, lse = block_sparse_attention(*leaves, band, scale=scale, return_lse=True)
+    visible = band.to_dense().double()
+    count = visible.sum(-1)
+    torch.testing.assert_close(out, (visible @ v.double() / count[:, None]).to(dtype))
+    torch.testing.assert_close(lse, count.log().float().expand_as(lse))
+    dq, dk, dv = torch.autograd.grad(out, leaves, 300 * torch.randn_like(out))
+    assert bool((dq.float().abs() < 1e-30).all()) and bool((dk.float().abs() < 1e-30).all())
+    assert bool(dv.isfinite().all())
+
+
+def test_a_small_scale_weighs_large_scores(band: BlockLayout):
+    """1e-39 is not normal in float32, so that some processors take it for 0; scores here are about 1e38."""
+    q, k, v = (x.detach() for x in inputs(band))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=band.to_dense(), scale=0.1)
+    out = block_sparse_attention((1e19 * q).float(), (1e19 * k).float(), v.float(), band, scale=1e-39)
+    torch.testing.assert_close(out, expected.float())
+
+
+def test_nan_in_q_stays_nan_at_scale_zero(band: BlockLayout):
+    q, k, v = (x.detach() for x in inputs(band))
+    q[0, 0, 3, 1] = torch.nan
+    out, lse = block_sparse_attention(q, k, v, band, scale=0.0, return_lse=True)
+    assert bool(out[0, 0, 3].isnan().all()) and bool(lse[0, 0, 3].isnan()) and int(lse.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_scores_give_nan(dtype: torch.dtype):
+    layout = layout_of(CovisibilityGraph.sequential(3, 0))
+    q, k, v = (x.detach().to(dtype) for x in inputs(layout))
+    k[0, 0, 12, 3] = torch.nan
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="sdpa")
+    sees_nan = torch.zeros(1, 2, 27, dtype=torch.bool)
+    sees_nan[0, 0, 9:18] = True
+    assert torch.equal(lse.isnan(), sees_nan)
+    assert torch.equal(out.isnan().all(-1), sees_nan) and torch.equal(out.isnan().any(-1), sees_nan)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, from make_dual
+@pytest.mark.parametrize("argument", [0, 1, 2])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(band: BlockLayout, argument: int, requires_grad: bool):
+    tensors = [x.detach().requires_grad_(requires_grad) for x in inputs(band)]
+    with forward_ad.dual_level():
+        tensors[argument] = forward_ad.make_dual(tensors[argument], torch.randn_like(tensors[argument]))
+        with pytest.raises(RuntimeError, match="reverse mode only"):
+            block_sparse_attention(*tensors, band)
+    block_sparse_attention(*(x.detach() for x in inputs(band)), band)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, from jvp
+def test_transforms_of_torch_func_are_refused(band: BlockLayout):
+    q, k, v = (x.detach() for x in inputs(band))
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return block_sparse_attention(q, k, v, band)
+
+    with pytest.raises(RuntimeError, match="reverse mode only"):
+        torch.func.jvp(attend, (q,), (q,))
+    for transformed in (
+        lambda: torch.func.grad(lambda q: attend(q).sum())(q),
+        lambda: torch.func.vjp(attend, q),
+        lambda: torch.func.vmap(attend)(q[None]),
+    ):
+        with pytest.raises(RuntimeError, match=r"no transform of torch\.func"):
+            transformed()
 
 
 @pytest.mark.parametrize("scale", [2.4e38, -2.4e38])

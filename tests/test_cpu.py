@@ -10,7 +10,7 @@ from layouts import random_layout
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.backends import cpu
-from svggt_kernels.verify import error_ratios, within_budget
+from svggt_kernels.verify import error_ratios, plain_gradients, within_budget
 
 CPU = torch.device("cpu")
 try:
@@ -19,7 +19,7 @@ except ImportError as error:
     pytest.skip(f"the C++ extension was not built: {error}", allow_module_level=True)
 
 NATIVE = cpu.extension()
-BEST, *OTHERS = NATIVE.instruction_sets()
+BEST, *OTHERS = INSTRUCTION_SETS = NATIVE.instruction_sets()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -123,6 +123,59 @@ def test_scores_far_apart_stay_finite():
     layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(2), 300)
     q, k, v = (100 * torch.randn(1, 1, 600, 64) for _ in range(3))
     assert all(bool(x.isfinite().all()) for x in differentiated(q, k, v, layout, torch.ones_like(q)))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_underflows_counts_for_nothing(dtype, instruction_set, monkeypatch: pytest.MonkeyPatch):
+    """One key's weight is exp(-2500) and its value huge, as in a padded token that nobody has written."""
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instruction_set)
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1), 32)
+    q, k, v = torch.zeros(1, 1, 32, 16), torch.zeros(1, 1, 32, 16), torch.rand(1, 1, 32, 16)
+    q[..., 0], k[:, :, 5, 0] = 100.0, -100.0
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    v[:, :, 5] = 0
+    expected = differentiated(q, k, v, layout, torch.ones_like(q))
+    v[:, :, 5] = 1e35
+    for actual, reference in zip(differentiated(q, k, v, layout, torch.ones_like(q)), expected, strict=True):
+        assert torch.equal(actual, reference)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [0x7FC0, 0xFFFF], ids=["quiet", "all bits set"])
+def test_nan_scores_give_nan(bits: int, dtype: torch.dtype, instruction_set: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instruction_set)
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 0), 20)
+    q, k, v = (torch.randn(1, 2, 60, 16, dtype=dtype) for _ in range(3))
+    nan = torch.tensor(bits - 2**16 if bits >= 2**15 else bits, dtype=torch.int16).view(torch.bfloat16)
+    k[0, 0, 25, 3] = nan.to(dtype)
+    out, lse, dq, dk, dv = differentiated(q, k, v, layout, torch.ones_like(q))
+    sees_nan = torch.zeros(1, 2, 60, dtype=torch.bool)
+    sees_nan[0, 0, 20:40] = True
+    for result in (out, dq, dk, dv):
+        assert torch.equal(result.isnan().all(-1), sees_nan) and torch.equal(result.isnan().any(-1), sees_nan)
+    assert torch.equal(lse.isnan(), sees_nan)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_long_rows_keep_their_digits(instruction_set: str, monkeypatch: pytest.MonkeyPatch):
+    """Equal weights: a sum that takes them up one after the other would be off by 1e-4."""
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instruction_set)
+    tokens = 250_000
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1, 1), 2, key_tokens_per_frame=tokens)
+    q, k, v = torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, tokens, 16), torch.rand(1, 1, tokens, 16) + 0.5
+    q[..., 0], k[..., 0], k[:, :, 0, 0] = 4.0, -1.1, 0.0
+    mask, weights = torch.ones(2, tokens, dtype=torch.bool), torch.rand(1, 1, 2, 16)
+    found = differentiated(q, k, v, layout, weights)
+    plain, exact = (
+        plain_gradients(*(x.to(dtype) for x in (q, k, v)), mask, weights.to(dtype), torch.zeros(1, 1, 2, dtype=dtype))
+        for dtype in (torch.float32, torch.float64)
+    )
+    for actual, low, reference in zip(found, plain, exact, strict=True):
+        # The backward pass makes weights of the LSE, whose rounding they feel as it is, not relative to its size.
+        rounding = torch.finfo(torch.float32).eps / 2 * float(reference.abs().max() * exact[1].abs().max())
+        assert (actual - reference).abs().max() <= 2 * max(float((low - reference).abs().max()), rounding)
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])

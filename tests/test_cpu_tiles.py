@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -92,6 +93,57 @@ def test_any_number_of_threads_gives_the_same_bits():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def attend(layout: BlockLayout, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return cpu.forward(q, k, v, cpu.tables(layout, q.dtype, q.shape[-1]), scale, True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4])
+def test_padding_has_no_weight_whatever_the_scale(scale: float):
+    """33 keys are padded to 64. Times the scale, scores are about 1e-30, 1, or below -1e30."""
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1), 33)
+    q, k, v = torch.zeros(1, 1, 33, 32), torch.zeros(1, 1, 33, 32), torch.rand(1, 1, 33, 32)
+    q[..., 0], k[..., 0] = (2.0**50, -(2.0**50)) if scale > 1 else (1.0, -1.0)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    out, lse = attend(layout, q, k, v, scale)
+    scores = q.double() @ k.double().mT * scale
+    torch.testing.assert_close(out.double(), scores.softmax(-1) @ v.double(), rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=2**-20, atol=2**-8)
+
+
+def test_a_weight_that_underflows_counts_for_nothing():
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1), 40)
+    q, k, v = torch.zeros(1, 1, 40, 32), torch.zeros(1, 1, 40, 32), torch.rand(1, 1, 40, 32)
+    q[..., 0], k[:, :, 5, 0] = 100.0, -100.0
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    v[:, :, 5] = 0
+    expected = attend(layout, q, k, v, 0.25)
+    v[:, :, 5] = 1e38
+    assert all(torch.equal(a, b) for a, b in zip(attend(layout, q, k, v, 0.25), expected, strict=True))
+
+
+def test_nan_scores_give_nan():
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 0), 20)
+    q, k, v = (torch.randn(1, 1, 60, 32, dtype=torch.bfloat16) for _ in range(3))
+    k[0, 0, 25, 3] = torch.nan
+    sees_nan = torch.arange(60) // 20 == 1
+    for result in attend(layout, q, k, v, 0.25):
+        assert torch.equal(result[0, 0].reshape(60, -1).isnan().all(-1), sees_nan)
+        assert torch.equal(result[0, 0].reshape(60, -1).isnan().any(-1), sees_nan)
+
+
+def test_long_rows_keep_their_digits():
+    """Weights are 1 and 2^-26, exact: the error is that of the sum, and 2e-4 where 1 + 2^-25 is 1."""
+    tokens = 250_000
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1, 1), 2, key_tokens_per_frame=tokens)
+    q, k, v = torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, tokens, 32), torch.rand(1, 1, tokens, 32)
+    q[..., 0], k[..., 0], k[:, :, 0, 0] = 1.0, -26.0, 0.0
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    _, lse = attend(layout, q, k, v, math.log(2))
+    torch.testing.assert_close(
+        lse.double(), (q.double() @ k.double().mT * math.log(2)).logsumexp(-1), rtol=0, atol=1e-6
+    )
 
 
 def test_scores_far_apart_stay_finite():

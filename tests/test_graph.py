@@ -30,7 +30,7 @@ def int32(*values):
 def test_structure_equals_the_dense_matrix(frames, keys, density):
     visible = random_matrix(frames, keys, density)
     other = random_matrix(frames, keys, 0.2, seed=1)
-    graph = CovisibilityGraph.from_dense(visible)
+    graph = CovisibilityGraph.from_dense(visible, square=frames == keys)
     expected = with_diagonal(visible)
 
     assert graph.indptr.dtype == graph.indices.dtype == torch.int32
@@ -39,7 +39,8 @@ def test_structure_equals_the_dense_matrix(frames, keys, density):
     assert graph.density == pytest.approx(expected.float().mean().item())
     assert torch.equal(graph.rows.long(), expected.nonzero()[:, 0])
     assert torch.equal(graph.transposed().to_dense(), expected.T)
-    assert torch.equal((graph | CovisibilityGraph.from_dense(other)).to_dense(), expected | with_diagonal(other))
+    united = graph | CovisibilityGraph.from_dense(other, square=frames == keys)
+    assert torch.equal(united.to_dense(), expected | with_diagonal(other))
     assert graph.is_square == (frames == keys)
     if graph.is_square:
         assert torch.equal(graph.symmetrized().to_dense(), expected | expected.T)
@@ -82,6 +83,40 @@ def test_from_dense_takes_arrays_and_leaves_its_input_alone():
     assert CovisibilityGraph.from_dense(visible).num_edges == 3
     assert not visible.any()
     assert CovisibilityGraph.from_dense(np.ones((4, 4), dtype=bool)[::2, ::-1]).num_edges == 8
+
+
+def test_a_part_of_a_matrix_with_as_many_rows_as_columns_gets_no_diagonal():
+    part = CovisibilityGraph.sequential(8, window=2).to_dense()[:4, 4:]
+    assert torch.equal(CovisibilityGraph.from_dense(part, square=False).to_dense(), part)
+    assert torch.equal(CovisibilityGraph.from_dense(part, square=True).to_dense(), with_diagonal(part))
+    with pytest.raises(TypeError, match="square must be given for this 4 x 4 matrix"):
+        CovisibilityGraph.from_dense(part)
+    with pytest.raises(ValueError, match=r"as many rows as columns, got shape \(3, 4\)"):
+        CovisibilityGraph.from_dense(part[:3], square=True)
+    assert torch.equal(CovisibilityGraph.from_dense(part[:3]).to_dense(), part[:3])
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "whole diagonal"])
+def test_a_matrix_that_is_plainly_square_needs_no_argument(kind):
+    visible = random_matrix(9, 9, 0.4)
+    visible = visible | visible.T if kind == "symmetric" else with_diagonal(visible)
+    visible[4, 4] = kind != "symmetric"
+    assert torch.equal(CovisibilityGraph.from_dense(visible).to_dense(), with_diagonal(visible))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "causal"),
+    [
+        ([(1, 0), (2, 0), (3, 2)], True),
+        ([], False),  # each frame alone
+        ([(1, 0), (0, 1)], False),
+        ([(1, 0), (2, 0), (0, 3)], False),
+    ],
+)
+def test_causal_graphs(pairs, causal):
+    assert CovisibilityGraph.from_pairs(4, pairs).is_causal() == causal
+    assert not CovisibilityGraph.from_pairs(4, pairs, num_key_frames=5).is_causal()
+    assert not CovisibilityGraph.from_pairs(4, pairs, num_key_frames=4).is_causal(), "no frame sees itself"
 
 
 @pytest.mark.parametrize("keys", [None, 1, 9])
@@ -287,7 +322,7 @@ def hops_by_matrix_powers(visible):
 def test_components_and_diameter_equal_brute_force(density, seed):
     visible = random_matrix(90, 90, density, seed)
     hops = hops_by_matrix_powers(visible)
-    graph = CovisibilityGraph.from_dense(visible)
+    graph = CovisibilityGraph.from_dense(visible, square=True)
     components = len((hops >= 0).unique(dim=0))
     assert graph.num_components == components
     assert graph.is_connected() == (components == 1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import time
 
+import numpy as np
 import pytest
 import torch
 from layouts import random_layout
@@ -111,6 +112,53 @@ def test_adjacent_frames_merge_into_one_run():
     assert runs.length[:10].tolist() == [7 * n for n in (3, 4, 5, 5, 5, 5, 5, 5, 4, 3)]
 
 
+@pytest.mark.parametrize("special", [1, (0, 2)])
+def test_dense_special_tokens_of_a_causal_graph_are_refused(special):
+    """They would show frame 0 what the last frame holds."""
+    causal = CovisibilityGraph.from_pairs(4, [(1, 0), (2, 1), (3, 0)])
+    with pytest.raises(ValueError, match="use dense_special=False"):
+        BlockLayout.from_graph(causal, 5, special_tokens=special)
+    hidden = BlockLayout.from_graph(causal, 5, special_tokens=special, dense_special=False).to_dense()
+    assert torch.equal(hidden, causal.to_dense().repeat_interleave(5, 0).repeat_interleave(5, 1))
+    BlockLayout.from_graph(causal, 5)  # no special tokens
+    BlockLayout.from_graph(causal, 5, special_tokens=special, key_tokens_per_frame=5)  # other frames
+    for pairs in ([], [(0, j) for j in range(1, 4)], [(1, 0), (2, 0), (0, 2)]):
+        BlockLayout.from_graph(CovisibilityGraph.from_pairs(4, pairs), 5, special_tokens=special)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_lengths_of_any_sequence(kind):
+    layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1), kind([4, 5, 6]), special_tokens=[1, 1])
+    assert layout.queries.lengths == layout.keys.lengths == (4, 5, 6)
+    assert (layout.queries.leading, layout.queries.closing) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing_is_refused_in_words():
+    graph = CovisibilityGraph.sequential(3, 1)
+    with pytest.raises(RuntimeError, match="has no trace"):
+        torch.jit.trace(lambda x: x * len(BlockLayout.from_graph(graph, x.shape[0] // 3).graph.rows), torch.ones(12))
+
+
+def test_deterministic_algorithms_build_the_same_layouts():
+    """They refuse what has no fixed order, and fill new memory."""
+
+    def tables(layout: BlockLayout) -> list[torch.Tensor]:
+        return [*layout.runs, *layout.tiles(16, 8, 8), *layout.transposed().tiles(16, 8, 8)]
+
+    def layout() -> BlockLayout:
+        graph = CovisibilityGraph.from_pairs(6, [(0, 3), (3, 0), (5, 1), (2, 4)])
+        return BlockLayout.from_graph(graph, [30, 20, 7, 9, 50, 1], trailing_tokens=2)
+
+    expected = tables(layout())
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = tables(layout())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_dense_special_tokens_are_one_group_not_a_tile_per_frame():
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(20, 1), 50, special_tokens=5, trailing_tokens=1)
     tiles = layout.tiles(64, 64, 64)
@@ -176,6 +224,10 @@ def test_tables_need_no_value_from_the_device():
         ({"tokens_per_frame": [4, 0, 4]}, ValueError, "got 0 for frame 1"),
         ({"tokens_per_frame": 4.0}, TypeError, "tokens_per_frame"),
         ({"tokens_per_frame": True}, TypeError, "must be an int, got True"),
+        ({"tokens_per_frame": np.array([4.0, 4.0, 4.0])}, TypeError, r"tokens_per_frame\[0\] must be an int, got 4.0"),
+        ({"tokens_per_frame": 4, "trailing_tokens": "a"}, TypeError, "trailing_tokens must be an int, got 'a'"),
+        ({"tokens_per_frame": 4, "special_tokens": "ab"}, TypeError, "special_tokens must be an int, got 'a'"),
+        ({"tokens_per_frame": 4, "dense_special": "masked"}, TypeError, "dense_special must be a bool, got 'masked'"),
         ({"tokens_per_frame": 4, "special_tokens": 5}, ValueError, "frame 0 has 4 tokens but 5 special ones"),
         ({"tokens_per_frame": 4, "special_tokens": (3, 2)}, ValueError, "4 tokens but 5 special"),
         ({"tokens_per_frame": 4, "special_tokens": -1}, ValueError, "special_tokens must be 0 or more, got -1"),

@@ -146,14 +146,18 @@ def test_scaled_sum_and_its_norm_are_each_rounded_once(kind: str, dtype: torch.d
 def test_gelu_is_the_exact_one_rounded_once(kind: str, dtype: torch.dtype):
     function = implementation(kind, "gelu_", dtype)
     x = torch.linspace(-6, 6, 7001, device=DEVICE).to(dtype)
-    exact = F.gelu(x.double())
+    exact = x.double() * torch.special.erfc(-x.double() / math.sqrt(2)) / 2
     assert function(x) is x
     rounded_once(x, exact)
     tanh = F.gelu(torch.linspace(-6, 6, 7001, device=DEVICE).to(dtype).double(), approximate="tanh")
     with pytest.raises(AssertionError):
         rounded_once(x, tanh)
-    ends = torch.tensor([math.nan, math.inf, -65504.0, 65504.0, -0.0], device=DEVICE).to(dtype)
-    assert torch.equal(function(ends.clone())[1:], F.gelu(ends)[1:]) and function(ends)[0].isnan()
+    ends = torch.tensor([-65504.0, 65504.0, -0.0], device=DEVICE).to(dtype)
+    assert torch.equal(function(ends.clone()), ends.clamp(min=0))
+    assert function(torch.full((3,), math.nan, device=DEVICE, dtype=dtype)).isnan().all()
+    if kind == "triton":  # PyTorch promises nothing of infinities
+        ends = torch.tensor([-math.inf, math.inf], device=DEVICE, dtype=dtype)
+        assert torch.equal(function(ends.clone()), ends.clamp(min=0))
 
 
 # The model

@@ -138,6 +138,45 @@ class TestNumbers:
                 rounding = torch.finfo(torch.float32).eps / 2 * float(reference.abs().max())
                 assert rms(mine - reference) <= 2 * max(rms(other - reference), rounding)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+    @pytest.mark.parametrize("scale", [1e-30, 1e4])
+    def test_padding_has_no_weight_whatever_the_scale(self, scale: float, dtype: torch.dtype, emulated):
+        """33 keys are padded to 64. Times the scale, scores are about -1e-30, or below -1e30."""
+        emulated(one_schedule)
+        layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1), 33)
+        q, k, v = torch.zeros(1, 1, 33, 64), torch.zeros(1, 1, 33, 64), torch.rand(1, 1, 33, 64)
+        q[..., 0], k[..., 0] = (2.0**50, -(2.0**50)) if scale > 1 else (1.0, -1.0)
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = block_sparse_attention(*leaves, layout, scale=scale, return_lse=True, backend="metal")
+        _, _, dv = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        q, k, v = (x.detach().double() for x in leaves)
+        scores = q @ k.mT * scale
+        torch.testing.assert_close(out.double(), scores.softmax(-1) @ v, rtol=2**-8, atol=2**-8)
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+        assert bool(dv.isfinite().all())
+
+    def test_nan_scores_give_nan(self, emulated):
+        emulated(one_schedule)
+        layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 0), 20)
+        q, k, v = inputs(layout)
+        k[0, 0, 25, 3] = torch.nan
+        sees_nan = torch.zeros(1, 2, 60, dtype=torch.bool)
+        sees_nan[0, 0, 20:40] = True
+        out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="metal")
+        assert torch.equal(lse.isnan(), sees_nan)
+        for result in (out, *run(layout, q, k, v, weights=torch.ones_like(q))):
+            assert torch.equal(result.isnan().all(-1), sees_nan) and torch.equal(result.isnan().any(-1), sees_nan)
+
+    def test_long_rows_keep_their_digits(self, emulated):
+        """Equal weights: a sum that takes them up one after the other would be off by 1e-5."""
+        emulated(one_schedule)
+        tokens = 60_000
+        layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1, 1), 1, key_tokens_per_frame=tokens)
+        q, k, v = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, tokens, 64), torch.rand(1, 1, tokens, 64)
+        q[..., 0], k[..., 0], k[:, :, 0, 0] = 1.0, -1.1, 0.0
+        _, lse = block_sparse_attention(q, k, v, layout, scale=1.0, return_lse=True, backend="metal")
+        torch.testing.assert_close(lse.double(), (q.double() @ k.double().mT).logsumexp(-1), rtol=0, atol=2e-6)
+
     def test_what_is_not_visible_is_never_read(self, emulated):
         emulated(one_schedule)
         graph = CovisibilityGraph.from_pairs(3, [(0, 0), (1, 0), (2, 0), (2, 2)], num_key_frames=3)

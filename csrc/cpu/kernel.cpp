@@ -102,7 +102,7 @@ int64_t scratch_bytes(int64_t head_size) {
   const int64_t scores = kRows * kMostColumns * sizeof(float);
   const int64_t slopes = kMostRows * kSlopesStride * sizeof(float);
   const int64_t columns = kMostColumns * round_up(head_size, kPad) * sizeof(float);
-  const int64_t rows = kMostRows * (kLanes + 1) * sizeof(float);
+  const int64_t rows = kMostRows * (sizeof(float) + sizeof(RowSum));
   return 5 * tile + 6 * scores + slopes + columns + rows;
 }
 
@@ -114,10 +114,10 @@ class Softmax {
 
   Softmax(float* scores, Element* weights) : scores_(scores), weights_(weights) {}
 
-  // Takes new scores. Updates the largest score and rescales the sum of each row, and sets `rescale` by how much what was
-  // found with the old maximum shrinks. A sum is kept as kLanes sums.
-  void start(int64_t width, float factor, float* most, float* sums, float* rescale) {
-    width_ = width, factor_ = factor, sums_ = sums, row_ = 0, column_ = 0;
+  // Takes new scores. Updates the largest score of each row, and sets `rescale` by how much what was found with the old
+  // maximum shrinks, as the sums will at the end.
+  void start(int64_t width, float factor, float* most, RowSum* sums, float* rescale) {
+    width_ = width, factor_ = factor, sums_ = sums, rescale_ = rescale, row_ = 0, column_ = 0;
     for (int i = 0; i < kRows; ++i) {
       Floats top = load(scores_ + i * kMostColumns);
       for (int64_t j = kLanes; j < width; j += kLanes) top = maximum(load(scores_ + i * kMostColumns + j), top);
@@ -125,7 +125,7 @@ class Softmax {
       most[i] = before > here ? before : here;
       most_[i] = most[i];
       rescale[i] = ::exp2f((before - most[i]) * factor);
-      store(sums + i * kLanes, load(sums + i * kLanes) * splat(rescale[i]));
+      tile_sums_[i] = Floats{};
     }
   }
 
@@ -134,13 +134,14 @@ class Softmax {
     if (column_ == width_) return;
     const int64_t place = row_ * kMostColumns + column_;
     const Floats p = exp2<Type::kDegree>((load(scores_ + place) - splat(most_[row_])) * splat(factor_));
-    store(sums_ + row_ * kLanes, load(sums_ + row_ * kLanes) + p);
+    tile_sums_[row_] += p;
     Type::store(weights_ + place, p);
     if (++row_ == kRows) row_ = 0, column_ += kLanes;
   }
 
   void finish() {
     while (column_ < width_) (*this)();
+    for (int i = 0; i < kRows; ++i) sums_[i].add(tile_sums_[i], rescale_[i]);
   }
 
  private:
@@ -149,7 +150,9 @@ class Softmax {
   int64_t width_ = 0;
   float factor_ = 0;
   float most_[kRows];
-  float* sums_ = nullptr;
+  Floats tile_sums_[kRows];
+  RowSum* sums_ = nullptr;
+  const float* rescale_ = nullptr;
   int64_t row_ = 0;
   int64_t column_ = 0;
 };
@@ -162,11 +165,11 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   Element* queries = scratch.take<Element>(rows * features);
   float* out = scratch.take<float>(rows * features);
   float* most = scratch.take<float>(rows);  // the largest score of each row so far
-  float* sums = scratch.take<float>(rows * kLanes);
+  RowSum* sums = scratch.take<RowSum>(rows);
   float* scores = scratch.take<float>(kRows * kMostColumns);
   copy_rows<Type>(tile.rows[0], head_size, queries);
   for (int64_t i = 0; i < rows; ++i) most[i] = -HUGE_VALF;
-  std::memset(sums, 0, rows * kLanes * sizeof(float));
+  std::memset(sums, 0, rows * sizeof(RowSum));
   std::memset(out, 0, rows * features * sizeof(float));
 
   // Weights times values, beside which the weights of the next rows are made.
@@ -195,7 +198,7 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
         hide_padding(scores, column.count);
         next->values = values, next->width = width, next->out = out + row * features;
         Softmax<Type> softmax(scores, next->weights);
-        softmax.start(width, scale * kLog2E, most + row, sums + row * kLanes, next->rescale);
+        softmax.start(width, scale * kLog2E, most + row, sums + row, next->rescale);
         if (due->values) run(*due, softmax);
         softmax.finish();
         std::swap(next, due);
@@ -228,7 +231,7 @@ class Slopes {
     for (int i = 0; i < Type::kPairs; ++i) {
       const int64_t place = (row_ + i) * kMostColumns + column_;
       // Rounded as in the forward pass, so that a lone key has weight 1; the maximum keeps the compiler from fusing.
-      const Floats score = maximum(load(scores_ + place) * splat(scale_), splat(-FLT_MAX));
+      const Floats score = maximum(splat(-FLT_MAX), load(scores_ + place) * splat(scale_));
       const Floats p = exp2<Type::kDegree>((score - load(lse_ + column_)) * splat(kLog2E));
       slopes[i] = row_ + i < rows_ ? p * (load(products_ + place) - load(inner_ + column_)) : Floats{};
       Type::store(weights_ + place, p);

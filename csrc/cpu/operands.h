@@ -100,15 +100,29 @@ void write_rows(const float* from, float factor, const Tokens& tokens, int64_t h
   }
 }
 
-// The end of a forward pass: divides each row of `out` by its sum, and writes it and its LSE. Sums lie kLanes apart, in
-// parts; `unit` is that of `most`, the largest scores, in natural logarithms.
+// The sum of the weights of a row, in kLanes parts. Each tile of columns is summed apart, and what the addition of a tile
+// rounds off is added with the next tile (Kahan, 1965), so that the error does not grow with the number of tiles.
+struct RowSum {
+  Floats parts;
+  Floats excess;  // by how much `parts` is too large
+
+  // Adds a tile after `factor` times what there is.
+  void add(Floats tile, float factor) {
+    const Floats before = parts * splat(factor), added = tile - excess * splat(factor);
+    parts = before + added;
+    excess = (parts - before) - added;
+  }
+};
+
+// The end of a forward pass: divides each row of `out` by its sum, and writes it and its LSE. A sum is 0 only where the row
+// sees nothing; `unit` is that of `most`, the largest scores, in natural logarithms.
 template <class Type>
-void finish_rows(const RowTile& tile, int64_t head_size, float* out, const float* sums, const float* most, float unit) {
+void finish_rows(const RowTile& tile, int64_t head_size, float* out, const RowSum* sums, const float* most, float unit) {
   const int64_t features = round_up(head_size, kPad);
   for (int64_t i = 0; i < tile.rows[0].count; ++i) {
-    const float sum = reduce_sum(load(sums + i * kLanes));
-    *row_of<float>(tile.lse, i) = sum > 0 ? most[i] * unit + ::logf(sum) : -HUGE_VALF;
-    if (sum > 0)
+    const float sum = reduce_sum(sums[i].parts);
+    *row_of<float>(tile.lse, i) = sum == 0 ? -HUGE_VALF : most[i] * unit + ::logf(sum);
+    if (sum != 0)
       for (int64_t d = 0; d < features; d += kLanes)
         store(out + i * features + d, load(out + i * features + d) / splat(sum));
   }

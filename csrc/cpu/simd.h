@@ -78,14 +78,19 @@ inline float reduce_sum(Floats x) {
   return reduce(x, [](float a, float b) { return a + b; });
 }
 
-// 2^x for x < 127, and 2^-100 for all x below that: next to a largest weight of 1 that is nothing. kDegree 5 errs by
-// 1e-7, 3 by 1e-4, relative; the coefficients are minimax on [-1/2, 1/2] with 2^0 = 1 exact.
+// 2^x for x < 127: 0 where 2^x is below the normal numbers of float32, NaN where x is NaN. kDegree 5 errs by 1e-7, 3 by
+// 1e-4, relative; the coefficients are minimax on [-1/2, 1/2] with 2^0 = 1 exact.
 template <int kDegree>
 inline Floats exp2(Floats x) {
-  const Floats magic = splat(0x1.8p23f);  // a sum with it keeps the nearest integer, in its low bits
-  x = maximum(splat(-100.0f), x);
-  const Floats shifted = x + magic;
-  const Floats r = x - (shifted - magic);
+  // A sum with it keeps the nearest integer in its low bits, plus 127: the exponent field of a float, 0 for -127.
+  const Floats magic = splat(0x1.8p23f + 127);
+#if defined(__AVX512F__)
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
+#else
+  x = maximum(splat(-127.0f), x);
+#endif
+  const Floats shifted = x + magic, nearest = shifted - magic;
+  const Floats r = x - nearest;
   Floats p;
   if constexpr (kDegree == 5) {
     p = splat(0.00132647269f) * r + splat(0.00967151266f);
@@ -98,7 +103,11 @@ inline Floats exp2(Floats x) {
     p = p * r + splat(0.693282928f);
   }
   p = p * r + splat(1.0f);
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(is_normal, p, nearest);
+#else
+  return p * (Floats)((Ints)shifted << 23);
+#endif
 }
 
 // What depends on the dtype of operands: how many consecutive elements of the summed axis a lane holds, the product of

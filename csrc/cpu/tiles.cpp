@@ -19,7 +19,6 @@ namespace {
 using Element = BFloat16::Element;
 
 constexpr float kLn2 = 0.693147181f;
-constexpr float kHidden = -1e30f;  // the score of what nobody sees
 // So far apart that the rows of a tile do not share a cache set.
 constexpr int64_t kScoresStride = kMostColumns + kTile;
 constexpr int64_t kWeightsStride = kMostColumns + kTileDepth;
@@ -84,13 +83,13 @@ SVGGT_INLINE void accumulate(const float* from, const float* factors, float* to,
   }
 }
 
-// 2^x for x < 127, relative error 1e-4 and none where x is whole.
+// 2^x for x < 127, relative error 1e-4 and none where x is whole; 0 for x = -infinity, NaN for NaN.
 SVGGT_INLINE Floats weight(Floats x) {
 #if defined(__AVX512F__)
   const Floats r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // what is left above a whole number
 #else
-  x = maximum(splat(-125.0f), x);
-  const Floats magic = splat(0x1.8p23f), nearest = (x + magic) - magic;
+  x = maximum(splat(-127.0f), x);
+  const Floats magic = splat(0x1.8p23f + 127), nearest = (x + magic) - magic;  // as in exp2
   const Floats whole = nearest > x ? nearest - splat(1.0f) : nearest;
   const Floats r = x - whole;
 #endif
@@ -100,7 +99,7 @@ SVGGT_INLINE Floats weight(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, x);
 #else
-  return (Floats)((Ints)p + ((Ints)(whole + magic) << 23));
+  return p * (Floats)((Ints)(whole + magic) << 23);
 #endif
 }
 
@@ -164,11 +163,12 @@ class Softmax {
  public:
   explicit Softmax(int64_t features) : units_(units_beside(features, kRows)) {}
 
-  // Takes new scores. `most` holds the largest score of each row so far in units of log2; updates it and rescales the sums,
-  // and sets `rescale` by how much what was found with the old maximum shrinks. A sum is kept as kLanes sums.
-  void start(const float* scores, Element* weights, int64_t width, float factor, float* most, float* sums,
+  // Takes new scores. `most` holds the largest score of each row so far in units of log2; updates it, and sets `rescale` by
+  // how much what was found with the old maximum shrinks, as the sums will at the end.
+  void start(const float* scores, Element* weights, int64_t width, float factor, float* most, RowSum* sums,
              float* rescale) {
-    scores_ = scores, weights_ = weights, width_ = width, factor_ = factor, sums_ = sums, row_ = 0, column_ = 0;
+    scores_ = scores, weights_ = weights, width_ = width, factor_ = factor, sums_ = sums, rescale_ = rescale, row_ = 0,
+    column_ = 0;
     for (int64_t row = 0; row < kRows; row += kLanes) {
       Floats top[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
@@ -181,8 +181,7 @@ class Softmax {
       store(most_ + row, now);
       store(rescale + row, exp2<5>(before - now));
     }
-    for (int64_t i = 0; i < kRows; ++i) store(sums + i * kLanes, load(sums + i * kLanes) * splat(rescale[i]));
-    sum_ = load(sums_);
+    sum_ = Floats{};
   }
 
   SVGGT_INLINE void operator()() { make(units_); }
@@ -206,20 +205,20 @@ class Softmax {
       }
       sum_ = sum, column_ = end;
       if (end < width_) continue;
-      store(sums_ + row_ * kLanes, sum);
-      column_ = 0;
-      if (++row_ < kRows) sum_ = load(sums_ + row_ * kLanes);
+      sums_[row_].add(sum, rescale_[row_]);
+      sum_ = Floats{}, column_ = 0, ++row_;
     }
   }
 
   int64_t units_;
   const float* scores_ = nullptr;
   Element* weights_ = nullptr;
-  float* sums_ = nullptr;
+  RowSum* sums_ = nullptr;
+  const float* rescale_ = nullptr;
   int64_t width_ = 0;
   float factor_ = 0;
   float most_[kRows];
-  Floats sum_ = {};  // of the row so far
+  Floats sum_ = {};  // of the row in this tile so far
   int64_t row_ = kRows;
   int64_t column_ = 0;
 };
@@ -229,7 +228,7 @@ int64_t scratch_bytes(int64_t head_size) {
   const int64_t tile = kMostRows * features * sizeof(float), block = kRows * features * sizeof(float);
   const int64_t scores = kRows * kScoresStride * sizeof(float), weights = kRows * kWeightsStride * sizeof(Element);
   const int64_t slopes = kMostRows * kScoresStride * sizeof(Element), columns = kMostColumns * features * sizeof(float);
-  const int64_t rows = kMostRows * (kLanes + 1) * sizeof(float);
+  const int64_t rows = kMostRows * (sizeof(float) + sizeof(RowSum));
   return 4 * tile + block + 4 * scores + 4 * weights + slopes + columns + rows;
 }
 
@@ -241,10 +240,10 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
   float* out = scratch.take<float>(rows * features);
   float* product = scratch.take<float>(kRows * features);
   float* most = scratch.take<float>(rows);
-  float* sums = scratch.take<float>(rows * kLanes);
+  RowSum* sums = scratch.take<RowSum>(rows);
   copy_rows<BFloat16>(tile.rows[0], head_size, queries);
   for (int64_t i = 0; i < rows; ++i) most[i] = -HUGE_VALF;
-  std::memset(sums, 0, rows * kLanes * sizeof(float));
+  std::memset(sums, 0, rows * sizeof(RowSum));
   std::memset(out, 0, rows * features * sizeof(float));
 
   // Weights times values, of the block before last and of the last one.
@@ -278,10 +277,9 @@ void forward(const RowTile& tile, const Columns& columns, int64_t head_size, flo
         add_values(*next, softmax);
         softmax.finish();
         for (int64_t i = 0; i < kRows; ++i)
-          for (int64_t j = column.count; j < width; ++j) next->scores[i * kScoresStride + j] = kHidden;
+          for (int64_t j = column.count; j < width; ++j) next->scores[i * kScoresStride + j] = -HUGE_VALF;
         next->values = values, next->width = width, next->out = out + row * features;
-        softmax.start(next->scores, next->weights, width, scale * kLog2E, most + row, sums + row * kLanes,
-                      next->rescale);
+        softmax.start(next->scores, next->weights, width, scale * kLog2E, most + row, sums + row, next->rescale);
         std::swap(next, last);
       }
     }

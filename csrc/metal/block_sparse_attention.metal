@@ -36,8 +36,8 @@ constant constexpr int LINE = HEAD_SIZE + 16 / int(sizeof(ELEMENT));
 constant constexpr float LOG2_E = 1.44269504088896340736f;
 constant constexpr float LN_2 = 0.69314718055994530942f;
 
-// The score of a column that does not exist. Finite, as fast math may assume that nothing is infinite.
-constant constexpr float HIDDEN = -1.0e30f;
+// The score of a column that does not exist: below all others. Finite, as fast math may assume that nothing is infinite.
+constant constexpr float HIDDEN = -3.40282347e+38f;
 
 struct Strides {
   long batch, head, token;
@@ -224,6 +224,7 @@ struct ForwardStrides {
   clear(out_row);
   float highest = HIDDEN;       // of the row's scores so far, which are in units of log2
   float2 total = float2(0.0f);  // of the weights that the lane has had, relative to the highest score
+  float2 excess = float2(0.0f);  // by how much that is too large
 
   for (int r = tile.z; r < tile.w; r++) {
     const int2 run = runs[r];
@@ -242,11 +243,11 @@ struct ForwardStrides {
         weights[c] = scores_of(products, scale * LOG2_E, c * 8 + at.column, count);
         largest = max(largest, weights[c]);
       }
+      float2 tile_total = float2(0.0f);
       const float higher = row_max(largest);
       const float shrink = power_of_2<ELEMENT>(highest - higher);
       highest = higher;
 
-      total *= shrink;
       UNROLL
       for (int d = 0; d < BLOCKS; d++) {
         out_row[d] *= shrink;
@@ -255,15 +256,20 @@ struct ForwardStrides {
       for (int c = 0; c < COLUMN_BLOCKS; c++) {
         weights[c].x = power_of_2<ELEMENT>(weights[c].x - highest);
         weights[c].y = power_of_2<ELEMENT>(weights[c].y - highest);
-        total += weights[c];
+        tile_total += weights[c];
       }
+      // What an addition rounds off is added with the next tile (Kahan, 1965).
+      const float2 before = total * shrink;
+      const float2 added = tile_total - excess * shrink;
+      total = before + added;
+      excess = (total - before) - added;
       add_weighted(out_row, weights, v_lines, at);
     }
   }
 
   const float row_total = row_sum(total);
   if (exists) {
-    const bool sees = row_total > 0.0f;
+    const bool sees = row_total != 0.0f;  // also where it is NaN
     device ELEMENT* out_token = out + head_offset(strides.out, group) + query * strides.out.token;
     store_row(out_token, out_row, sees ? 1.0f / row_total : 0.0f, at);
     if (at.column == 0) {

@@ -107,7 +107,7 @@ def report_of_mac(device: torch.device, verdicts: dict[str, dict[str, Verdict]])
 def layouts() -> dict[str, BlockLayout]:
     """Return small layouts, on the CPU, that differ in everything a layout can differ in."""
     generator = torch.Generator().manual_seed(0)
-    some = CovisibilityGraph.from_dense(torch.rand(7, 7, generator=generator) < 0.3)
+    some = CovisibilityGraph.from_dense(torch.rand(7, 7, generator=generator) < 0.3, square=True)
     wide = CovisibilityGraph.from_dense(torch.rand(3, 8, generator=generator) < 0.4)
     video = CovisibilityGraph.sequential(9, 1)
     return {

@@ -54,7 +54,7 @@ def from_colmap(
         UserWarning: If the source does not know some of the images, or no two of those that it knows share a feature.
     """
     shared = shared_features(source, images)
-    return CovisibilityGraph.from_dense(shared >= max(min_shared, 1))
+    return CovisibilityGraph.from_dense(shared >= max(min_shared, 1), square=True)
 
 
 def shared_features(source: str | Path, images: Sequence[str | PurePath]) -> Tensor:

@@ -198,16 +198,22 @@ class CovisibilityGraph:
     def from_dense(
         cls,
         visible: Tensor | np.ndarray,  # [S, Sk] bool
+        *,
+        square: bool | None = None,
     ) -> CovisibilityGraph:
-        """Build the graph of a boolean matrix, plus the diagonal when the matrix is square.
+        """Build the graph of a boolean matrix, plus the diagonal when rows and columns are the same frames.
 
         Args:
             visible: `[S, Sk]` bool, True where queries of the row's frame see keys of the column's frame. A
                 tensor's graph stays on the tensor's device.
+            square: True if columns are the same frames as rows, so that each frame sees itself; False if they are
+                different ones, as in a part of a larger matrix, so that no edge is added. By default a matrix with as
+                many rows as columns is taken for square; if it is not symmetric and some diagonal entry is False, it
+                may as well be such a part, and `square` must be given.
 
         Raises:
-            TypeError: If `visible` is not a boolean tensor or array.
-            ValueError: If it is not a matrix, or has no frame.
+            TypeError: If `visible` is not a boolean tensor or array, or `square` is missing where it must be given.
+            ValueError: If it is not a matrix, has no frame, or is not as square as `square` says.
         """
         if isinstance(visible, np.ndarray):
             visible = torch.as_tensor(np.ascontiguousarray(visible))
@@ -217,7 +223,16 @@ class CovisibilityGraph:
         if visible.ndim != 2 or 0 in visible.shape:
             raise ValueError(f"visible must be [S, Sk] with at least one frame, got shape {tuple(visible.shape)}")
         num_frames, key_frames = visible.shape
-        if num_frames == key_frames:
+        if square and num_frames != key_frames:
+            raise ValueError(f"a square graph must have as many rows as columns, got shape {tuple(visible.shape)}")
+        if square is None:
+            square = num_frames == key_frames
+            if square and not bool(visible.diagonal().all()) and not torch.equal(visible, visible.T):
+                raise TypeError(
+                    f"square must be given for this {num_frames} x {num_frames} matrix, neither symmetric nor of whole "
+                    "diagonal: True if columns are the same frames as rows, False if they are others"
+                )
+        if square:
             visible = visible.clone().fill_diagonal_(True)
         rows, indices = visible.nonzero(as_tuple=True)
         _check_edge_count(indices.numel())
@@ -358,6 +373,12 @@ class CovisibilityGraph:
     def is_square(self) -> bool:
         """Whether there are as many key frames as query frames."""
         return self.num_frames == self.num_key_frames
+
+    def is_causal(self) -> bool:
+        """Return whether every frame sees itself, some see earlier ones and none a later one; waits for the device."""
+        steps = self.rows - self.indices
+        in_order = self.is_square and bool((steps >= 0).all() & (steps > 0).any())
+        return in_order and int((steps == 0).sum()) == self.num_frames
 
     @property
     def rows(self) -> Tensor:

@@ -52,7 +52,7 @@ def from_poses(
     if not 0 < min_overlap <= 1:
         raise ValueError(f"min_overlap must be in (0, 1], got {min_overlap}")
     overlap = frustum_overlap(camera_to_world, intrinsics, depth_range, image_size)
-    return CovisibilityGraph.from_dense((overlap >= min_overlap) | (overlap.T >= min_overlap))
+    return CovisibilityGraph.from_dense((overlap >= min_overlap) | (overlap.T >= min_overlap), square=True)
 
 
 def frustum_overlap(

@@ -42,6 +42,9 @@ struct float2 {
     return *this;
   }
 };
+METAL_FUNC float2 operator+(float2 a, float2 b) { return float2(a.x + b.x, a.y + b.y); }
+METAL_FUNC float2 operator-(float2 a, float2 b) { return float2(a.x - b.x, a.y - b.y); }
+METAL_FUNC float2 operator*(float2 a, float b) { return float2(a.x * b, a.y * b); }
 METAL_FUNC float2 operator*(float2 a, float2 b) { return float2(a.x * b.x, a.y * b.y); }
 
 METAL_FUNC float2 max(float2 a, float2 b) { return float2(fmaxf(a.x, b.x), fmaxf(a.y, b.y)); }
