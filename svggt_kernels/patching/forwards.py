@@ -117,15 +117,23 @@ class Forwards:
         Raises:
             RuntimeError: If something does; `what` says what cannot be done now.
         """
-        if not self._turn.acquire(blocking=False):
-            raise RuntimeError(
-                f"{self.name} is running already, so {what}; a patched model runs one forward at a time. "
-                "Give each thread its own copy.deepcopy(model)"
-            )
-        try:
+        with self.pause() as paused:
+            if not paused:
+                raise RuntimeError(
+                    f"{self.name} is running already, so {what}; a patched model runs one forward at a time. "
+                    "Give each thread its own copy.deepcopy(model)"
+                )
             yield
+
+    @contextmanager
+    def pause(self) -> Iterator[bool]:
+        """No forward begins inside this context; tells whether none runs, and waits for none."""
+        paused = self._turn.acquire(blocking=False)
+        try:
+            yield paused
         finally:
-            self._turn.release()
+            if paused:
+                self._turn.release()
 
     @contextmanager
     def run(self, forward: Forward) -> Iterator[None]:

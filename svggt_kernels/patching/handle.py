@@ -244,8 +244,11 @@ class Patch:
 
         Nothing ran if that forward has raised, or is running.
         """
-        forward = self._last or Forward(ForwardInputs(None, None))
-        lean = None if self._last is None else self._lean
+        with self._forwards.pause() as paused:
+            return self._report(self._last if paused else None)
+
+    def _report(self, last: Forward | None) -> PatchReport:
+        forward, lean = last or Forward(ForwardInputs(None, None)), None if last is None else self._lean
         chosen, passed_over = None, {}
         if forward.kind is not None:
             chosen = choose_backend(*forward.kind, self._backend)
@@ -460,8 +463,8 @@ class Patch:
                 f"this forward did so in {len(layouts)} of {layouts[0].num_tokens}; the layers of a patched model must "
                 "agree; turn off what merges tokens (FastVGGT, ToMe) and stochastic depth over samples"
             )
-        if attn_mask is not None:
-            forward.masks.require_redundant(name, attn_mask, layouts)
+        if attn_mask is not None and running is not None:  # what runs again was checked in its first run
+            running.masks.require_redundant(name, attn_mask, layouts)
         if len(layouts) == 1:
             out = self._run(query, key, value, layouts[0], scale)
         else:
