@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .compiling import uncompiled
 from .layout import BlockLayout
 
 LOG2_E = math.log2(math.e)
@@ -163,24 +164,34 @@ def _tables(
     for direction in ("forward", "backward") if training else ("forward",):
         key = (backend, dtype, head_size, direction)
         if key not in layout.tables:
-            if torch.compiler.is_compiling() or _is_capturing(layout.device):
-                raise RuntimeError(
-                    "a layout must have its tables before torch.compile traces or a CUDA graph captures attention over "
-                    f"it; call svggt_kernels.prepare(layout, {dtype}, {head_size}, backend={backend!r}, "
-                    f"training={training}) first, or run once before with inputs of these sizes"
-                )
-            kernels = backends.load(backend)
-            make = kernels.tables if direction == "forward" else kernels.backward_tables
-            # As in BlockLayout.runs: a later backward pass must be able to save them.
-            with layout.order.lock, torch.inference_mode(False), torch.no_grad():
-                layout.order.before_use(layout.device, layout.kept)
-                made = make(layout, dtype, head_size)
-                layout.order.after_making(layout.device)
-                layout.tables[key] = made
+            _make_tables(layout, key)
         found.append(layout.tables[key])
     if not torch.compiler.is_compiling():
         layout.order.before_use(layout.device, layout.kept)
     return (found[0], found[1]) if training else (found[0], [])
+
+
+@uncompiled(
+    recursive=True,
+    reason="a layout must have its tables before torch.compile traces attention over it as one graph; call "
+    "svggt_kernels.prepare(layout, dtype, head_size) first, with training=True for gradients",
+)
+def _make_tables(layout: BlockLayout, key: tuple[str, torch.dtype, int, str]) -> None:
+    backend, dtype, head_size, direction = key
+    if _is_capturing(layout.device):
+        raise RuntimeError(
+            "a layout must have its tables before a CUDA graph captures attention over it; call "
+            f"svggt_kernels.prepare(layout, {dtype}, {head_size}, backend={backend!r}, "
+            f"training={direction == 'backward'}) first, or run once before with inputs of these sizes"
+        )
+    kernels = backends.load(backend)
+    make = kernels.tables if direction == "forward" else kernels.backward_tables
+    # As in BlockLayout.runs: a later backward pass must be able to save them.
+    with layout.order.lock, torch.inference_mode(False), torch.no_grad():
+        layout.order.before_use(layout.device, layout.kept)
+        made = make(layout, dtype, head_size)
+        layout.order.after_making(layout.device)
+        layout.tables[key] = made
 
 
 def _is_capturing(device: torch.device) -> bool:

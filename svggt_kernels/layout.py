@@ -247,12 +247,12 @@ class BlockLayout:
         of_backends = [tensor for layout in both for tables in layout.tables.values() for tensor in tables]
         return of_backends + [tensor for layout in both for tensor in layout.__dict__.get("runs", ())]
 
-    def to_dense(self) -> Tensor:
-        """Return the mask, bool `[N, N_keys]`, True where a query sees a key. For tests and small layouts."""
+    def to_dense(self, rows: slice = slice(None)) -> Tensor:
+        """Return some rows of the mask, bool `[N, N_keys]`, True where a query sees a key; for small layouts all."""
         row_frame, column_frame = self._frame_of_token(self.queries), self._frame_of_token(self.keys)
         # Dense tokens carry frame index S, whose row and column of the padded graph are all True.
         visible = torch.nn.functional.pad(self.graph.to_dense(), (0, 1, 0, 1), value=True)
-        return visible[row_frame][:, column_frame]
+        return visible[row_frame[rows]][:, column_frame]
 
     def _frame_of_token(self, side: FrameTokens) -> Tensor:
         frames = np.full(side.num_tokens, len(side.lengths), dtype=np.int64)

@@ -18,6 +18,7 @@ are the documentation of how the models differ; `patching` acts on them and know
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class ModelRecord:
         matches: Whether a module is this model.
         global_attention: The attention modules that look across frames, by name relative to `module`.
         read: Reads (module, arguments of its forward by name) and tells how the tokens of this forward lie.
+        known: Children of the module whose attention is all accounted for: global, within frames, or meant to stay
+            dense. None if the module was not recognised but named by the caller.
         reference_frame: The frame that sets the coordinate system, as the model orders frames; None if there is none.
         causal: Whether a frame sees only itself and earlier frames.
         reorders_between: Names of the two consecutive blocks between which the model reorders its frames: what leaves
@@ -77,10 +80,20 @@ class ModelRecord:
     matches: Callable[[nn.Module], bool]
     global_attention: Callable[[nn.Module], dict[str, nn.Module]]
     read: Callable[[nn.Module, Mapping[str, Any]], ForwardInputs]
+    known: tuple[str, ...] | None = None
     reference_frame: int | None = 0
     causal: bool = False
     reorders_between: Callable[[nn.Module], tuple[str, str] | None] = _keeps_order
     images_are_normalised: bool = False
+
+    def unknown_attention(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return the attention modules outside the known children, by name; some forks have more than their model."""
+        known = None if self.known is None else {id(m) for name in self.known for m in _modules_of(module, name)}
+        return {
+            name: inner
+            for name, inner in module.named_modules()
+            if known is not None and id(inner) not in known and "attn" in name.rpartition(".")[2]
+        }
 
 
 def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
@@ -105,9 +118,9 @@ def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
     if not found:
         known = "\n".join(f"  {record.name}: {record.structure}" for record in RECORDS)
         raise ValueError(
-            f"no record knows the model {type(model).__name__}; looked in it and in its submodules for\n{known}\n"
-            "Name the modules of its global attention yourself: patch(model, modules=[block.attn for block in ...], "
-            "tokens_per_frame=P, num_special_tokens=R)."
+            f"no record knows the model {type(model).__name__}. Name the modules of its global attention yourself: "
+            "patch(model, modules=[block.attn for block in ...], tokens_per_frame=P, num_special_tokens=R). "
+            f"Known are models that have, in themselves or in a submodule,\n{known}"
         )
     if len(found) > 1:
         listed = ", ".join(f"{name} ({record.name})" for record, name, _ in found)
@@ -120,9 +133,13 @@ def find_model(model: nn.Module) -> tuple[ModelRecord, str, nn.Module]:
 
 def _blocks(module: nn.Module, path: str, chosen: Callable[[int], bool]) -> dict[str, nn.Module]:
     """Return the attention of the chosen blocks of a ModuleList, by name."""
-    blocks = module.get_submodule(path)
-    names = [f"{i}.attn" for i, _ in enumerate(blocks.children()) if chosen(i)]
-    return {f"{path}.{name}": blocks.get_submodule(name) for name in names}
+    blocks: Any = module.get_submodule(path)
+    return {f"{path}.{i}.attn": block.attn for i, block in enumerate(blocks) if chosen(i)}
+
+
+def _modules_of(module: nn.Module, name: str) -> Iterable[nn.Module]:
+    child = getattr(module, name, None)
+    return child.modules() if isinstance(child, nn.Module) else ()
 
 
 def _has_blocks(module: nn.Module, *paths: str) -> bool:
@@ -142,8 +159,41 @@ def _has(module: nn.Module, names: Iterable[str]) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
+def _argument(
+    module: nn.Module, arguments: Mapping[str, Any], name: str, what: str, is_such: Callable[[Any], bool]
+) -> Any:
+    """Return an argument by name, or in a fork that calls it otherwise the only one that is such.
+
+    Raises:
+        TypeError: If there is no such argument, or several.
+    """
+    if name in arguments:
+        return arguments[name]
+    such = [value for value in arguments.values() if is_such(value)]
+    if len(such) != 1:
+        raise TypeError(
+            f"a patched {type(module).__name__} must be given {what}, as the argument {name} or as the only argument "
+            f"of that kind, but the arguments of this call ({', '.join(arguments) or 'none'}) hold {len(such)}"
+        )
+    return such[0]
+
+
+def _images(module: nn.Module, arguments: Mapping[str, Any], name: str = "images") -> Tensor:
+    images: Tensor = _argument(
+        module,
+        arguments,
+        name,
+        "images [B, S, 3, H, W]",
+        lambda value: isinstance(value, Tensor) and value.dim() in (4, 5) and value.shape[-3] == 3,
+    )
+    return images
+
+
 def _from_images(images: Tensor, special_tokens: int, patch_size: object) -> ForwardInputs:
     """Read images `[B, S, 3, H, W]`, or `[S, 3, H, W]` for one sample, cut into square patches."""
+    if not isinstance(images, Tensor) or images.dim() not in (4, 5):
+        given = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise TypeError(f"a patched model must be given images [B, S, 3, H, W] or [S, 3, H, W], got {given}")
     batched = images if images.dim() == 5 else images[None]
     height, width = images.shape[-2:]
     patches = (height // patch_size) * (width // patch_size) if isinstance(patch_size, int) else None
@@ -168,7 +218,7 @@ def _global_blocks(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _read_vggt(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["images"], module.patch_start_idx, getattr(module, "patch_size", None))
+    return _from_images(_images(module, arguments), module.patch_start_idx, getattr(module, "patch_size", None))
 
 
 def _read_streaming(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
@@ -186,7 +236,7 @@ def _is_omega(module: nn.Module) -> bool:
 
 
 def _read_omega(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["images"], module.patch_token_start, module.patch_size)
+    return _from_images(_images(module, arguments), module.patch_token_start, module.patch_size)
 
 
 def _omega_attention(module: Any) -> dict[str, nn.Module]:
@@ -203,7 +253,7 @@ def _pi3_attention(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _read_pi3(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["imgs"], module.patch_start_idx, module.patch_size)
+    return _from_images(_images(module, arguments, "imgs"), module.patch_start_idx, module.patch_size)
 
 
 def _is_da3(module: Any) -> bool:
@@ -228,7 +278,7 @@ def _da3_reorders_between(module: Any) -> tuple[str, str] | None:
 
 def _read_da3(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
     transformer = module.pretrained
-    return _from_images(arguments["x"], 1 + transformer.num_register_tokens, transformer.patch_size)
+    return _from_images(_images(module, arguments, "x"), 1 + transformer.num_register_tokens, transformer.patch_size)
 
 
 def _is_mapanything(module: nn.Module) -> bool:
@@ -241,7 +291,8 @@ def _mapanything_attention(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _read_mapanything(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    given = arguments["model_input"]
+    what = "a MultiViewTransformerInput"
+    given = _argument(module, arguments, "model_input", what, lambda value: hasattr(value, "features"))
     per_view, trailing = given.additional_input_tokens_per_view, given.additional_input_tokens
     last = 0 if per_view is None else per_view[0].shape[-1]
     return ForwardInputs(
@@ -258,7 +309,7 @@ def _is_toy(module: nn.Module) -> bool:
 
 
 def _read_toy(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return _from_images(arguments["images"], module.num_special_tokens, module.patch_size)
+    return _from_images(_images(module, arguments), module.num_special_tokens, module.patch_size)
 
 
 def stated_record(
@@ -272,24 +323,36 @@ def stated_record(
 
     Raises:
         ValueError: If a count is negative, or there are more special tokens than tokens.
+        TypeError: If a count is no int.
     """
-    counts = special_tokens if isinstance(special_tokens, tuple) else (special_tokens,)
-    if min(*counts, trailing_tokens, 0) < 0 or (
-        tokens_per_frame is not None and tokens_per_frame < max(1, sum(counts))
-    ):
+    ends = special_tokens if isinstance(special_tokens, (tuple, list)) else (special_tokens, 0)
+    if len(ends) != 2:
+        raise ValueError(f"num_special_tokens must be an int or (first, last), got {special_tokens}")
+    first, last = (_count("num_special_tokens", count) for count in ends)
+    tokens = None if tokens_per_frame is None else _count("tokens_per_frame", tokens_per_frame)
+    trailing = _count("trailing_tokens", trailing_tokens)
+    if tokens is not None and tokens < max(1, first + last):
         raise ValueError(
-            "tokens_per_frame must be 1 or more and hold the special tokens, and no count may be negative; got "
-            f"tokens_per_frame={tokens_per_frame}, num_special_tokens={special_tokens}, "
-            f"trailing_tokens={trailing_tokens}"
+            "tokens_per_frame must be 1 or more and hold the special tokens, got "
+            f"tokens_per_frame={tokens_per_frame}, num_special_tokens={special_tokens}"
         )
-    read = _StatedTokens(tokens_per_frame, special_tokens, trailing_tokens)
+    read = _StatedTokens(tokens, (first, last), trailing)
     return ModelRecord(name, "named by the caller", _is_nothing, _no_modules, read)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    count = operator.index(value)
+    if count < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return count
 
 
 @dataclass(frozen=True)
 class _StatedTokens:
     tokens_per_frame: int | None
-    special_tokens: int | tuple[int, int]
+    special_tokens: tuple[int, int]
     trailing_tokens: int
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
@@ -314,6 +377,7 @@ RECORDS = (
         matches=_is_streaming,
         global_attention=_global_blocks,
         read=_read_streaming,
+        known=("patch_embed", "frame_blocks", "global_blocks"),
         causal=True,
     ),
     ModelRecord(
@@ -322,6 +386,7 @@ RECORDS = (
         matches=_is_alternating,
         global_attention=_global_blocks,
         read=_read_vggt,
+        known=("patch_embed", "frame_blocks", "global_blocks"),
     ),
     ModelRecord(
         name="VGGT-Omega",
@@ -329,6 +394,7 @@ RECORDS = (
         matches=_is_omega,
         global_attention=_omega_attention,
         read=_read_omega,
+        known=("patch_embed", "frame_blocks", "inter_frame_blocks"),
     ),
     ModelRecord(
         name="Pi3",
@@ -336,6 +402,7 @@ RECORDS = (
         matches=_is_pi3,
         global_attention=_pi3_attention,
         read=_read_pi3,
+        known=("encoder", "decoder", "point_decoder", "conf_decoder", "camera_decoder"),
         reference_frame=None,
     ),
     ModelRecord(
@@ -344,6 +411,7 @@ RECORDS = (
         matches=_is_da3,
         global_attention=_da3_attention,
         read=_read_da3,
+        known=("pretrained",),
         reorders_between=_da3_reorders_between,
         images_are_normalised=True,
     ),
@@ -353,6 +421,7 @@ RECORDS = (
         matches=_is_mapanything,
         global_attention=_mapanything_attention,
         read=_read_mapanything,
+        known=("self_attention_blocks",),
     ),
     ModelRecord(
         name="toy",
@@ -360,5 +429,6 @@ RECORDS = (
         matches=_is_toy,
         global_attention=_global_blocks,
         read=_read_toy,
+        known=("frame_blocks", "global_blocks"),
     ),
 )

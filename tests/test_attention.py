@@ -306,6 +306,18 @@ def test_prepare_names_an_argument_of_another_type(given, message: str):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_without_prepare_tables_are_made_outside(caplog: pytest.LogCaptureFixture):
+    """A warning of torch.compile, which would trace into the making of tables, is an error here."""
+    layout = layout_of(CovisibilityGraph.sequential(5, 1))
+    q, k, v = inputs(layout, dtype=torch.float32)
+    compiled = torch.compile(lambda q, k, v: 2 * block_sparse_attention(q, k, v, layout), backend="eager")
+    with torch.no_grad():
+        actual = compiled(q, k, v)
+        torch.testing.assert_close(actual, 2 * block_sparse_attention(q, k, v, layout))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiles_without_a_graph_break():
     compiled = torch.compile(
         lambda q, k, v, layout: block_sparse_attention(q, k, v, layout, return_lse=True),

@@ -21,9 +21,15 @@ def obstacle(module: nn.Module) -> str | None:
     for name, inner in module.named_modules():
         if _is_replaced(inner):
             return f"another forward was put on {name or 'it'}"
-        if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
+        if inner is not module and _is_watched(inner):
             return f"there is a hook on {name}"
     return None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether there are hooks on a module, other than those of a patch."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(hasattr(getattr(hook, "__self__", None), "replaced") for hook in hooks)
 
 
 def _is_replaced(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..modules import unwrapped
 from . import blocks, inference, memory, outputs
 from .embedding import embed
 from .proven_heads import ProvenHeads
@@ -62,7 +63,8 @@ class Lean:
         self.blocks: dict[str, nn.Module] = {}
         self._obstacles: dict[str, str] = {}
         for name, module in root.named_modules():
-            if isinstance(getattr(module, "attn", None), nn.Module):
+            # A wrapper passes the attention of the block inside on.
+            if isinstance(getattr(module, "attn", None), nn.Module) and unwrapped(module) is module:
                 reason = blocks.obstacle(module)
                 if reason is None:
                     self.blocks[name] = module

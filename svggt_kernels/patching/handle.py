@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -14,18 +13,18 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..attention import block_sparse_attention, choose_backend, prepare
+from ..compiling import uncompiled
 from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
 from ..lean import blocks, memory
 from ..lean.model import Lean, Outputs, Precision
 from ..lean.outputs import STAGES, run_head
 from ..models import ForwardInputs, find_model, stated_record
-from .interception import Answering, StandIn, uncompiled
-from .planning import Covisibility, Forward, Planner, require_redundant
+from ..modules import arguments_of, each_once, named_modules
+from .forwards import Forward, Forwards
+from .interception import Answering, StandIn
+from .planning import Covisibility, Planner
 from .report import PatchReport
-
-# Forwards kept for activation checkpointing to run again in their backward.
-FORWARDS_KEPT = 16
 
 
 def patch(
@@ -52,7 +51,8 @@ def patch(
         patch(model, modules=[block.attn for block in model.blocks], tokens_per_frame=P, num_special_tokens=R)
 
     A deep copy or a pickled copy of a patched model is patched too, by itself; `Patch.of(copy)` is its handle. Scale,
-    autocast, gradients and activation checkpointing work as before. A temperature that a model derives from its number
+    autocast, gradients, grouped queries and activation checkpointing of blocks work as before; run backward before
+    `undo()` where there is checkpointing. A temperature that a model derives from its number
     of tokens (UniCeption's entropy scaling) stays as the model computes it, from all tokens.
 
     Args:
@@ -117,9 +117,9 @@ def patch(
                 "give them together with modules="
             )
         record, path, root = find_model(model)
-        attention = record.global_attention(root)
+        attention = each_once(record.global_attention(root))
     else:
-        path, root, attention = "", model, _named_modules(model, modules)
+        path, root, attention = "", model, named_modules(model, modules)
         record = stated_record(
             type(model).__name__,
             tokens_per_frame=tokens_per_frame,
@@ -163,6 +163,7 @@ class Patch:
         self.modules = tuple(full(name) for name in attention)
         self._planner = planner
         self._backend = backend
+        self._names = {module: full(name) for name, module in attention.items()}
         self._root = StandIn(root, path or type(root).__name__, self._run_model)
         self._stand_ins = [self._root]
         self._stand_ins += [StandIn(module, full(name), self._attend) for name, module in attention.items()]
@@ -179,11 +180,12 @@ class Patch:
             before, after = self._reorders
             self._stand_ins.append(StandIn(root.get_submodule(before), full(before), self._before_reordering))
             self._stand_ins.append(StandIn(root.get_submodule(after), full(after), self._after_reordering))
+        self._unknown = {module: full(name) for name, module in self.record.unknown_attention(root).items()}
+        self._stand_ins += [StandIn(module, name, self._watch) for module, name in self._unknown.items()]
         self._installed = False
         self._calls = 0
-        self._active: Forward | None = None
+        self._forwards = Forwards(self._root.name)
         self._last: Forward | None = None
-        self._history: deque[Forward] = deque(maxlen=FORWARDS_KEPT)
         self._install()
 
     @classmethod
@@ -203,7 +205,8 @@ class Patch:
         """Take the patch out and leave no trace of it in the model.
 
         Raises:
-            RuntimeError: If it was undone already, or something else has replaced the forward of a patched module.
+            RuntimeError: If it was undone already, something else has replaced the forward of a patched module, or a
+                forward is running.
         """
         if not self._installed:
             raise RuntimeError("this patch was undone already; patch(model) makes a new one")
@@ -212,11 +215,12 @@ class Patch:
             raise RuntimeError(
                 f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then undo()"
             )
-        for stand_in in reversed(self._stand_ins):
-            stand_in.remove()
-        self._installed = False
-        self._history.clear()
-        self._planner.forget()
+        with self._forwards.turn("the patch cannot be undone now"):
+            for stand_in in reversed(self._stand_ins):
+                stand_in.remove()
+            self._installed = False
+            self._forwards.forget()
+            self._planner.forget()
 
     @property
     def graphs(self) -> tuple[CovisibilityGraph, ...]:
@@ -239,8 +243,15 @@ class Patch:
         return _only(self.layouts, "layouts")
 
     def report(self) -> PatchReport:
-        """Tell what is patched and what ran in the last forward; reads the graph from its device."""
-        forward = self._last or Forward(ForwardInputs(None, None))
+        """Tell what is patched and what ran in the last forward; reads the graph from its device.
+
+        Nothing ran if that forward has raised, or is running.
+        """
+        with self._forwards.pause() as paused:
+            return self._report(self._last if paused else None)
+
+    def _report(self, last: Forward | None) -> PatchReport:
+        forward, lean = last or Forward(ForwardInputs(None, None)), None if last is None else self._lean
         chosen, passed_over = None, {}
         if forward.kind is not None:
             chosen = choose_backend(*forward.kind, self._backend)
@@ -257,18 +268,19 @@ class Patch:
             calls_last_forward=sum(forward.answered.values()),
             calls_total=self._calls,
             graphs=tuple(graph.summary() for graph in forward.graphs),
-            visible_pairs=sum(layout.visible_pairs for layout in forward.layouts),
-            dense_pairs=sum(layout.num_tokens * layout.num_key_tokens for layout in forward.layouts),
+            visible_pairs=forward.over_graphs([layout.visible_pairs for layout in forward.layouts]),
+            dense_pairs=forward.over_graphs([x.num_tokens * x.num_key_tokens for x in forward.layouts]),
+            dense_modules=tuple(sorted(forward.dense)),
             backend=chosen,
             passed_over=passed_over,
             step_seconds=dict(forward.seconds),
-            lean_blocks=0 if self._lean is None else self._lean.runs,
-            within_frames=() if self._lean is None else tuple(sorted(self._lean.within_frames.ran)),
-            not_lean={} if self._lean is None else dict(self._lean.not_lean),
-            lean_heads=() if self._lean is None else tuple(sorted(self._lean.proven_heads.ran)),
-            heads_not_lean={} if self._lean is None else dict(self._lean.proven_heads.not_lean),
+            lean_blocks=0 if lean is None else lean.runs,
+            within_frames=() if lean is None else tuple(sorted(lean.within_frames.ran)),
+            not_lean={} if lean is None else dict(lean.not_lean),
+            lean_heads=() if lean is None else tuple(sorted(lean.proven_heads.ran)),
+            heads_not_lean={} if lean is None else dict(lean.proven_heads.not_lean),
             layers_kept=None if self._lean is None or self._lean.layers is None else tuple(sorted(self._lean.layers)),
-            memory=None if self._lean is None else self._lean.plan,
+            memory=None if lean is None else lean.plan,
         )
 
     def __repr__(self) -> str:
@@ -283,7 +295,7 @@ class Patch:
             self.undo()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_active": None, "_last": None, "_history": deque(maxlen=FORWARDS_KEPT)}
+        return {**self.__dict__, "_last": None}
 
     def _install(self) -> None:
         for stand_in in self._stand_ins:
@@ -297,55 +309,54 @@ class Patch:
 
     def _finished(self) -> Forward:
         if self._last is None:
-            raise RuntimeError("there is no graph or layout before the first forward of the patched model")
+            raise RuntimeError(
+                "there is no graph or layout before the first forward of the patched model, nor after one that raised"
+            )
         return self._last
 
     @uncompiled(recursive=False)
     def _run_model(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run one forward of the model and check that every patched attention was answered in it."""
-        if self._active is not None:
-            raise RuntimeError(
-                f"{stand_in.name} is running already; a patched model runs one forward at a time. "
-                "Give each thread its own copy.deepcopy(model)"
-            )
-        module = stand_in.module
-        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        del arguments[next(iter(arguments))]
-        forward = Forward(
-            self.record.read(module, arguments),
-            recomputable=torch.is_grad_enabled(),
-            reorders=self._reorders is not None,
-        )
-        try:
-            if self._lean is not None:
-                inputs = forward.inputs
-                self._lean.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens)
-            self._planner.begin(forward)
-            self._active = forward
-            output = stand_in.original(*args, **kwargs)
-        finally:
-            self._active = None
-            if self._lean is not None:
-                self._lean.end()
-        missed = [name for name in self.modules if not forward.answered[name]]
-        if missed:
-            raise RuntimeError(
-                f"{len(missed)} of {len(self.modules)} patched modules were not called in this forward of "
-                f"{stand_in.name}: {', '.join(missed)}. Patch the modules that it calls: patch(model, modules=[...])"
-            )
-        self._last = forward
-        if forward.recomputable:
-            self._history.append(forward)
+        with self._forwards.turn("it cannot be called now"):
+            self._last = None
+            try:
+                forward = self._begin(stand_in.module, args, kwargs)
+                with self._forwards.run(forward):
+                    output = stand_in.original(*args, **kwargs)
+            finally:
+                if self._lean is not None:
+                    self._lean.end()
+            missed = [name for name in self.modules if not forward.answered[name]]
+            if missed:
+                raise RuntimeError(
+                    f"{len(missed)} of {len(self.modules)} patched modules were not called in this forward of "
+                    f"{stand_in.name}: {', '.join(missed)}. Patch the modules that it calls: "
+                    "patch(model, modules=[...])"
+                )
+            self._last = forward
         return output
+
+    @uncompiled(recursive=True)
+    def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+        """Read the arguments of a forward, and plan what can be planned before it runs."""
+        inputs = self.record.read(root, arguments_of(root, args, kwargs))
+        forward = Forward(inputs, recomputable=torch.is_grad_enabled(), reorders=self._reorders is not None)
+        if self._lean is not None:
+            self._lean.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens)
+        self._planner.begin(forward)
+        return forward
 
     @uncompiled(recursive=True)
     def _run_block(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a block lean where that is possible."""
-        lean, block, name = self._lean, stand_in.module, f"{stand_in.name}.attn"
+        lean, block = self._lean, stand_in.module
+        attention: Any = block.attn
         assert lean is not None
-        out, given = None, blocks.arguments(block, args, kwargs) if self._active is not None else None
+        as_it_is = self._forwards.running is None or attention in self._unknown
+        out, given = None, None if as_it_is else blocks.arguments(block, args, kwargs)
         if given is not None:
-            attend = self._attend_lean(name, block, given[0]) if name in self.modules else None
+            name = self._names.get(attention)
+            attend = None if name is None else self._attend_lean(name, block, given[0])
             out = lean.run(block, *given, attend)
         return stand_in.original(*args, **kwargs) if out is None else out
 
@@ -377,7 +388,7 @@ class Patch:
     @uncompiled(recursive=False)
     def _embed(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run the patch embedding some images at a time."""
-        if self._active is None or kwargs or len(args) != 1:
+        if self._forwards.running is None or kwargs or len(args) != 1:
             return stand_in.original(*args, **kwargs)
         assert self._lean is not None
         return self._lean.embed(stand_in.original, *args)
@@ -385,15 +396,29 @@ class Patch:
     @uncompiled(recursive=True)
     def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run a global attention module, its attention call answered here."""
-        with Answering(partial(self._answer, stand_in.name, lambda: (*args, *kwargs.values()))) as answering:
+        answer = partial(self._answer, stand_in.name, lambda: (*args, *kwargs.values()))
+        with Answering(stand_in.name, answer) as answering:
             output = stand_in.original(*args, **kwargs)
-        if not answering.answered:
-            raise RuntimeError(
-                f"{stand_in.name} did not call torch.nn.functional.scaled_dot_product_attention, so nothing was made "
-                "sparse. Where the module has a switch for fused attention, turn it on (module.fused_attn = True); "
-                "attention by hand, by nn.MultiheadAttention, xformers or flash_attn must be replaced by that function"
-            )
+        answering.check()
         return output
+
+    @uncompiled(recursive=False)
+    def _watch(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run an attention module that the record does not know, unless it makes tokens of several frames attend."""
+        forward = self._forwards.running
+        tokens = [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3]
+        if forward is not None and tokens:
+            across = [forward.spans_frames(*shape[:2]) for shape in tokens]
+            if across[0]:
+                raise ValueError(
+                    f"{stand_in.name} attends from {tokens[0][1]} tokens of several frames at once, and the record of "
+                    f"{self.record.name} does not know it, so it would stay dense. Call the model without what needs "
+                    "this module, or leave it dense and name those that shall be sparse: patch(model, modules=[...], "
+                    "tokens_per_frame=P, num_special_tokens=R)"
+                )
+            if any(across):
+                forward.dense.add(stand_in.name)
+        return stand_in.original(*args, **kwargs)
 
     @uncompiled(recursive=True)
     def _answer(
@@ -415,14 +440,20 @@ class Patch:
                 f"attention dropout must be 0 in a patched model, but {name} uses dropout_p={dropout_p}; "
                 "set it to 0 or call model.eval()"
             )
-        if is_causal or enable_gqa:
-            raise ValueError(f"{name} uses is_causal={is_causal}, enable_gqa={enable_gqa}; a patch supports neither")
+        if is_causal:
+            raise ValueError(
+                f"{name} uses is_causal=True, which hides later tokens within a frame too; a patch cannot do that. "
+                "Turn it off, and hide later frames by the covisibility graph"
+            )
+        if enable_gqa and query.dim() == key.dim() == value.dim() == 4:
+            key, value = (_expanded(name, heads, query) for heads in (key, value))
         if query.dim() != 4 or key.shape[:-1] != query.shape[:-1]:
             raise ValueError(
                 f"{name} must attend from [B, H, N, D] to the same tokens, but its queries are {list(query.shape)} and "
                 f"its keys {list(key.shape)}; caches of keys and cross-attention are not supported"
             )
-        forward = self._active or self._recomputed(name, query)
+        running = self._forwards.running
+        forward = running or self._forwards.recomputed(name)
         if not forward.layouts:
             self._planner.plan(forward, name, query, module_inputs)
             forward.inputs = replace(forward.inputs, images=None)
@@ -433,20 +464,18 @@ class Patch:
             raise ValueError(
                 f"{name} attends in {len(query)} samples of {query.shape[2]} tokens, but the first global attention of "
                 f"this forward did so in {len(layouts)} of {layouts[0].num_tokens}; the layers of a patched model must "
-                "agree (no token merging, no stochastic depth over samples)"
+                "agree; turn off what merges tokens (FastVGGT, ToMe) and stochastic depth over samples"
             )
-        if attn_mask is not None:
-            require_redundant(name, attn_mask, layouts)
+        if attn_mask is not None and running is not None:  # what runs again was checked in its first run
+            running.masks.require_redundant(name, attn_mask, layouts)
         if len(layouts) == 1:
             out = self._run(query, key, value, layouts[0], scale)
         else:
             samples = zip(query.split(1), key.split(1), value.split(1), layouts, strict=True)
             out = torch.cat([self._run(*sample, scale) for sample in samples])
         self._calls += 1
-        if forward is self._active:
-            forward.answered[name] += 1
-            if forward.recomputable:
-                forward.samples[name] = _sample(query)
+        if running is not None:
+            running.answered[name] += 1
         return out
 
     def _prepare(self, forward: Forward, query: Tensor) -> None:
@@ -464,62 +493,18 @@ class Patch:
         assert isinstance(out, Tensor)
         return out
 
-    def _recomputed(self, name: str, query: Tensor) -> Forward:
-        """Return the forward that activation checkpointing runs again, in the backward of this attention."""
-        if torch._C._current_graph_task_id() == -1 or not self._history:
-            raise RuntimeError(
-                f"{name} was called outside a forward of {self._root.name}, where its frames are not known; call "
-                f"{self._root.name} instead, or patch the module that you call: patch(module, modules=[...])"
-            )
-        forwards = [forward for forward in reversed(self._history) if name in forward.samples]
-        if all(forward.layouts == forwards[0].layouts for forward in forwards):
-            return forwards[0]
-        # Several forwards wait for their backward, each with a layout of its own: the queries tell which one this is.
-        sample, nearest, distance = _sample(query), None, float("inf")
-        for forward in forwards:
-            if forward.samples[name].shape == sample.shape:
-                apart = float((forward.samples[name] - sample).abs().max() / sample.abs().max().clamp_min(1e-30))
-                if apart < distance:
-                    nearest, distance = forward, apart
-                if apart == 0:
-                    break
-        if nearest is None or distance > 1e-2:
-            raise RuntimeError(
-                f"activation checkpointing runs {name} again for a forward that is none of the last {FORWARDS_KEPT}; "
-                "run backward sooner, or give one covisibility graph for all forwards"
-            )
-        return nearest
-
+    @uncompiled(recursive=False)
     def _before_reordering(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         output = stand_in.original(*args, **kwargs)
-        if self._active is not None:
-            self._active.before = _sample_frames(output)
+        if (forward := self._forwards.running) is not None:
+            forward.before = _sample_frames(output)
         return output
 
+    @uncompiled(recursive=False)
     def _after_reordering(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
-        if self._active is not None:
-            self._active.after = _sample_frames(args[0])
+        if (forward := self._forwards.running) is not None:
+            forward.after = _sample_frames(next(iter((*args, *kwargs.values()))))
         return stand_in.original(*args, **kwargs)
-
-
-def _named_modules(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules by name, given either."""
-    if isinstance(modules, (str, nn.Module)):
-        raise TypeError(f"modules must be a list of modules or their names, got one {type(modules).__name__}")
-    known = {name: module for name, module in model.named_modules() if module is not model}
-    names = {id(module): name for name, module in known.items()}
-    chosen: dict[str, nn.Module] = {}
-    for given in modules:
-        name = given if isinstance(given, str) else names.get(id(given), "")
-        if name not in known:
-            what = f"a module called {given!r}" if isinstance(given, str) else f"this {type(given).__name__}"
-            raise ValueError(f"{type(model).__name__} does not hold {what}; modules must be submodules of the model")
-        if name in chosen:
-            raise ValueError(f"{name} is given twice in modules")
-        chosen[name] = known[name]
-    if not chosen:
-        raise ValueError("modules is empty; name at least one global attention module")
-    return chosen
 
 
 def _only(items: tuple[Any, ...], name: str) -> Any:
@@ -528,10 +513,15 @@ def _only(items: tuple[Any, ...], name: str) -> Any:
     return items[0]
 
 
-def _sample(query: Tensor) -> Tensor:
-    """Return some values of the queries, `[B, <= 32, <= 8]`, finite."""
-    step = max(1, query.shape[2] // 16)
-    return query.detach()[:, 0, ::step, :8].nan_to_num().clone()
+def _expanded(name: str, heads: Tensor, query: Tensor) -> Tensor:
+    """Return keys or values `[B, H / n, N, D]` repeated for each of n queries that share them, `[B, H, N, D]`."""
+    times, rest = divmod(query.shape[1], max(1, heads.shape[1]))
+    if rest or not times:
+        raise ValueError(
+            f"with enable_gqa=True the {query.shape[1]} heads of queries must be a multiple of the heads of keys and "
+            f"values, but {name} has {heads.shape[1]}"
+        )
+    return heads.repeat_interleave(times, dim=1)
 
 
 def _sample_frames(tokens: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Standing in for the forward of one module, and answering the attention call inside it.
 
-Both act on one instance: its class, its parameters, its hooks and PyTorch's functions stay as they are.
+Both act on one instance: its class, its parameters and PyTorch's functions stay as they are.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,14 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Answering", "StandIn", "uncompiled"]
+__all__ = ["ATTENTION", "Answering", "StandIn"]
+
+ATTENTION = torch._C._nn.scaled_dot_product_attention
+"""PyTorch's own, whatever another tool has put in its place in torch.nn.functional."""
 
 
 class StandIn:
     """Stands in for `module.forward`, or another method, on this instance alone, from `install` to `remove`.
 
     It is an object that holds the module and not a closure around its forward, so a deep copy of the module runs the
-    copy's weights and a pickled module comes back with its stand-in.
+    copy's weights and a pickled module comes back with its stand-in. A copy of the module's `__dict__` holds the same
+    stand-in, which would run the weights of the module; a hook on the forward refuses that.
 
     Args:
         module: The module whose forward is replaced.
@@ -40,7 +44,16 @@ class StandIn:
         self.replaced: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run in place of the module's forward."""
+        """Run in place of the module's forward.
+
+        Raises:
+            RuntimeError: If torch.jit.trace or torch.export records it.
+        """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"{self.name} belongs to a patched model, which torch.jit.trace and torch.export cannot record: what "
+                "is computed follows the graph of each forward; call undo() on the patch first"
+            )
         return self.around(self, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,6 +66,8 @@ class StandIn:
         """Put this object in the place of the module's method."""
         self.replaced = self.in_place
         self.module.__dict__[self.method] = self
+        if self.method == "forward":
+            self.module.register_forward_pre_hook(self.refuse_copies, prepend=True)
 
     @property
     def in_place(self) -> Any:
@@ -65,48 +80,86 @@ class StandIn:
             del self.module.__dict__[self.method]
         else:
             self.module.__dict__[self.method] = self.replaced
+        hooks = self.module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook == self.refuse_copies]:
+            del hooks[key]
+
+    def refuse_copies(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Run before the forward of whichever module holds this object.
+
+        Raises:
+            RuntimeError: If that is another than the module it was made for.
+        """
+        if not torch.compiler.is_compiling() and module is not self.module:
+            raise RuntimeError(
+                f"{self.name} was called through a copy that shares the attributes of a patched module "
+                "(nn.DataParallel and copy.copy make such), and would run the weights of the original; "
+                "copy before patch(), or use copy.deepcopy(model), which is patched by itself"
+            )
 
 
 class Answering(TorchFunctionMode):
-    """Inside this context `answer` runs in place of `torch.nn.functional.scaled_dot_product_attention`.
+    """Inside this context `answer` runs in place of PyTorch's `scaled_dot_product_attention`.
 
-    The mode sees the function however the caller imported it, before autocast casts its arguments, and is off while
-    `answer` runs: what `answer` itself calls is PyTorch's.
+    The mode sees the function however the caller imported or wrapped it, before autocast casts its arguments, and is
+    off while `answer` runs: what `answer` itself calls is PyTorch's.
+
+    Args:
+        name: What messages call the module inside which this context is entered.
+        answer: What runs.
 
     Attributes:
         answered: Calls answered so far.
     """
 
-    def __init__(self, answer: Callable[..., Tensor]) -> None:
+    def __init__(self, name: str, answer: Callable[..., Tensor]) -> None:
         super().__init__()
+        self.name = name
         self.answer = answer
         self.answered = 0
+        self._gradients = torch.is_grad_enabled()
+        self._caller = sys._getframe(1).f_code
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer attention and let every other function pass."""
-        if func is not F.scaled_dot_product_attention:
+        if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
+        if self._gradients and (not torch.is_grad_enabled() or self._is_checkpointed()):
+            raise RuntimeError(
+                f"{self.name} runs its attention inside an activation checkpoint of its own, or without gradients; "
+                "backward would run it again as dense attention. Checkpoint the whole module, or the block around it"
+            )
         self.answered += 1
         return self.answer(*args, **(kwargs or {}))
 
+    def _is_checkpointed(self) -> bool:
+        """Whether torch.utils.checkpoint is among the callers since this object was made."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not self._caller:
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                return True
+            frame = frame.f_back
+        return False
 
-def uncompiled(*, recursive: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate as torch.compiler.disable does, but import the machinery of torch.compile only where it is in use."""
+    def check(self) -> None:
+        """Raise if no call was answered.
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        disabled: list[Callable[..., Any]] = []
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if "torch._dynamo" not in sys.modules:
-                return function(*args, **kwargs)
-            if not disabled:
-                disabled.append(torch.compiler.disable(function, recursive=recursive))
-            return disabled[0](*args, **kwargs)
-
-        # Code of its own: torch.compile counts how often it compiles one, and gives up, with a warning, after eight.
-        run.__code__ = run.__code__.replace(co_name=function.__name__)
-        return functools.wraps(function)(run)
-
-    return decorate
+        Raises:
+            RuntimeError: If there was none.
+        """
+        if self.answered:
+            return
+        current = F.scaled_dot_product_attention
+        if current is not ATTENTION:
+            what = f"{getattr(current, '__module__', None)}.{getattr(current, '__qualname__', type(current).__name__)}"
+            raise RuntimeError(
+                f"nothing was made sparse in {self.name}: torch.nn.functional.scaled_dot_product_attention was "
+                f"replaced by {what}, which does not call PyTorch's; put PyTorch's back while the model is patched"
+            )
+        raise RuntimeError(
+            f"{self.name} did not call torch.nn.functional.scaled_dot_product_attention, so nothing was made "
+            "sparse. Where the module has a switch for fused attention, turn it on (module.fused_attn = True); "
+            "attention by hand, by nn.MultiheadAttention, xformers or flash_attn must be replaced by that function"
+        )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +14,7 @@ from ..covisibility import CovisibilityGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs, ModelRecord
 from .described import ImageGraphs
+from .forwards import Forward
 from .graphs import (
     MegaLocSimilarity,
     Similarity,
@@ -26,59 +25,23 @@ from .graphs import (
     inverse,
 )
 
-__all__ = ["SEQUENTIAL_WINDOW", "Covisibility", "Forward", "Planner", "require_redundant"]
+__all__ = ["SEQUENTIAL_WINDOW", "Covisibility", "Planner"]
 
 Graphs = CovisibilityGraph | Sequence[CovisibilityGraph]
 Covisibility = Literal["megaloc", "tokens", "sequential", "all"] | Similarity | Graphs | Callable[[Any], Graphs]
 Order = tuple[int, ...] | None
+Laid = tuple[CovisibilityGraph, BlockLayout]
 
 SEQUENTIAL_WINDOW = 10
-# What the words mean that stand for a similarity.
-SIMILARITIES: dict[str, Similarity] = {
+# What the words mean.
+SOURCES: dict[str, Similarity | Literal["sequential", "all"]] = {
     "megaloc": MegaLocSimilarity(),
     "tokens": TokenSimilarity(),
-    "sequential": TokenSimilarity(neighbours=0, window=SEQUENTIAL_WINDOW, anchors=0, bridge=False),
+    "sequential": "sequential",
+    "all": "all",
 }
-# Layouts kept for graphs that come again.
+# Layouts kept for graphs that come again, and graphs that follow from the number of frames.
 LAYOUTS_KEPT = 16
-
-
-@dataclass(eq=False)
-class Forward:
-    """One forward of a patched model.
-
-    Attributes:
-        inputs: What the record read from its arguments.
-        recomputable: Whether gradients were on, so that checkpointing may run parts of it again.
-        reorders: Whether the model reorders its frames inside.
-        graphs: Who sees whom, frames in the order of the images; one per sample or one for all.
-        layouts: The same over tokens, frames in the order of the model; empty until the first global attention.
-        seconds: Time spent on each step towards both, on the host.
-        answered: Calls answered, by module.
-        kind: Device, dtype and head size of those calls.
-        samples: Some values of the queries of each module.
-        before: Some values of each frame's tokens before the model reordered its frames.
-        after: The same values after.
-    """
-
-    inputs: ForwardInputs
-    recomputable: bool = False
-    reorders: bool = False
-    graphs: tuple[CovisibilityGraph, ...] = ()
-    layouts: tuple[BlockLayout, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    answered: Counter[str] = field(default_factory=Counter)
-    kind: tuple[torch.device, torch.dtype, int] | None = None
-    samples: dict[str, Tensor] = field(default_factory=dict)
-    before: Tensor | None = None
-    after: Tensor | None = None
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to that of a step."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Planner:
@@ -99,14 +62,14 @@ class Planner:
     def __init__(self, record: ModelRecord, covisibility: Covisibility, dense_special: bool) -> None:
         self.record = record
         self.dense_special = dense_special
-        self.source: Literal["all"] | Similarity | Callable[[Any], Graphs] | tuple[CovisibilityGraph, ...]
+        self.source: Literal["sequential", "all"] | Similarity | Callable[[Any], Graphs] | tuple[CovisibilityGraph, ...]
         if isinstance(covisibility, str):
-            if covisibility != "all" and covisibility not in SIMILARITIES:
+            if covisibility not in SOURCES:
                 raise ValueError(
                     'covisibility must be "megaloc", "tokens", "sequential", "all", a similarity, graphs or a '
                     f"function, got {covisibility!r}"
                 )
-            self.source = "all" if covisibility == "all" else SIMILARITIES[covisibility]
+            self.source = SOURCES[covisibility]
         elif isinstance(covisibility, Similarity) or callable(covisibility):
             self.source = covisibility
         else:
@@ -114,13 +77,13 @@ class Planner:
         self._of_images: ImageGraphs | None = None
         if isinstance(self.source, MegaLocSimilarity):
             self._of_images = ImageGraphs(self.source, normalised=record.images_are_normalised)
-        self._everything: CovisibilityGraph | None = None
-        self._layouts: OrderedDict[tuple[Any, ...], tuple[CovisibilityGraph, BlockLayout]] = OrderedDict()
+        self._of_numbers: OrderedDict[tuple[int, int | None], CovisibilityGraph] = OrderedDict()
+        self._layouts: OrderedDict[tuple[Any, ...], tuple[CovisibilityGraph, Laid]] = OrderedDict()
         # CUDA graphs read the tables of these wherever they are replayed.
         self._captured: set[BlockLayout] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layouts": OrderedDict(), "_captured": set()}
+        return {**self.__dict__, "_layouts": OrderedDict(), "_of_numbers": OrderedDict(), "_captured": set()}
 
     @property
     def describes_tokens(self) -> bool:
@@ -128,10 +91,10 @@ class Planner:
         return isinstance(self.source, TokenSimilarity)
 
     def forget(self) -> None:
-        """Drop what is kept, but for what CUDA graphs read."""
+        """Drop what is kept, MegaLoc among it, but for what CUDA graphs read; nothing can be planned after that."""
         self._layouts.clear()
-        if self._of_images is not None:
-            self._of_images.forget()
+        self._of_numbers.clear()
+        self._of_images = None
 
     def begin(self, forward: Forward) -> None:
         """Put in the graphs that are known before the forward runs: those given, and those that a function gives.
@@ -166,6 +129,7 @@ class Planner:
         inputs, batch, num_tokens = forward.inputs, query.shape[0], query.shape[2]
         frames = _num_frames(forward, name, num_tokens)
         per_frame = (num_tokens - inputs.trailing_tokens) // frames
+        forward.num_images, forward.tokens_per_frame = batch * frames, per_frame
         orders = self._orders(forward, frames, batch)
         if self._of_images is not None:
             forward.graphs = tuple(
@@ -181,10 +145,8 @@ class Planner:
                     )
                     for tokens, order in zip(patches, orders, strict=True)
                 )
-        elif self.source == "all":
-            if self._everything is None or self._everything.num_frames != frames:
-                self._everything = CovisibilityGraph.all_visible(frames)
-            forward.graphs = (self._everything,)
+        elif isinstance(self.source, str):
+            forward.graphs = _one_if_same([self._of_number(frames, self._reference_image(order)) for order in orders])
         graphs = forward.graphs
         if len(graphs) not in (1, batch):
             raise ValueError(f"covisibility must give one graph, or one for each of {batch} samples, got {len(graphs)}")
@@ -195,13 +157,32 @@ class Planner:
                     f"{graph.num_frames} x {graph.num_key_frames} frames"
                 )
         with forward.step("layout"):
-            layouts = tuple(
+            laid = [
                 self._layout(graph, order, per_frame, inputs, query.device)
                 for graph, order in zip(graphs if len(graphs) == batch else graphs * batch, orders, strict=True)
-            )
-        forward.layouts = layouts[:1] if all(layout is layouts[0] for layout in layouts) else layouts
+            ]
+        forward.graphs = tuple(graph for graph, _ in laid[: len(graphs)])
+        forward.layouts = _one_if_same([layout for _, layout in laid])
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.update(layouts)
+            self._captured.update(forward.layouts)
+
+    def _of_number(self, frames: int, reference: int | None) -> CovisibilityGraph:
+        """Return the graph that follows from the number of frames and the reference frame; the same one again."""
+        key = (frames, reference)
+        if key not in self._of_numbers:
+            if self.source == "all":
+                graph = CovisibilityGraph.all_visible(frames)
+            else:
+                graph = CovisibilityGraph.sequential(frames, window=SEQUENTIAL_WINDOW)
+                if reference is not None:
+                    to_reference = [(frame, reference) for frame in range(frames) if frame != reference]
+                    star = CovisibilityGraph.from_pairs(frames, to_reference)
+                    graph = graph | star | star.transposed()
+            self._of_numbers[key] = graph
+            if len(self._of_numbers) > LAYOUTS_KEPT:
+                self._of_numbers.popitem(last=False)
+        self._of_numbers.move_to_end(key)
+        return self._of_numbers[key]
 
     def _reference_image(self, order: Order) -> int | None:
         """Return the image that is the model's reference frame."""
@@ -224,17 +205,17 @@ class Planner:
 
     def _layout(
         self, graph: CovisibilityGraph, order: Order, per_frame: int, inputs: ForwardInputs, device: torch.device
-    ) -> BlockLayout:
-        """Return the layout of a graph whose frames are in the order of the images."""
+    ) -> Laid:
+        """Return the part of a graph that the model can use, frames in the order of the images, and its layout."""
         key = (id(graph), order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
         if key in self._layouts:
             self._layouts.move_to_end(key)
             return self._layouts[key][1]
-        ordered = in_order(graph, order)
-        if self.record.causal:
-            ordered = earlier_frames_only(ordered)
+        usable = earlier_frames_only(graph) if self.record.causal else graph
+        if not isinstance(self.source, (str, Similarity)):
+            self._warn(usable, self._reference_image(order))
         layout = BlockLayout.from_graph(
-            ordered,
+            in_order(usable, order),
             per_frame,
             special_tokens=inputs.special_tokens,
             dense_special=self.dense_special,
@@ -243,34 +224,38 @@ class Planner:
         if layout.device != device:
             layout = layout.to(device)
         if isinstance(self.source, TokenSimilarity):
-            return layout  # its graphs are new in every forward
+            return usable, layout  # its graphs are new in every forward
         # The graph is kept with its layout so that no other graph gets its id.
-        self._layouts[key] = (graph, layout)
+        self._layouts[key] = (graph, (usable, layout))
         if len(self._layouts) > LAYOUTS_KEPT:
             self._layouts.popitem(last=False)
-        return layout
+        return usable, layout
 
-
-def require_redundant(name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...]) -> None:
-    """Raise unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
-
-    Args:
-        name: What the message calls the attention module.
-        attn_mask: As `scaled_dot_product_attention` takes it, `[..., N, N]`, True or 0 where tokens may attend.
-        layouts: One per sample, or one for all.
-
-    Raises:
-        ValueError: If the mask hides or weighs a visible pair.
-    """
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
-    allowed = allowed.reshape((1,) * (4 - allowed.dim()) + allowed.shape)
-    for sample, layout in enumerate(layouts):
-        of_sample = allowed if len(layouts) == 1 else allowed[sample if len(allowed) > 1 else 0]
-        if bool((layout.to_dense() & ~of_sample).any()):
-            raise ValueError(
-                f"{name} is given an attn_mask that hides or weighs tokens which the covisibility graph shows. Leave "
-                "the mask out, or give a graph that shows only what the mask does"
+    def _warn(self, graph: CovisibilityGraph, reference: int | None) -> None:
+        """Say what is probably no intention of whoever made a graph by hand; reads it from its device."""
+        facts, frames = [], graph.num_frames
+        if reference is not None:
+            seeing = graph.rows[graph.indices == reference].tolist()
+            blind = sorted(set(range(frames)) - set(seeing))
+            if blind:
+                listed = ", ".join(map(str, blind[:8])) + (", ..." if len(blind) > 8 else "")
+                facts.append(
+                    f"hides frame {reference}, the reference frame of {self.record.name}, from {len(blind)} of "
+                    f"{frames} frames ({listed})"
+                )
+        if (parts := graph.num_components) > 1:
+            facts.append(f"is in {parts} parts that cannot see one another")
+        if facts:
+            warnings.warn(
+                f"the covisibility graph {' and '.join(facts)}; if all frames show one scene, add the pairs that join "
+                'them: covisibility="sequential" and the similarities do',
+                UserWarning,
+                stacklevel=2,
             )
+
+
+def _one_if_same(items: list[Any]) -> tuple[Any, ...]:
+    return tuple(items[:1] if all(item is items[0] for item in items) else items)
 
 
 def _checked_graphs(what: str, graphs: object) -> tuple[CovisibilityGraph, ...]:
@@ -302,7 +287,8 @@ def _num_frames(forward: Forward, name: str, num_tokens: int) -> int:
     if frames < 1 or per_frame < 1 or frames * per_frame != in_frames:
         raise ValueError(
             f"{name} attends over {num_tokens} tokens, which is not {frames} frames of {per_frame} tokens and "
-            f"{inputs.trailing_tokens} trailing tokens; all frames must have the same number of tokens"
+            f"{inputs.trailing_tokens} trailing tokens; all frames must have the same number of tokens. A model that "
+            "merges tokens (FastVGGT, ToMe) must have that turned off while it is patched"
         )
     return frames
 

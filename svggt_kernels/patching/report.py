@@ -16,11 +16,13 @@ class PatchReport:
         model: Name of the model's record.
         modules: Names of the patched attention modules.
         special_tokens: "dense" or "masked".
-        calls_last_forward: Attention calls answered in the last forward.
+        calls_last_forward: Attention calls answered in the last forward; of one that raised nothing is told.
         calls_total: Attention calls answered since the patch, those that checkpointing ran again included.
         graphs: Summary of each graph of the last forward: one per sample, or one for all.
         visible_pairs: (query token, key token) pairs that attend, summed over `graphs`.
         dense_pairs: The same under dense attention.
+        dense_modules: Names of attention modules that are not patched and read tokens of several frames, for others
+            than tokens of frames: what they compute depends on all frames.
         backend: The backend that ran; None before the first forward.
         passed_over: Each better backend, or instruction set of the CPU, and why it did not run.
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
@@ -43,6 +45,7 @@ class PatchReport:
     graphs: tuple[GraphSummary, ...]
     visible_pairs: int
     dense_pairs: int
+    dense_modules: tuple[str, ...]
     backend: str | None
     passed_over: dict[str, str]
     step_seconds: dict[str, float]
@@ -76,10 +79,12 @@ class PatchReport:
             f"special tokens: {self.special_tokens}",
         ]
         if self.backend is None:
-            return "\n".join([*lines, "no forward yet"])
+            return "\n".join([*lines, "no forward yet, or the last one raised"])
         lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
         lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
+        if self.dense_modules:
+            lines.append(f"dense over all frames, not patched: {', '.join(self.dense_modules)}")
         steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
         lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
         within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
