@@ -1,11 +1,12 @@
 """What blocks and heads compute beside their products, each in one pass over memory.
 
-On CUDA by Triton kernels, and by cuDNN what goes with a convolution; elsewhere by PyTorch: the same formulas in
-float32, the result rounded once.
+On NVIDIA GPUs since Ampere by Triton kernels, and by cuDNN what goes with a convolution; elsewhere by PyTorch: the same
+formulas in float32, the result rounded once.
 """
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -189,7 +190,13 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 def _by_triton(x: Tensor) -> bool:
-    return x.is_cuda and _HAS_TRITON and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a CUDA device: on NVIDIA's since Ampere; on AMD's none was tried."""
+    return _HAS_TRITON and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -132,7 +132,7 @@ def patch(
             'use patch(model, special_tokens="masked")'
         )
     planner = Planner(record, covisibility, special_tokens == "dense")
-    parts = Lean(model, root, tuple(attention.values()), precision, outputs, backend, memory_budget) if lean else None
+    parts = Lean(model, root, precision, outputs, backend, memory_budget) if lean else None
     return Patch(root, path, attention, planner, backend, parts)
 
 
@@ -340,7 +340,7 @@ class Patch:
         """Run a block lean where that is possible."""
         lean, block, name = self._lean, stand_in.module, f"{stand_in.name}.attn"
         assert lean is not None
-        out, given = None, blocks.arguments(block, args, kwargs) if self._active is not None else None
+        out, given = None, lean.arguments(block, args, kwargs) if self._active is not None else None
         if given is not None:
             attend = self._attend_lean(name, block, given[0]) if name in self.modules else None
             out = lean.run(block, *given, attend)
