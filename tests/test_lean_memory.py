@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,6 +290,29 @@ def test_outputs_that_are_read_as_tensors_are_upstreams():
             assert isinstance(torch.cat([layer, layers[1]], 1), Tensor)
             with pytest.raises(RuntimeError, match="layer 2 was not kept"):
                 torch.cat([layers[2], layer])
+
+
+CHANGES = {
+    "a method": lambda output: output.mul_(0),
+    "a function": lambda output: torch.relu_(output),
+    "a functional": lambda output: F.relu(output, inplace=True),
+    "item assignment": lambda output: output.__setitem__(0, 0),
+    "out": lambda output: torch.add(torch.ones(()), 1, out=output),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_output_that_lies_elsewhere_cannot_be_changed(change):
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", precision="bf16"):
+        output = network.aggregator(IMAGES)[0][3]
+        before = output[:]
+        with pytest.raises(RuntimeError, match="works in place"):
+            change(output)
+        assert torch.equal(output[:], before)
+        array = np.asarray(output)
+    assert array.shape == output.shape and len(output) == len(IMAGES)
+    assert np.array_equal(array, before.numpy())
 
 
 @pytest.mark.usefixtures("tight")
