@@ -385,13 +385,13 @@ def test_equal_blocks_share_a_proof_and_a_copy_makes_its_own(monkeypatch: pytest
     with torch.no_grad(), svggt_kernels.patch(network, covisibility="all"):
         network(IMAGES)
         network(IMAGES)
-        assert len(proofs) == 2  # of frame blocks, of global blocks
+        assert proofs == [torch.float32] * 4  # formula and rounding, of frame blocks and of global blocks
         with torch.autocast("cpu", torch.bfloat16):
             network(IMAGES)
-        assert proofs[2:] == [torch.float32, torch.bfloat16] * 2
+        assert proofs[4:] == [torch.float32, torch.bfloat16] * 2
         other = pickle.loads(pickle.dumps(network))
         other(IMAGES)
-        assert len(proofs) == 8
+        assert len(proofs) == 12
 
 
 def test_a_proof_leaves_a_block_as_it_was():

@@ -180,9 +180,18 @@ def predict(x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> tuple[Tens
     return values.sign() * values.abs().expm1() if signed else values.exp(), 1 + confidence.exp()
 
 
+@functools.lru_cache(maxsize=16)
+def frequencies(base: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return by what angle each of `count` pairs of elements turns at one step, base ** (-i / count), `[count]`.
+
+    Computed as upstream does, to the bit: at position 100 another rounding of a frequency is 100 of the angle.
+    """
+    return 1.0 / base ** (torch.arange(count, dtype=dtype, device=device) / count)
+
+
 def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
     quarter = x.shape[-1] // 4
-    frequency = base ** (-torch.arange(quarter, device=x.device, dtype=x.dtype) / quarter)
+    frequency = frequencies(base, quarter, x.dtype, x.device)
     angle = positions[:, :, None, :, None].to(x.dtype) * frequency  # [B, N, 1, 2, D / 4]
     cos, sin = angle.cos(), angle.sin()
     first, second = x.unflatten(-1, (2, 2, quarter)).unbind(-2)

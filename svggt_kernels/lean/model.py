@@ -252,19 +252,25 @@ class Lean:
 
 
 def _disagreement(block: Any, x: Tensor, pos: Tensor | None) -> str | None:
-    """Return what speaks against running a block lean, by some of its tokens, or None."""
+    """Return what speaks against running a block lean, by some of its tokens, or None.
+
+    First the formula, in float64 and within what float32 rounds; then how it is computed in this call.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        exact = blocks.own_forward(twin(block, torch.float64), x.double(), pos)
+        exactly, weight = twin(block, torch.float64), block.attn.qkv.weight
+        exact = blocks.own_forward(exactly, x.double(), pos)
         size = (exact - x.double()).norm()
-        wide = torch.float64 if block.attn.qkv.weight.dtype == torch.float64 else torch.float32
-        reason = _disagreement_in(twin(block, wide), x.to(wide), pos, exact, size)
-    if reason is None and blocks.compute_dtype(block) != wide:
-        reason = _disagreement_in(twin(block), x, pos, exact, size)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        own = blocks.own_forward(twin(block, wide), x.to(wide), pos)
+        fused = _in_parts(exactly, x.double(), pos)
+    reason = disagreement(exact, own, fused.to(wide), size, wide, "block")
+    if reason is None and (dtype := blocks.compute_dtype(block)) != torch.float64:
+        as_it_runs = twin(block)
+        own, fused = blocks.own_forward(as_it_runs, x, pos), _in_parts(as_it_runs, x, pos)
+        reason = disagreement(exact, own, fused, size, dtype, "block")
     return reason
 
 
-def _disagreement_in(block: Any, x: Tensor, pos: Tensor | None, exact: Tensor, size: Tensor) -> str | None:
-    own = blocks.own_forward(block, x, pos)
-    # A part that ends within a sample: what mixes tokens after the attention is seen.
-    fused = blocks.run(block, x, pos, by_pytorch, None, 2 * x.shape[1] // 3 + 1)
-    return disagreement(exact, own, fused, size, blocks.compute_dtype(block), "block")
+def _in_parts(block: Any, x: Tensor, pos: Tensor | None) -> Tensor:
+    """Run a block lean, in parts of which one ends within a sample: what mixes tokens after the attention is seen."""
+    return blocks.run(block, x, pos, by_pytorch, None, 2 * x.shape[1] // 3 + 1)

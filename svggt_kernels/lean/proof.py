@@ -1,8 +1,8 @@
 """The one rule by which a block or head is proven: its fused run is no farther from float64 than its own forward.
 
-The module's own forward in float64, autocast off, is exact. In float32, autocast off, and as it runs in this call, the
-error of the fused run may be at most `FACTOR` times that of the module's own forward. So no size of an error is
-assumed, and what TF32 or bfloat16 does to both is allowed to both.
+The module's own forward in float64, autocast off, is exact. The error of the fused run may be at most `FACTOR` times
+that of the module's own forward in the same dtype. So no size of an error is assumed, and what TF32 or bfloat16 does to
+both is allowed to both.
 """
 
 from __future__ import annotations
