@@ -68,7 +68,7 @@ def patch(
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
         lean: At inference also run blocks and DPT heads in few passes over memory where they are of VGGT's kind. What
-            is computed is the same up to rounding; each kind is compared with its own forward once before it runs so.
+            is computed is the same up to rounding: proven by float64, once for blocks and heads of the same settings.
         precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
             which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
