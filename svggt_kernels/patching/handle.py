@@ -76,7 +76,8 @@ def patch(
         memory_budget: What one forward may allocate on the device in all, in GiB; weights and images count. To keep to
             it, kept layer outputs wait in host memory until heads read them, and fewer tokens and frames run at once;
             what is computed is the same up to rounding. "auto": what is free on the CUDA device when a forward begins,
-            less 1 GiB. None: whatever it takes. Needs CUDA, `lean`, `outputs="read"`, VGGT's shape (docs/whole-model.md).
+            less 1 GiB. None: whatever it takes. Needs CUDA, `lean`, `outputs="read"` and VGGT's shape
+            (docs/whole-model.md).
         modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
         tokens_per_frame: With `modules`, the tokens P of a frame, special ones included. Not needed if `covisibility`
             gives graphs, whose number of frames tells.
