@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from .settings import is_replaced
+from .settings import is_replaced, is_watched
 
 
 def obstacle() -> str | None:
@@ -29,6 +29,6 @@ def obstacle_inside(module: nn.Module) -> str | None:
             return f"{name or 'it'} is in training mode"
         if is_replaced(inner):
             return f"another forward was put on {name or 'it'}"
-        if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
+        if inner is not module and is_watched(inner):
             return f"there is a hook on {name}"
     return None

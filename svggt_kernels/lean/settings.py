@@ -64,8 +64,7 @@ class Settings:
         for name, inner in state["_modules"].items():
             seen.append(name)
             if inner is not None:
-                inner_state = inner.__dict__
-                seen.append(bool(inner_state["_forward_hooks"] or inner_state["_forward_pre_hooks"]))
+                seen.append(is_watched(inner))
                 self._read(inner, seen)
         seen.append(None)
 
@@ -110,6 +109,14 @@ def is_replaced(module: nn.Module) -> bool:
     while hasattr(forward, "replaced"):
         forward = forward.replaced
     return forward is not None
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether there are hooks on a module, other than those of a patch."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(hasattr(getattr(hook, "__self__", None), "replaced") for hook in hooks)
 
 
 def twin(module: Module, dtype: torch.dtype | None = None) -> Module:
