@@ -61,7 +61,7 @@ def compiled(name, warps, **arguments):
     print(json.dumps({"kernel": name, **wide}))
 
 norm = {"weight": "*fp32", "bias": "*fp32", "eps": "fp32", "C": 1024, "BLOCK": 1024}
-heads = {"q_eps": "fp32", "k_eps": "fp32", "log2_base": "fp32", "factor": "fp32", "tokens": "i32"}
+heads = {"q_eps": "fp32", "k_eps": "fp32", "frequencies": "*fp32", "factor": "fp32", "tokens": "i32"}
 heads |= {"qkv": "*bf16", "H": 16, "QUARTER": 16, "ROWS": 32}
 norms = ("q_weight", "q_bias", "k_weight", "k_bias")
 for gamma in ("*fp32", None):

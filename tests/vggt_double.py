@@ -27,17 +27,18 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, rope: Rotary, twist: bool) -> None:
+    def __init__(self, rope: Rotary) -> None:
         super().__init__()
-        self.num_heads, self.rope, self.twist = HEADS, rope, twist
+        self.num_heads, self.rope = HEADS, rope
         self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
         self.q_norm, self.k_norm = nn.LayerNorm(DIM // HEADS), nn.LayerNorm(DIM // HEADS)
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.rope(self.q_norm(q), pos), self.rope(self.k_norm(k), pos)
-        if self.twist:
-            q = q.flip(-1)
+        return self.attend(q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -60,10 +61,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, rope: Rotary, twist: bool) -> None:
+    def __init__(self, rope: Rotary) -> None:
         super().__init__()
         self.norm1, self.norm2, self.ls1, self.ls2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM), LayerScale(), LayerScale()
-        self.attn = Attention(rope, twist)
+        self.attn = Attention(rope)
         self.mlp = Mlp()
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -78,14 +79,14 @@ class PatchEmbed(nn.Conv2d):
 
 
 class Aggregator(nn.Module):
-    def __init__(self, twist: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         rope = Rotary()
         self.patch_size, self.patch_start_idx = PATCH, SPECIAL
         self.patch_embed = PatchEmbed(3, DIM, PATCH, PATCH)
         self.special = nn.Parameter(torch.randn(1, SPECIAL, DIM))
-        self.frame_blocks = nn.ModuleList(Block(rope, twist) for _ in range(DEPTH))
-        self.global_blocks = nn.ModuleList(Block(rope, twist) for _ in range(DEPTH))
+        self.frame_blocks = nn.ModuleList(Block(rope) for _ in range(DEPTH))
+        self.global_blocks = nn.ModuleList(Block(rope) for _ in range(DEPTH))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
         B, S, _, H, W = images.shape
@@ -139,9 +140,9 @@ class CameraHead(nn.Module):
 
 
 class VGGT(nn.Module):
-    def __init__(self, twist: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.aggregator, self.depth_head, self.camera_head = Aggregator(twist), DPTHead(), CameraHead()
+        self.aggregator, self.depth_head, self.camera_head = Aggregator(), DPTHead(), CameraHead()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         images = images if images.dim() == 5 else images[None]

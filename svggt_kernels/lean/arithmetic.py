@@ -1,11 +1,12 @@
 """What blocks and heads compute beside their products, each in one pass over memory.
 
-On CUDA by Triton kernels, and by cuDNN what goes with a convolution; elsewhere by PyTorch: the same formulas in
-float32, the result rounded once.
+On NVIDIA GPUs since Ampere by Triton kernels, and by cuDNN what goes with a convolution; elsewhere by PyTorch: the same
+formulas in float32, the result rounded once.
 """
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -179,9 +180,18 @@ def predict(x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> tuple[Tens
     return values.sign() * values.abs().expm1() if signed else values.exp(), 1 + confidence.exp()
 
 
+@functools.lru_cache(maxsize=16)
+def frequencies(base: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return by what angle each of `count` pairs of elements turns at one step, base ** (-i / count), `[count]`.
+
+    Computed as upstream does, to the bit: at position 100 another rounding of a frequency is 100 of the angle.
+    """
+    return 1.0 / base ** (torch.arange(count, dtype=dtype, device=device) / count)
+
+
 def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
     quarter = x.shape[-1] // 4
-    frequency = base ** (-torch.arange(quarter, device=x.device, dtype=x.dtype) / quarter)
+    frequency = frequencies(base, quarter, x.dtype, x.device)
     angle = positions[:, :, None, :, None].to(x.dtype) * frequency  # [B, N, 1, 2, D / 4]
     cos, sin = angle.cos(), angle.sin()
     first, second = x.unflatten(-1, (2, 2, quarter)).unbind(-2)
@@ -189,7 +199,13 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 def _by_triton(x: Tensor) -> bool:
-    return x.is_cuda and _HAS_TRITON and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a CUDA device: on NVIDIA's since Ampere; on AMD's none was tried."""
+    return _HAS_TRITON and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

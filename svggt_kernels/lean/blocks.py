@@ -8,15 +8,18 @@ them, under autocast in its dtype, and everything else in float32, rounded once.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arithmetic import add_scaled, add_scaled_and_normalise, gelu_, layer_norm, normalise_and_rotate_
+from .settings import CACHES, TABLES, is_plain
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of q, k and v `[B, H, N, D]` with a scale."""
@@ -33,25 +36,57 @@ ATTENTION_FORWARDS = (
     ("x", "pos", "attn_mask"),
 )
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+
+KNOWN_OF_BLOCK = frozenset({"norm1", "norm2", "ls1", "ls2", "attn", "mlp", "sample_drop_ratio", "_compiled_call_impl"})
+KNOWN_OF_ATTENTION = frozenset(
+    {
+        "qkv", "proj", "q_norm", "k_norm", "rope", "custom_positional_encoding", "num_heads", "head_dim", "scale",
+        "fused_attn", "use_scalable_softmax", "use_entropy_scaling", "entropy_scaling_growth_factor",
+        "base_token_count_for_entropy_scaling",
+    }
+)  # fmt: skip
+KNOWN_OF_SCALE = frozenset({"gamma", "dim", "init_values", "inplace"})
+KNOWN_OF_ROTATION = CACHES | {"base_frequency", "scaling_factor", "base", "F0"}
+"""What the formula reads, and what in known models has no effect on it: names of what modules may hold."""
+
 
 def obstacle(block: Any) -> str | None:
-    """Return why a module is not a block that `run` can run, or None if it is."""
+    """Return why a module is not a block that `run` can run, or None if it is.
+
+    A block, its attention, rotation and scales may hold nothing but what the formula reads, as what else they hold may
+    matter to more tokens than a proof sees: no other parameters, buffers or submodules, and other attributes only if
+    these are None or False.
+    """
     if not all(isinstance(getattr(block, name, None), nn.Module) for name in ("attn", "mlp")):
         return "it has no attn and mlp"
     attn: Any = block.attn
     for owner, allowed in ((block, BLOCK_FORWARDS), (attn, ATTENTION_FORWARDS)):
-        arguments = tuple(inspect.signature(type(owner).forward).parameters)[1:]
-        if arguments not in allowed:
-            return f"the forward of {type(owner).__name__} takes {', '.join(arguments)}"
+        names = tuple(_signature(type(owner).forward).parameters)[1:]
+        if names not in allowed:
+            return f"the forward of {type(owner).__name__} takes {', '.join(names)}"
     if not all(_is_affine(getattr(block, name, None)) for name in ("norm1", "norm2")):
         return "norm1 and norm2 are not LayerNorm with weight and bias"
     if not all(_is_scale(getattr(block, name, None)) for name in ("ls1", "ls2")):
         return "ls1 and ls2 are not LayerScale"
-    if not all(isinstance(getattr(attn, name, None), nn.Linear) for name in ("qkv", "proj")):
-        return "attn.qkv and attn.proj are not Linear"
+    if not all(_is_linear(getattr(attn, name, None)) for name in ("qkv", "proj")):
+        return "attn.qkv and attn.proj are not Linear with floating-point weights"
     if not isinstance(getattr(attn, "num_heads", None), int) or attn.qkv.out_features != 3 * attn.qkv.in_features:
         return "attn does not say its num_heads, or its qkv is not three times as wide as its tokens"
-    return _obstacle_of_embedding(attn)
+    return (
+        _obstacle_of_scale(attn) or _obstacle_of_embedding(attn) or _stranger_in(block) or _obstacle_of_mlp(block.mlp)
+    )
+
+
+def _obstacle_of_scale(attn: Any) -> str | None:
+    head_size = attn.qkv.in_features // attn.num_heads
+    if getattr(attn, "head_dim", head_size) != head_size:
+        return f"attn.head_dim is {attn.head_dim}, not {head_size}"
+    scale = getattr(attn, "scale", head_size**-0.5)
+    if not isinstance(scale, float) or not math.isclose(scale, head_size**-0.5):
+        return f"attn.scale is {scale}, not {head_size} ** -0.5"
+    return None
 
 
 def _obstacle_of_embedding(attn: Any) -> str | None:
@@ -70,31 +105,84 @@ def _obstacle_of_embedding(attn: Any) -> str | None:
     return None
 
 
-def anatomy(block: Any) -> Hashable:
-    """Return what blocks that compute the same formula, for which `obstacle` is None, have in common."""
-    attn = block.attn
-    return (
-        *(type(part) for part in (block, attn, block.mlp, _norm(attn, "q_norm"), _rotation(attn))),
-        *(_gamma(block, name) is None for name in ("ls1", "ls2")),
-        *(getattr(attn, name, False) for name in ("use_scalable_softmax", "use_entropy_scaling")),
-        attn.qkv.weight.device,
+def _stranger_in(block: Any) -> str | None:
+    """Return what a block holds that the formula does not read."""
+    rotation = _rotation(block.attn)
+    parts = [("the block", block, KNOWN_OF_BLOCK), ("attn", block.attn, KNOWN_OF_ATTENTION)]
+    parts += [(name, getattr(block, name, None), KNOWN_OF_SCALE) for name in ("ls1", "ls2")]
+    parts += [("its rotation", rotation, KNOWN_OF_ROTATION)]
+    for where, part, known in parts:
+        if part is not None and (name := _stranger(part, known)) is not None:
+            return f"{where} holds {name}, which the fused block does not know"
+    return None
+
+
+def _stranger(module: nn.Module, known: frozenset[str]) -> str | None:
+    """Return an attribute, parameter, buffer or submodule that is neither known nor without effect, or None."""
+    state = module.__dict__
+    attributes = {name: value for name, value in state.items() if name not in TABLES}
+    for table in (attributes, state["_parameters"], state["_buffers"], state["_modules"]):
+        for name, value in table.items():
+            is_known = name in known or name in ("training", "forward")
+            if not (is_known or value is None or value is False or _passes_through(value)):
+                return name
+    return None
+
+
+def _passes_through(module: object) -> bool:
+    """Whether a module returns what it is given, in evaluation mode."""
+    return isinstance(module, nn.Module) and (
+        type(module) in (nn.Identity, nn.Dropout) or type(module).__name__ == "DropPath"
     )
 
 
-def arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Return the tokens that a block is called with and the positions by which it rotates them, None if it does not.
+def _obstacle_of_mlp(mlp: nn.Module) -> str | None:
+    """Return why an MLP, which runs by itself on some tokens at a time, may depend on more than them."""
+    for path, module in mlp.named_modules(prefix="mlp"):
+        for name, value in vars(module).items():
+            if name not in TABLES and name != "forward" and not (is_plain(value) or isinstance(value, FUNCTIONS)):
+                return f"{path}.{name} is of {type(value).__name__}, in which anything may be"
+    return None
 
-    None if it is called with more, such as a mask, or without such positions.
+
+def arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | str:
+    """Return the tokens and the positions that a block is called with, or why it cannot run lean on what it is given.
+
+    It cannot if it is called with more, such as a mask, or without positions by which it rotates.
     """
-    given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
-    x = next(given.pop(name) for name in TOKENS if name in given)
-    pos = next((given.pop(name) for name in POSITIONS if name in given), None)
-    _, *others = given.values()
-    if not isinstance(x, Tensor) or any(other is not None for other in others):
-        return None
-    if _rotation(block.attn) is None:
-        return x, None
-    return (x, pos) if isinstance(pos, Tensor) else None
+    try:
+        given = _signature(type(block).forward).bind(block, *args, **kwargs).arguments
+    except TypeError:
+        return "it is called with arguments that its forward does not take"
+    _, *others = given
+    x = next((given[name] for name in others if name in TOKENS), None)
+    pos = next((given[name] for name in others if name in POSITIONS), None)
+    more = [name for name in others if name not in (*TOKENS, *POSITIONS) and given[name] is not None]
+    if not isinstance(x, Tensor) or more:
+        return f"it is called with {', '.join(more) or 'no tensor of tokens'}"
+    if isinstance(pos, (list, tuple)) and all(each is None for each in pos):
+        pos = None  # UniCeption's way to say it
+    if pos is not None and not isinstance(pos, Tensor):
+        return f"it is called with positions of {type(pos).__name__}, not in a tensor"
+    if pos is None and _rotation(getattr(block, "attn", None)) is not None:
+        return "it is called without the positions by which it rotates"
+    return x, pos
+
+
+def own_forward(block: Any, x: Tensor, pos: Tensor | None) -> Tensor:
+    """Run the forward of a block's class, None in the place of what else it requires."""
+    names = list(_signature(type(block).forward).parameters.values())[2:]
+    given = {each.name: pos if each.name in POSITIONS else None for each in names if _is_given(each, pos)}
+    return type(block).forward(block, x, **given)
+
+
+def _is_given(parameter: inspect.Parameter, pos: Tensor | None) -> bool:
+    return parameter.default is parameter.empty or (parameter.name in POSITIONS and pos is not None)
+
+
+@functools.lru_cache(maxsize=64)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def run(
@@ -110,7 +198,7 @@ def run(
     Args:
         block: The block.
         x: Tokens `[B, N, C]`; not changed.
-        pos: Positions of the tokens `[B, N, 2]`, or None for a block that does not rotate.
+        pos: Positions of the tokens `[B, N, 2]`, which a block that does not rotate leaves aside.
         attend: The attention.
         dtype: Dtype of the residual stream, or None for upstream's.
         tokens_at_once: Tokens that go through what follows the attention at once.
@@ -121,10 +209,11 @@ def run(
     attn, (B, N, C) = block.attn, x.shape
     gamma1, gamma2 = _gamma(block, "ls1"), _gamma(block, "ls2")
     kind = compute_dtype(block)
-    x = x.to(_stream_dtype(x, kind, gamma1, gamma2) if dtype is None else dtype)
+    x = x.to(stream_dtype(block, x) if dtype is None else dtype)
     qkv = attn.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, attn.num_heads, C // attn.num_heads)
     scale = qkv.shape[-1] ** -0.5 * _temperature(attn, N)
     q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
+    pos = None if rotation is None else pos
     if q_norm is not None or rotation is not None:
         # Scores in units of log2 spare the kernels a multiplication, and queries are rounded once even so.
         factor, scale = scale / math.log(2), math.log(2)
@@ -154,25 +243,25 @@ def compute_dtype(block: Any) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _stream_dtype(x: Tensor, kind: torch.dtype, *gammas: Tensor | None) -> torch.dtype:
-    """Return the dtype that upstream's sums have."""
-    dtype = torch.promote_types(x.dtype, kind)
-    for gamma in gammas:
+def stream_dtype(block: Any, x: Tensor) -> torch.dtype:
+    """Return the dtype that upstream's sums have, for tokens x."""
+    dtype = torch.promote_types(x.dtype, compute_dtype(block))
+    for gamma in (_gamma(block, "ls1"), _gamma(block, "ls2")):
         dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
     return dtype
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Run an MLP; where it is two products with GELU between them, without a second tensor for its hidden values."""
-    parts = dict(mlp.named_children())
-    fc1, act, fc2 = (parts.pop(name, None) for name in ("fc1", "act", "fc2"))
-    plain = isinstance(fc1, nn.Linear) and type(act) is nn.GELU and isinstance(fc2, nn.Linear)
+    fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
     if (
-        plain
+        _is_linear(fc1)
+        and _is_linear(fc2)
+        and type(act) is nn.GELU
         and act.approximate == "none"
-        and all(isinstance(part, (nn.Dropout, nn.Identity)) for part in parts.values())
+        and _stranger(mlp, frozenset({"fc1", "act", "fc2"})) is None
     ):
-        return fc2(gelu_(fc1(x)))
+        return fc2(gelu_(fc1(x)))  # type: ignore[misc]
     return mlp(x)
 
 
@@ -189,13 +278,22 @@ def _temperature(attn: Any, tokens: int) -> float:
 
 
 def _is_affine(norm: Any) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and _has_floats(norm)
+
+
+def _is_linear(module: object) -> bool:
+    return type(module) is nn.Linear and _has_floats(module)
+
+
+def _has_floats(module: nn.Module) -> bool:
+    """Whether the parameters of a module are ordinary ones, of floating-point numbers."""
+    return all(type(each) is nn.Parameter and each.dtype in FLOATS for each in module.parameters(recurse=False))
 
 
 def _is_scale(module: object) -> bool:
     if module is None or isinstance(module, nn.Identity):
         return True
-    return type(module).__name__ == "LayerScale" and isinstance(getattr(module, "gamma", None), nn.Parameter)
+    return type(module).__name__ == "LayerScale" and type(getattr(module, "gamma", None)) is nn.Parameter
 
 
 def _gamma(block: Any, name: str) -> Tensor | None:

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from . import memory
 from .arithmetic import convolve_relu, layer_norm, predict, upsample
+from .settings import TABLES, is_plain
 
 LEVELS = 4
 SIGNED = {"exp": False, "inv_log": True}
 """Activations of the values that are known, and whether such values have a sign."""
 
 CONFIDENCE = "expp1"
+UNITS = ("resConfUnit1", "resConfUnit2")
 METHODS = ("_forward_impl", "_apply_pos_embed")
 MOST_VALUES = 2**31 - 1
 """Of the last map that is convolved: PyTorch splits a convolution of more, but not one with its ReLU."""
@@ -60,7 +62,7 @@ def obstacle(head: Any) -> str | None:
     kinds = (nn.Conv2d, nn.ConvTranspose2d)
     if not all(type(each) is nn.Identity or any(_is_convolution(each, kind) for kind in kinds) for each in resized):
         return "resize_layers are not Conv2d, ConvTranspose2d or Identity"
-    return _obstacle_of_fusion(getattr(head, "scratch", None))
+    return _obstacle_of_fusion(getattr(head, "scratch", None)) or _stranger_in(head)
 
 
 def _obstacle_of_fusion(scratch: Any) -> str | None:
@@ -69,7 +71,7 @@ def _obstacle_of_fusion(scratch: Any) -> str | None:
         if type(made) is not nn.Conv2d or not _pads_zeros(made):
             return f"scratch.layer{level}_rn is not Conv2d"
         block = getattr(scratch, f"refinenet{level}", None)
-        units = [getattr(block, name, None) for name in ("resConfUnit1", "resConfUnit2")]
+        units = [getattr(block, name, None) for name in UNITS]
         if level == LEVELS and units.pop(0) is not None:
             return f"scratch.refinenet{level} has a resConfUnit1, which has nothing to add"
         if not all(_is_residual(unit) for unit in units):
@@ -89,26 +91,28 @@ def _obstacle_of_fusion(scratch: Any) -> str | None:
     return None
 
 
-def anatomy(head: Any) -> Hashable:
-    """Return what heads that compute the same formula, for which `obstacle` is None, have in common.
-
-    That is their modules, and the numbers, strings and sequences of these that the modules have for attributes.
-    """
-    modules = [
-        (
-            name,
-            type(module),
-            tuple((key, repr(value)) for key, value in sorted(vars(module).items()) if _is_plain(value)),
-        )
-        for name, module in head.named_modules()
-    ]
-    return tuple(modules)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (int, float, str))
+def _stranger_in(head: Any) -> str | None:
+    """Return what a head holds that the formula does not read, and whose value no settings tell, or None."""
+    fusions = [getattr(head.scratch, f"refinenet{level}") for level in range(1, LEVELS + 1)]
+    units = [unit for block in fusions for name in UNITS if (unit := getattr(block, name, None)) is not None]
+    known = {
+        head.norm,
+        *head.projects,
+        *head.resize_layers,
+        *(getattr(head.scratch, f"layer{level}_rn") for level in range(1, LEVELS + 1)),
+        *(block.out_conv for block in fusions),
+        *(conv for unit in units for conv in (unit.conv1, unit.conv2)),
+        *(head.scratch.output_conv1, *head.scratch.output_conv2),
+    }
+    for path, module in head.named_modules():
+        where = path or "it"
+        for name, value in vars(module).items():
+            if name not in TABLES and name != "forward" and not is_plain(value):
+                return f"{where} holds {name} of {type(value).__name__}, in which anything may be"
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if module not in known or type(tensor) is not nn.Parameter:
+                return f"{where} holds {name}, which the lean head does not know"
+    return None
 
 
 Table = tuple[Tensor, Tensor]
@@ -134,7 +138,7 @@ class Positions:
 
         Args:
             head: A head for which `obstacle` is None.
-            kind: Its `anatomy`.
+            kind: Its settings.
             image: H and W of the images.
             like: A tensor of the tables' dtype, on their device.
         """
@@ -186,7 +190,7 @@ class ReadyHead:
 
     def __call__(
         self,
-        aggregated_tokens_list: Sequence[Any],
+        aggregated_tokens_list: Any,
         images: Tensor,
         patch_start_idx: int,
         frames_chunk_size: int | None = None,
@@ -194,7 +198,8 @@ class ReadyHead:
         """Return what the head's forward does: values `[B, S, H, W, K]` and their confidence `[B, S, H, W]`.
 
         Args:
-            aggregated_tokens_list: Outputs `[B, S, P, C]` of layers; those that the head reads are tensors.
+            aggregated_tokens_list: Outputs `[B, S, P, C]` of layers by their index, in a list or a dict; those that the
+                head reads are tensors.
             images: `[B, S, 3, H, W]`, of which only the shape matters.
             patch_start_idx: The first token of a frame that is a patch.
             frames_chunk_size: Frames that run at once; no more than `memory.FRAMES_AT_ONCE` do, None for these.

@@ -26,6 +26,9 @@ FRAMES_AT_ONCE = 8
 HALVINGS = 4
 """How often both may be halved: to 4096 tokens, and to 1 frame after three."""
 
+DEVICES = ("cuda",)
+"""Types of the devices on which a budget can be kept: those whose tensors can wait in host memory."""
+
 MARGIN = GIB
 """What "auto" leaves free: the allocator cannot use every hole."""
 
@@ -130,16 +133,19 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
     Raises:
         ValueError: If no plan fits; the message says what the least budget is.
     """
-    plans = list(_plans(sizes))
-    for plan in plans:
+    for plan in _plans(sizes):
         if plan.peak_bytes <= budget:
             return plan
-    least = -(-min(plan.peak_bytes for plan in plans) * 10 // GIB) / 10
     raise ValueError(
-        f"memory_budget must be at least {least:.1f} GiB for {sizes.frames} frames of {sizes.tokens} tokens"
+        f"memory_budget must be at least {least(sizes):.1f} GiB for {sizes.frames} frames of {sizes.tokens} tokens"
         + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
         + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"'
     )
+
+
+def least(sizes: Sizes) -> float:
+    """Return the least budget that a plan fits, in GiB, rounded up to a tenth."""
+    return -(-min(plan.peak_bytes for plan in _plans(sizes)) * 10 // GIB) / 10
 
 
 def _plans(sizes: Sizes) -> Iterator[Plan]:
@@ -205,16 +211,11 @@ def allowed(budget: Literal["auto"] | float, device: torch.device, present: int)
 
     Args:
         budget: In GiB, or "auto".
-        device: Where the forward runs.
+        device: Where the forward runs, one of `DEVICES`.
         present: Bytes of weights and images, which are there.
-
-    Raises:
-        ValueError: If it is "auto" and the device cannot tell what is free.
     """
     if budget != "auto":
         return int(budget * GIB)
-    if device.type != "cuda":
-        raise ValueError(f'memory_budget="auto" asks CUDA what is free, and {device} has no such query; give GiB')
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return present + max(0, free + unused - MARGIN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from ..modules import unwrapped
 from . import blocks, inference, memory, outputs
 from .embedding import embed
+from .proof import Proofs, disagreement
 from .proven_heads import ProvenHeads
+from .settings import Settings, twin
 from .within_frames import AttentionWithinFrames, by_pytorch
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
-PROOF_TOKENS = 2048
+PROOF_TOKENS = 1024
+"""Tokens of each of two samples by which a block is proven: all of a frame of most sizes."""
 
 
 class Lean:
@@ -25,7 +28,6 @@ class Lean:
     Args:
         model: The model that was given to `patch`, with its heads.
         root: The module in it that runs the blocks.
-        attention: The attention modules that are patched.
         precision: Dtype of the residual stream and of the layer outputs kept: upstream's, or bfloat16.
         keep: Keep the layer outputs that heads read, or all.
         backend: The backend that the patch was given, or None.
@@ -52,7 +54,6 @@ class Lean:
         self,
         model: nn.Module,
         root: nn.Module,
-        attention: Collection[nn.Module],
         precision: Precision,
         keep: Outputs,
         backend: str | None,
@@ -81,11 +82,12 @@ class Lean:
             )
         self.depth = len(getattr(root, "global_blocks", ()))
         self.layers = outputs.layers_read(model, self.depth) if staged and keep == "read" else None
-        reasons += [
-            f"the forward of {type(module).__name__} does not take what VGGT's DPT heads take"
-            for module in model.modules()
+        foreign = {
+            name: f"the forward of {type(module).__name__} does not take what VGGT's DPT heads take"
+            for name, module in model.named_modules()
             if hasattr(module, "intermediate_layer_idx") and not outputs.reads_some_frames(module)
-        ]
+        }
+        reasons += foreign.values()
         if memory_budget is not None and (reasons or self.layers is None):
             if self.layers is None:
                 reasons.append(
@@ -105,10 +107,9 @@ class Lean:
         # A copy of `root` alone shall copy no more than DPT heads.
         self._model = None if memory_budget is None else model
         self.within_frames = AttentionWithinFrames(backend)
-        self.proven_heads = ProvenHeads()
-        self._unpatched = [block for block in self.blocks.values() if block.attn not in attention]
+        self.proven_heads = ProvenHeads(foreign)
+        self._settings, self._proofs = Settings(), Proofs()
         self._ran: set[nn.Module] = set()
-        self._refusals: dict[Hashable, str | None] = {}
 
     @property
     def runs(self) -> int:
@@ -124,9 +125,11 @@ class Lean:
             tokens_describe: Whether the graph is made of tokens.
 
         Raises:
-            ValueError: If the budget cannot be kept, or the forward is not one of inference.
+            ValueError: If the budget cannot be kept, as on other devices than CUDA, or the forward is not one of
+                inference.
         """
         self._ran.clear()
+        self._settings.begin()
         self.within_frames.ran.clear()
         self.proven_heads.begin()
         self.not_lean = dict(self._obstacles)
@@ -147,6 +150,12 @@ class Lean:
                     "patch(model, memory_budget=None)"
                 )
             sizes = self._sizes(model, images, tokens_per_frame, tokens_describe)
+            if images.device.type not in memory.DEVICES:
+                raise ValueError(
+                    "memory_budget is kept on CUDA, whose layer outputs can wait in host memory, and the images are "
+                    f"on {images.device}; leave memory_budget=None (on CUDA the budget must be at least "
+                    f"{memory.least(sizes):.1f} GiB)"
+                )
             self.plan = memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
         upstreams = None if self.dtype is None else next(self._root.parameters()).dtype
         if self.plan is None:
@@ -195,6 +204,16 @@ class Lean:
             tokens_describe=tokens_describe,
         )
 
+    def arguments(
+        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return the tokens of a block and their positions, or None if it must run as it is on what it is given."""
+        given = blocks.arguments(block, args, kwargs)
+        if isinstance(given, str):
+            self._note(block, given)
+            return None
+        return given
+
     def run(self, block: Any, x: Tensor, pos: Tensor | None, attend: blocks.Attend | None) -> Tensor | None:
         """Run a block lean, or return None if it must run as it is.
 
@@ -204,44 +223,56 @@ class Lean:
             pos: Their positions, or None.
             attend: Its attention if that is patched, else None.
         """
-        if inference.obstacle(block) is not None or not self._is_proven(block, x, pos):
+        reason = inference.obstacle() or self._disproof(block, x, pos)
+        if reason is not None:
+            self._note(block, reason)
             return None
         self._ran.add(block)
         at_once = memory.TOKENS_AT_ONCE if self.plan is None else self.plan.tokens_at_once
         return blocks.run(block, x, pos, attend or self.within_frames, self.dtype, at_once)
 
-    def _is_proven(self, block: Any, x: Tensor, pos: Tensor | None) -> bool:
-        """Whether a block like this, run lean on a few of its tokens, once, gave what its own forward gives.
+    def _note(self, block: nn.Module, reason: str) -> None:
+        name = type(block).__name__
+        known = self.not_lean.get(name)
+        if known is None or reason not in known:
+            self.not_lean[name] = reason if known is None else f"{known}; {reason}"
 
-        They are compared for each kind of block and dtype of products. A block whose attention is patched has no
-        forward of its own to compare with; another stands in for it.
+    def _disproof(self, block: Any, x: Tensor, pos: Tensor | None) -> str | None:
+        """Return why a block must run as it is, or None if it computes what blocks do, with the settings that it has.
+
+        Asked once for blocks of the same settings, dtype of products and number of tokens in the proof.
         """
-        key = blocks.anatomy(block), blocks.compute_dtype(block)
-        if key not in self._refusals:
-            alike = [other for other in self._unpatched if blocks.anatomy(other) == key[0]]
-            if not alike:
-                self._refusals[key] = "no block like it attends within frames, where it could be compared"
-            else:
-                other = next((other for other in alike if inference.obstacle(other) is None), None)
-                positions = None if pos is None else pos[:2, :PROOF_TOKENS]
-                agrees = None if other is None else self._agrees(other, x[:2, :PROOF_TOKENS], positions)
-                if agrees is None:
-                    return False  # in this call; it proves nothing
-                self._refusals[key] = None if agrees else "its forward computes something else than the fused block"
-        reason = self._refusals[key]
+        settings = self._settings.of(block)
+        reason = self._proofs.reason(settings, lambda: inference.obstacle_inside(block) or blocks.obstacle(block))
         if reason is not None:
-            self.not_lean[type(block).__name__] = reason
-        return reason is None
+            return reason
+        x = x[:2, :PROOF_TOKENS].to(blocks.stream_dtype(block, x))
+        pos = None if pos is None else pos[:2, :PROOF_TOKENS]
+        precision = torch.backends.cuda.matmul.fp32_precision
+        key = settings, blocks.compute_dtype(block), x.dtype, x.shape, None if pos is None else pos.shape, precision
+        return self._proofs.reason(key, lambda: _disagreement(block, x, pos))
 
-    @staticmethod
-    def _agrees(block: Any, x: Tensor, pos: Tensor | None) -> bool | None:
-        """Whether a block that is not patched gives the same run lean, in parts; None if these tokens cannot tell."""
-        expected = type(block).forward(block, x) if pos is None else type(block).forward(block, x, pos)
-        # A part that ends within a sample: what mixes tokens after the attention is seen.
-        actual = blocks.run(block, x, pos, by_pytorch, None, 2 * x.shape[1] // 3 + 1)
-        # Rounding of what a block adds, a few times over; another formula is wrong by as much as it adds.
-        allowed = min(50 * torch.finfo(blocks.compute_dtype(block)).eps, 0.1)
-        error, added = (actual - expected).float().norm(), (expected - x).float().norm()
-        if not error.isfinite():
-            return None
-        return actual.dtype == expected.dtype and bool(error <= allowed * added)
+
+def _disagreement(block: Any, x: Tensor, pos: Tensor | None) -> str | None:
+    """Return what speaks against running a block lean, by some of its tokens, or None.
+
+    First the formula, in float64 and within what float32 rounds; then how it is computed in this call.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        exactly, weight = twin(block, torch.float64), block.attn.qkv.weight
+        exact = blocks.own_forward(exactly, x.double(), pos)
+        size = (exact - x.double()).norm()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        own = blocks.own_forward(twin(block, wide), x.to(wide), pos)
+        fused = _in_parts(exactly, x.double(), pos)
+    reason = disagreement(exact, own, fused.to(wide), size, wide, "block")
+    if reason is None and (dtype := blocks.compute_dtype(block)) != torch.float64:
+        as_it_runs = twin(block)
+        own, fused = blocks.own_forward(as_it_runs, x, pos), _in_parts(as_it_runs, x, pos)
+        reason = disagreement(exact, own, fused, size, dtype, "block")
+    return reason
+
+
+def _in_parts(block: Any, x: Tensor, pos: Tensor | None) -> Tensor:
+    """Run a block lean, in parts of which one ends within a sample: what mixes tokens after the attention is seen."""
+    return blocks.run(block, x, pos, by_pytorch, None, 2 * x.shape[1] // 3 + 1)

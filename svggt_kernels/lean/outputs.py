@@ -47,7 +47,7 @@ class Hole:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Hole:
         """Joined with another hole it stays one: what the aggregator does to make a layer's output."""
-        given = [part for each in (*args, *(kwargs or {}).values()) for part in (each if _is_list(each) else [each])]
+        given = [part for each in (*args, *(kwargs or {}).values()) for part in _flat(each)]
         hole = next(part for part in given if isinstance(part, cls))
         if func is not torch.cat or any(isinstance(part, (Tensor, Output)) for part in given):
             hole._refuse()
@@ -72,6 +72,10 @@ class Hole:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    return value if _is_list(value) else [value]
 
 
 def layers_read(model: nn.Module, depth: int) -> frozenset[int] | None:
@@ -137,8 +141,9 @@ class OnHost:
 class Output:
     """The output of a layer, `[B, S, P, C]`, in parts over C that lie side by side only where it is read.
 
-    It may stand where a tensor is expected: indices, torch's functions and methods see the tensor, made anew each time,
-    Python's operators do not; an index into frames and tokens makes only those.
+    It may stand where a tensor is expected: indices, torch's functions and methods, and NumPy see the tensor, made anew
+    each time, Python's operators do not; an index into frames and tokens makes only those. It cannot be changed: what
+    works in place is refused.
 
     Args:
         parts: Tokens `[B, S, P, C']`, on the device or the host.
@@ -180,11 +185,31 @@ class Output:
             return self._joined([part[indices] for part in self.parts])
         return self._joined([part[:] for part in self.parts])[index]  # type: ignore[index]
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensor as an array."""
+        return self[:].numpy(force=True).__array__(*args, **kwargs)
+
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        """Refuse."""
+        self._refuse_to_change("item assignment")
+
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the tensor."""
         if name.startswith("__"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            self._refuse_to_change(name)
         return getattr(self[:], name)
+
+    @staticmethod
+    def _refuse_to_change(name: str) -> NoReturn:
+        raise RuntimeError(
+            f"{name} works in place, and a layer output kept in bfloat16 or in host memory cannot be changed; "
+            "change a tensor made of it, output[:]"
+        )
 
     @classmethod
     def __torch_function__(
@@ -192,6 +217,11 @@ class Output:
     ) -> Any:
         """Join outputs over C without touching them, as the aggregator does; for all else make them tensors."""
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
+            cls._refuse_to_change(name)
+        if any(isinstance(each, cls) for each in _flat(kwargs.get("out"))):
+            cls._refuse_to_change(f"{name}(out=...)")
         if func is torch.cat and _is_list(args[0]) and all(isinstance(each, cls) for each in args[0]):
             first = args[0][0]
             if (args[1] if len(args) > 1 else kwargs.get("dim", 0)) in (-1, 3):
@@ -245,18 +275,22 @@ class Keeper:
         return copy
 
 
-def run_head(original: Callable[..., Any], head: Any, layers: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+def run_head(original: Callable[..., Any], head: Any, layers: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a head on layer outputs, some frames at a time where they are not tensors.
 
     Args:
         original: The head's forward.
         head: A head for which `reads_some_frames` is true.
-        layers: Outputs `[B, S, P, C]` of the layers, or holes.
+        layers: Outputs `[B, S, P, C]` of the layers, or holes, by their index: a list, or a dict as VGGT-X has it.
         args: Images `[B, S, 3, H, W]`, first patch token and frames at a time, as the head takes them.
         kwargs: The same by name.
     """
-    read = sorted({index % len(layers) for index in head.intermediate_layer_idx})
-    stored = {index: layers[index] for index in read if isinstance(layers[index], Output)}
+    if not isinstance(layers, (list, tuple, dict)):
+        return original(layers, *args, **kwargs)
+    read: set[int] = set(head.intermediate_layer_idx)
+    if not isinstance(layers, dict):
+        read = {index % len(layers) for index in read}
+    stored = {index: layers[index] for index in sorted(read) if isinstance(layers[index], Output)}
     if not stored:
         return original(layers, *args, **kwargs)
     bound = inspect.signature(type(head).forward).bind(head, layers, *args, **kwargs)
@@ -268,7 +302,7 @@ def run_head(original: Callable[..., Any], head: Any, layers: Sequence[Any], *ar
     results: tuple[Tensor, ...] = ()
     with contextlib.closing(_in_turn(list(stored.values()), slices)) as turns:
         for frames in slices:
-            some = list(layers)
+            some: Any = dict(layers) if isinstance(layers, dict) else list(layers)
             for index, tokens in zip(stored, next(turns), strict=True):
                 some[index] = tokens
             result = original(some, images[:, frames].contiguous(), first_patch, None)

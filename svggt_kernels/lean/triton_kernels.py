@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+from .arithmetic import frequencies
 
 UPSAMPLED_AT_ONCE = 4096
 """Values of the output that one program makes, of pixels that lie side by side in a row."""
@@ -155,7 +156,7 @@ def _affine(x, mean, inverse, weight, bias, part: tl.constexpr, QUARTER: tl.cons
 
 @triton.jit
 def _queries_and_keys(
-    qkv, positions, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, log2_base, factor, tokens,
+    qkv, positions, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, frequencies, factor, tokens,
     NORMALISE: tl.constexpr, ROTATE: tl.constexpr, H: tl.constexpr, QUARTER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 4 * QUARTER
@@ -163,8 +164,7 @@ def _queries_and_keys(
     exists = row < tokens
     stride = 3 * H * D
     if ROTATE:
-        # Frequency i turns by base^(-i / QUARTER) a step.
-        frequency = tl.exp2(tl.arange(0, QUARTER).to(tl.float32) * (-log2_base / QUARTER))
+        frequency = tl.load(frequencies + tl.arange(0, QUARTER))
         y = tl.load(positions + 2 * row, mask=exists, other=0).to(tl.float32)[:, None] * frequency
         x = tl.load(positions + 2 * row + 1, mask=exists, other=0).to(tl.float32)[:, None] * frequency
         cos_y, sin_y, cos_x, sin_x = tl.cos(y), tl.sin(y), tl.cos(x), tl.sin(x)
@@ -221,10 +221,11 @@ def normalise_and_rotate_(
     rows = 32
     norms = [(None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps) for norm in (q_norm, k_norm)]
     (q_weight, q_bias, q_eps), (k_weight, k_bias, k_eps) = norms
+    table = None if base is None else frequencies(base, D // 4, torch.float32, qkv.device)
     with _current(qkv.device):
         _queries_and_keys[(triton.cdiv(B * N, rows),)](
             qkv, None if positions is None else positions.expand(B, N, 2).contiguous(),
-            q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, 0.0 if base is None else math.log2(base), factor, B * N,
+            q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, table, factor, B * N,
             NORMALISE=q_norm is not None, ROTATE=positions is not None, H=H, QUARTER=D // 4, ROWS=rows, num_warps=4,
         )  # fmt: skip
     return qkv

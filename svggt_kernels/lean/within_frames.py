@@ -68,6 +68,8 @@ class AttentionWithinFrames:
         """Return what runs queries `[B, H, N, D]`: "hopper" or "pytorch"."""
         if self.backend not in (None, FASTER) or q.shape[0] * q.shape[2] < FEWEST_TOKENS:
             return PYTORCH
+        if q.is_cuda and torch.cuda.is_current_stream_capturing() and (q.shape[2], q.device) not in self._layouts:
+            return PYTORCH  # a layout and its tables cannot be made while a CUDA graph is captured
         reason = backends.load(FASTER).unsupported(q.device, q.dtype, q.shape[-1])
         return FASTER if reason is None else PYTORCH
 

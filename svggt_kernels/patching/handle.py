@@ -68,7 +68,7 @@ def patch(
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
         lean: At inference also run blocks and DPT heads in few passes over memory where they are of VGGT's kind. What
-            is computed is the same up to rounding; each kind is compared with its own forward once before it runs so.
+            is computed is the same up to rounding: proven by float64, once for blocks and heads of the same settings.
         precision: "upstream": the residual stream and the layer outputs kept have upstream's dtypes; "bf16": bfloat16,
             which halves them and deviates (docs/whole-model.md). Needs `lean`, and blocks of VGGT's shape.
         outputs: "read": of VGGT's layer outputs only those are kept that the heads of `model` read, the others are
@@ -76,7 +76,8 @@ def patch(
         memory_budget: What one forward may allocate on the device in all, in GiB; weights and images count. To keep to
             it, kept layer outputs wait in host memory until heads read them, and fewer tokens and frames run at once;
             what is computed is the same up to rounding. "auto": what is free on the CUDA device when a forward begins,
-            less 1 GiB. None: whatever it takes. Needs `lean`, `outputs="read"`, and VGGT's shape (docs/whole-model.md).
+            less 1 GiB. None: whatever it takes. Needs CUDA, `lean`, `outputs="read"` and VGGT's shape
+            (docs/whole-model.md).
         modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
         tokens_per_frame: With `modules`, the tokens P of a frame, special ones included. Not needed if `covisibility`
             gives graphs, whose number of frames tells.
@@ -132,7 +133,7 @@ def patch(
             'use patch(model, special_tokens="masked")'
         )
     planner = Planner(record, covisibility, special_tokens == "dense")
-    parts = Lean(model, root, tuple(attention.values()), precision, outputs, backend, memory_budget) if lean else None
+    parts = Lean(model, root, precision, outputs, backend, memory_budget) if lean else None
     return Patch(root, path, attention, planner, backend, parts)
 
 
@@ -353,7 +354,7 @@ class Patch:
         attention: Any = block.attn
         assert lean is not None
         as_it_is = self._forwards.running is None or attention in self._unknown
-        out, given = None, None if as_it_is else blocks.arguments(block, args, kwargs)
+        out, given = None, None if as_it_is else lean.arguments(block, args, kwargs)
         if given is not None:
             name = self._names.get(attention)
             attend = None if name is None else self._attend_lean(name, block, given[0])
