@@ -187,7 +187,8 @@ def test_graphs_that_need_no_word():
     anchored = CovisibilityGraph.from_pairs(5, [(i, 0) for i in range(1, 5)])
     for covisibility in ("all", "sequential", "tokens", anchored, MegaLocSimilarity(weights=megaloc(), size=SIZE)):
         model = FAMILY["vggt"].create(torch.float32)
-        with patch(model, covisibility=covisibility):
+        special = "masked" if covisibility is anchored else "dense"
+        with patch(model, covisibility=covisibility, special_tokens=special):
             model(images(dtype=torch.float32))
 
 

@@ -39,7 +39,10 @@ ATTENTION_FORWARDS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
-KNOWN_OF_BLOCK = frozenset({"norm1", "norm2", "ls1", "ls2", "attn", "mlp", "sample_drop_ratio", "_compiled_call_impl"})
+OF_COMPILE = frozenset({"_compiled_call_impl", "_is_torch_compile"})
+"""What torch.compile puts on a module that it wraps."""
+
+KNOWN_OF_BLOCK = frozenset({"norm1", "norm2", "ls1", "ls2", "attn", "mlp", "sample_drop_ratio"}) | OF_COMPILE
 KNOWN_OF_ATTENTION = frozenset(
     {
         "qkv", "proj", "q_norm", "k_norm", "rope", "custom_positional_encoding", "num_heads", "head_dim", "scale",
