@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import vggt_double
 from doubles import FAMILY, images
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from svggt_kernels import CovisibilityGraph, patch
 
@@ -140,3 +140,18 @@ def test_a_forward_during_the_backward_of_another():
             model(PICTURES)
     actual = torch.cat([p.grad.flatten() for p in dict.fromkeys(model.parameters()) if p.grad is not None])
     torch.testing.assert_close(actual, expected)
+
+
+def test_an_undo_that_backward_would_miss_is_told():
+    """A reentrant checkpoint runs blocks again, dense by then; one that is not reentrant notices by itself."""
+    model = model_with("reentrant")
+    with pytest.warns(UserWarning, match=r"undone before backward has run.*call backward\(\) first"):
+        with patch(model, covisibility=BAND):
+            model(PICTURES.clone().requires_grad_())
+    with patch(model, covisibility=BAND):
+        model(PICTURES.clone().requires_grad_()).sum().backward()
+    model = model_with("plain")
+    with patch(model, covisibility=BAND):
+        out = model(PICTURES.clone().requires_grad_()).sum()
+    with pytest.raises(CheckpointError):
+        out.backward()

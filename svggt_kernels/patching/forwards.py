@@ -47,6 +47,7 @@ class Forward:
         before: Some values of each frame's tokens before the model reordered its frames.
         after: The same values after.
         masks: The masks of its attention.
+        awaiting: Names of modules that ran without gradients though these were on: backward will run them again.
         nodes: Numbers of the autograd nodes made in it.
         caller: The thread and the backward that run it.
     """
@@ -65,6 +66,7 @@ class Forward:
     before: Tensor | None = None
     after: Tensor | None = None
     masks: Masks = field(default_factory=Masks)
+    awaiting: set[str] = field(default_factory=set)
     nodes: range = range(0)
     caller: tuple[int, int] = (0, -1)
 
@@ -149,6 +151,21 @@ class Forwards:
             forward.nodes = range(first, torch.autograd._get_sequence_nr())
             self._all_alike &= not self._history or self._history[-1].layouts == forward.layouts
             self._history.append(forward)
+
+    def note(self, module: str) -> None:
+        """Note that a module attends: in a first run that backward will repeat, or in that repetition."""
+        running = self.running
+        if running is None:
+            first = next((forward for forward in self._history if module in forward.awaiting), None)
+            if first is not None:
+                first.awaiting.remove(module)
+        elif running.recomputable and not torch.is_grad_enabled():
+            running.awaiting.add(module)
+
+    @property
+    def awaiting(self) -> set[str]:
+        """Names of the modules that backward has still to run again, as reentrant checkpoints make it do."""
+        return set().union(*(forward.awaiting for forward in self._history))
 
     def forget(self) -> None:
         """Drop the forwards kept."""

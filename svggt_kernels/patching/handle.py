@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -217,6 +218,12 @@ class Patch:
                 f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then undo()"
             )
         with self._forwards.turn("the patch cannot be undone now"):
+            if awaiting := self._forwards.awaiting:
+                warnings.warn(
+                    f"the patch is undone before backward has run, and a reentrant checkpoint will run {min(awaiting)} "
+                    f"and {len(awaiting) - 1} other modules again, dense now; call backward() first, then undo()",
+                    stacklevel=2,
+                )
             for stand_in in reversed(self._stand_ins):
                 stand_in.remove()
             self._installed = False
@@ -475,6 +482,7 @@ class Patch:
             samples = zip(query.split(1), key.split(1), value.split(1), layouts, strict=True)
             out = torch.cat([self._run(*sample, scale) for sample in samples])
         self._calls += 1
+        self._forwards.note(name)
         if running is not None:
             running.answered[name] += 1
         return out
