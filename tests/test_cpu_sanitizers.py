@@ -17,7 +17,7 @@ COMPILER = os.environ.get("CXX", "c++")
 
 
 def flags_of(sanitizer: str) -> str:
-    return f"-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize={sanitizer}"
+    return f"-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize={sanitizer}"
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler, {COMPILER} is not there")
