@@ -3,16 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-native lint bench clean
+# One process of tests a core, eight at most. One process runs them all without these, which suits a single file.
+WORKERS ?= auto
+PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
+
+.PHONY: demo help test test-all test-native lint bench clean
 
 demo: $(VENV)/.runs  ## dense against sparse attention on a rendered walk, in under two minutes
 	$(BIN)/svggt-kernels demo
 
-test: $(VENV)/.ready  ## every test that this machine can run
-	$(BIN)/python -m pytest
+help:  ## what make can do
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1: \2/p' $(firstword $(MAKEFILE_LIST))
+
+test: $(VENV)/.ready  ## the quick tests: every kind of test, a part of each fuzz
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: $(VENV)/.ready  ## every test that this machine can run
+	$(BIN)/python -m pytest $(PARALLEL) --full
 
 test-native: $(VENV)/.ready  ## the C++ of the CPU backend under address, undefined-behaviour and thread sanitizers
-	$(BIN)/python -m pytest tests/test_cpu_sanitizers.py
+	$(BIN)/python -m pytest tests/test_cpu_sanitizers.py --full
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .
@@ -33,5 +43,5 @@ $(VENV)/.ready: $(VENV)/.runs tests/models.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/models.txt
 	touch $@
 
-clean:
+clean:  ## remove the environment, and what the demo and the tools wrote
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache

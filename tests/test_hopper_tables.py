@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layouts import random_layout
+from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
 from svggt_kernels.backends.hopper.tables import DENSE, Tables, make_tables
@@ -21,7 +22,7 @@ def columns_of(tables: Tables, group: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", every(4, range(200)))
 def test_runs_are_what_each_group_sees(seed: int):
     layout = random_layout(seed, max_frames=8, max_tokens=12)
     tables, visible = make_tables(layout, 192), layout.to_dense()

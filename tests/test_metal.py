@@ -11,6 +11,7 @@ import pytest
 import torch
 from layouts import random_layout
 from metal import emulator
+from tiers import every
 
 import svggt_kernels
 from svggt_kernels import BlockLayout, CovisibilityGraph, backends, block_sparse_attention, prepare
@@ -73,26 +74,20 @@ def rms(x: torch.Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ahead() -> None:
-    for dtype, head_size in VARIANTS:
-        for backward in (False, True):
-            emulator.building(shader.source(dtype, head_size, backward))
-
-
 class TestNumbers:
     @pytest.mark.parametrize(("dtype", "head_size"), VARIANTS, ids=name)
-    def test_fuzz_against_float64(self, dtype: torch.dtype, head_size: int):
+    @pytest.mark.parametrize("seed", every(3, range(3)))
+    def test_fuzz_against_float64(self, seed: int, dtype: torch.dtype, head_size: int):
         """Every schedule must give the same bits."""
-        for seed in range(3):
-            layout = random_layout(seed, max_frames=3, max_tokens=50)
-            ratios = error_ratios(layout, dtype, head_size=head_size, backend="metal", heads=2, seed=seed)
-            assert within_budget(ratios), (seed, ratios)
+        layout = random_layout(seed, max_frames=3, max_tokens=50)
+        ratios = error_ratios(layout, dtype, head_size=head_size, backend="metal", heads=2, seed=seed)
+        assert within_budget(ratios), (seed, ratios)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-    def test_more_fuzz(self, dtype: torch.dtype, emulated):
+    @pytest.mark.parametrize("start", every(3, range(10, 19, 3)))
+    def test_more_fuzz(self, start: int, dtype: torch.dtype, emulated):
         emulated(one_schedule)
-        for seed in range(10, 19):
+        for seed in range(start, start + 3):
             layout = random_layout(seed, max_frames=4, max_tokens=50)
             ratios = error_ratios(layout, dtype, head_size=64, backend="metal", batch=1 + seed % 2, heads=2, seed=seed)
             assert within_budget(ratios), (seed, ratios)

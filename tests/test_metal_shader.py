@@ -9,6 +9,7 @@ import pytest
 import torch
 from metal import clang, emulator, lint
 from metal.bugs import BUGS, Bug
+from tiers import every
 from torch import Tensor
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
@@ -26,6 +27,8 @@ VARIANTS = [
     for backward in (False, True)
 ]
 SANITIZED = [(torch.float16, 64), (torch.float32, 128)]
+LANES = ("lint", "clang", "compiler", "emulator", "numbers", "sanitizer")
+BUGS_BY_LANE = [case for lane in LANES for case in every(4, [bug for bug in BUGS if bug.lane == lane])]
 Change = Callable[[str], str]
 
 
@@ -72,16 +75,6 @@ def ratios_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]
     return run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ahead() -> None:
-    for variant in SANITIZED:
-        for backward in (False, True):
-            emulator.building(shader.source(*variant, backward), emulator.SANITIZED)
-    for bug in BUGS:
-        if bug.lane in ("emulator", "numbers", "sanitizer"):
-            emulator.building(bug.plant(shader.source(bug.dtype, 64, bug.backward)), flags_for(bug))
-
-
 def flags_for(bug: Bug) -> tuple[str, ...]:
     return emulator.SANITIZED if bug.lane == "sanitizer" else emulator.PLAIN
 
@@ -97,7 +90,7 @@ class TestLanguage:
         assert clang.complaints(shader.source(dtype, head_size, backward), standard) == []
 
 
-@pytest.mark.parametrize(("dtype", "head_size"), SANITIZED, ids=name)
+@pytest.mark.parametrize(("dtype", "head_size"), every(2, SANITIZED), ids=name)
 def test_sanitizers_find_nothing(dtype: torch.dtype, head_size: int, ratios_of):
     """No byte beyond a buffer or a threadgroup array, no misaligned access, no undefined arithmetic."""
     assert within_budget(ratios_of(dtype, head_size, emulator.SANITIZED, schedules=1))
@@ -109,7 +102,7 @@ def test_fast_math_stays_within_the_budget(dtype: torch.dtype, ratios_of):
     assert within_budget(ratios_of(dtype, flags=emulator.FAST_MATH, schedules=1))
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", BUGS_BY_LANE, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught(bug: Bug, ratios_of):
     if bug.lane == "clang" and clang.CLANG is None:
         pytest.skip("clang++ is not installed: apt install clang-19")
@@ -128,11 +121,11 @@ def test_a_planted_bug_is_caught(bug: Bug, ratios_of):
 
 def test_the_list_of_bugs_is_long_and_covers_every_lane():
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 40
-    assert {bug.lane for bug in BUGS} == {"lint", "clang", "compiler", "emulator", "numbers", "sanitizer"}
+    assert {bug.lane for bug in BUGS} == set(LANES)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("dtype", "head_size"), [(torch.bfloat16, 64), (torch.float32, 128)], ids=name)
+@pytest.mark.parametrize(("dtype", "head_size"), every(2, [(torch.bfloat16, 64), (torch.float32, 128)]), ids=name)
 def test_compiles_as_cuda(dtype: torch.dtype, head_size: int, backward: bool):
     """So that a GPU can run it at full size; tests/metal/cuda/run.sh does."""
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")

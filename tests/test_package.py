@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiers import full
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svggt_kernels"
@@ -126,6 +127,7 @@ def expected_in_wheel() -> set[str]:
     return python | sources
 
 
+@full
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler, {COMPILER} is not there")
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     names = contents_of_wheel(tmp_path).namelist()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import full
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -22,7 +23,10 @@ for used in shipped(int(sys.argv[1]), (torch.bfloat16,), (64,)):
 """
 
 
-@pytest.mark.parametrize(("capability", "shared_limit"), [(80, 163), (89, 99), (90, 227), (100, 227), (120, 99)])
+@pytest.mark.parametrize(
+    ("capability", "shared_limit"),
+    [(90, 227), *(pytest.param(*other, marks=full) for other in [(80, 163), (89, 99), (100, 227), (120, 99)])],
+)
 def test_shipped_configurations_fit(capability: int, shared_limit: int):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -85,7 +89,7 @@ for signed, values in ((False, 1), (True, 3)):
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=full)])
 def test_kernels_of_lean_blocks_and_heads_compile(capability: int):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

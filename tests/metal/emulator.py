@@ -8,14 +8,12 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
+from builds import once
 from torch import Tensor
 
 from . import source
@@ -47,41 +45,25 @@ class EmulatorError(Exception):
 
 
 @cache
-def _build_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="metal-emulator-")
-
-
-@cache
-def building(text: str, flags: tuple[str, ...] = PLAIN) -> Future[Path]:
-    """Begin to compile a source as a program for the CPU, each once."""
-    return _compilers().submit(_build, text, flags, Path(_build_folder().name))
-
-
-@cache
-def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2)
-
-
-def _build(text: str, flags: tuple[str, ...], folder: Path) -> Path:
+def _program(text: str, flags: tuple[str, ...]) -> Path:
+    """The source compiled as a program for the CPU."""
     program = source.cpu_program(text)
-    path = folder / _digest(program, *flags)
-    cpp = path.with_suffix(".cpp")
-    cpp.write_text(program)
-    _compile(str(cpp), f"-I{_headers(flags, folder)}", *flags, to=path)
-    return path
+
+    def build(path: Path) -> None:
+        cpp = path.with_suffix(".cpp")
+        cpp.write_text(program)
+        _compile(str(cpp), f"-I{_headers(flags)}", *flags, to=path)
+
+    return once(f"shader-{_digest(program, *flags)}", build)
 
 
-def _headers(flags: tuple[str, ...], folder: Path) -> Path:
-    """A folder with the emulator's own headers, compiled once for these flags: half the time of a program."""
-    headers = folder / f"headers-{_digest(*flags)}"
-    with _headers_lock:
-        if not headers.exists():
-            headers.mkdir()
-            _compile("-x", "c++-header", str(FOLDER / "cpu" / "main.h"), *flags, to=headers / "main.h.gch")
-    return headers
-
-
-_headers_lock = Lock()
+def _headers(flags: tuple[str, ...]) -> Path:
+    """A folder with the emulator's own headers, compiled for these flags: half the time of a program."""
+    main = str(FOLDER / "cpu" / "main.h")
+    compiled = once(
+        f"headers-{_digest(*flags)}/main.h.gch", lambda path: _compile("-x", "c++-header", main, *flags, to=path)
+    )
+    return compiled.parent
 
 
 def _compile(*arguments: str, to: Path) -> None:
@@ -114,7 +96,7 @@ class EmulatedKernel:
     def __init__(self, text: str, kernel: source.Kernel, flags: tuple[str, ...], schedules: int) -> None:
         self.text, self.kernel, self.schedules = text, kernel, schedules
         self.max_threads_per_threadgroup = kernel.threads
-        self.program = building(text, flags).result()
+        self.program = _program(text, flags)
 
     def __call__(self, *arguments: Any, threads: list[int], group_size: list[int]) -> None:
         """Run the kernel now; its tensors must be those that its signature asks for."""
