@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, patch
-from svggt_kernels.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.toy import ToyMultiViewTransformer
 
 from .record import Line
 from .timing import synchronize

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .covisibility.graph import CovisibilityGraph
+from .graph.graph import CovisibilityGraph
 from .streams import StreamOrder
 
 

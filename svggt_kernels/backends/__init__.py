@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from . import cpu, hopper, metal, sdpa, triton
+from . import (
+    cpu,
+    hopper,
+    metal,
+    triton,
+)
+from . import (
+    reference as sdpa,
+)
 
 
 class Backend(Protocol):

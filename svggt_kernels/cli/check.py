@@ -11,10 +11,18 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import metal
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..verify import BUDGET, QUANTITIES, error_ratios, within_budget
-from .environment import DTYPES, backend_answers, by_reason, device_name, dtype_name, pick_device, versions
+from ..proof_of_backends import BUDGET, QUANTITIES, error_ratios, within_budget
+from .environment import (
+    DTYPES,
+    backend_answers,
+    by_reason,
+    device_name,
+    dtype_name,
+    pick_device,
+    versions,
+)
 from .text import table
 
 HEAD_SIZE = 64

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..covisibility import CovisibilityGraph, CovisibilityReport
-from ..photos import find_photos, load_photos
+from ..graph import CovisibilityGraph, CovisibilityReport
+from ..io.photos import find_photos, load_photos
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
 from .errors import CommandError, refusals
@@ -19,7 +19,13 @@ from .files import write_files
 from .models import HEAD_SIZE, load_model, running_dtype
 from .options import covisibility, describe
 from .pictures import draw_comparison, draw_graph, require_matplotlib
-from .report import against_truth, as_json, as_text, content, headline
+from .report import (
+    against_truth,
+    as_json,
+    as_text,
+    content,
+    headline,
+)
 from .text import count, stage
 
 ROWS = 4

@@ -13,12 +13,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import block_sparse_attention
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..patching import Patch, patch
 from .environment import device_name, dtype_name
 from .errors import refusals
-from .measure import Cost, Deviation, Meter, allocated_mib, alternate, deviation, rotation_degrees
+from .measure import (
+    Cost,
+    Deviation,
+    Meter,
+    allocated_mib,
+    alternate,
+    deviation,
+    rotation_degrees,
+)
 from .models import LoadedModel
 from .text import stage
 

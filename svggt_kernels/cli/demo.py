@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ..covisibility import CovisibilityGraph
-from ..covisibility.evaluation import chance_recall, edge_recall
+from ..demo.walk import walk
+from ..graph import CovisibilityGraph
+from ..graph.recall import chance_recall, edge_recall
 from ..layout import BlockLayout
-from ..scenes import walk
 from .compare import write_results
 from .comparison import compare
 from .environment import pick_device

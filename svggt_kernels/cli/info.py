@@ -7,7 +7,13 @@ import json
 
 import torch
 
-from .environment import backend_answers, by_reason, devices, instruction_sets, versions
+from .environment import (
+    backend_answers,
+    by_reason,
+    devices,
+    instruction_sets,
+    versions,
+)
 from .packages import installed
 from .text import table
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph, CovisibilityReport, GraphSummary
+from ..graph import CovisibilityGraph, CovisibilityReport, GraphSummary
+from ..io.photos import find_photos, is_photo, load_photos
+from ..io.video import load_video
 from ..layout import BlockLayout
 from ..patching import patch
-from ..photos import find_photos, is_photo, load_photos
-from ..video import load_video
 from .environment import pick_device
 from .errors import CommandError, refusals
 from .files import write_files

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..covisibility.tensor_files import read_tensors, same_kind
-from ..toy import ToyMultiViewTransformer
+from ..demo.toy import ToyMultiViewTransformer
+from ..io.tensor_files import read_tensors, same_kind
 from .environment import dtype_name
 from .errors import CommandError, refusals
 

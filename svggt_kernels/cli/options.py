@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph, MegaLoc
-from ..covisibility.weights import PUBLISHED
-from ..patching import MegaLocSimilarity, TokenSimilarity
+from ..graph import CovisibilityGraph
+from ..sources import MegaLoc, MegaLocSimilarity, TokenSimilarity
+from ..sources.megaloc.weights import PUBLISHED
 from .environment import pick_device
 from .errors import refusals
 from .parser import NEIGHBOURS, SEQUENTIAL_WINDOW

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
 from .errors import CommandError
 from .measure import deviation
 from .text import percent, printable

@@ -7,11 +7,19 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from ..covisibility import CovisibilityReport
+from ..graph import CovisibilityReport
 from .comparison import Comparison
 from .environment import versions
 from .measure import Cost
-from .text import count, mebibytes, milliseconds, percent, printable, table, times
+from .text import (
+    count,
+    mebibytes,
+    milliseconds,
+    percent,
+    printable,
+    table,
+    times,
+)
 
 
 def as_json(command: str, content: dict[str, Any]) -> str:

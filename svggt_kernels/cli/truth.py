@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..covisibility.names import ImageNames
-from ..photos import PHOTO_SUFFIXES
+from ..io.photos import PHOTO_SUFFIXES
+from ..sources.names import ImageNames
 
 
 def read_pairs(path: Path, photos: Sequence[Path], *, above: float = 0.0) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..compiling import uncompiled
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..models import ForwardInputs
+from ..models.records import ForwardInputs
 from .masks import Masks
 
 __all__ = ["FORWARDS_KEPT", "Forward", "Forwards"]

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from .. import backends
 from ..attention import block_sparse_attention, choose_backend, prepare
 from ..compiling import uncompiled
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
+from ..inference import blocks, memory
+from ..inference.model import Lean, Outputs, Precision
+from ..inference.outputs import STAGES, run_head
 from ..layout import BlockLayout
-from ..lean import blocks, memory
-from ..lean.model import Lean, Outputs, Precision
-from ..lean.outputs import STAGES, run_head
-from ..models import ForwardInputs, find_model, stated_record
-from ..modules import arguments_of, each_once, named_modules
+from ..models.records import ForwardInputs, find_model, stated_record
+from ..models.wrappers import arguments_of, each_once, named_modules
 from .forwards import Forward, Forwards
 from .interception import Answering, StandIn
 from .planning import Covisibility, Planner

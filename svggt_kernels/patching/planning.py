@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..models import ForwardInputs, ModelRecord
-from .described import ImageGraphs
-from .forwards import Forward
-from .graphs import (
+from ..models.records import ForwardInputs, ModelRecord
+from ..sources.megaloc.images import ImageGraphs
+from ..sources.similarity import (
     MegaLocSimilarity,
     Similarity,
     TokenSimilarity,
@@ -24,6 +23,7 @@ from .graphs import (
     in_order,
     inverse,
 )
+from .forwards import Forward
 
 __all__ = ["SEQUENTIAL_WINDOW", "Covisibility", "Planner"]
 

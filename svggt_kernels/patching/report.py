@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..covisibility import GraphSummary
-from ..lean import memory
+from ..graph import GraphSummary
+from ..inference import memory
 
 
 @dataclass(frozen=True)

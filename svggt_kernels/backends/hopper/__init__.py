@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from . import backward_pass, forward_pass, runtime
+from .. import _nvrtc as runtime
+from . import backward_pass, forward_pass
 from .tables import Tables, make_tables
 
 NAME = "hopper"

@@ -7,7 +7,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessors, tensor_map
+from .._nvrtc import (
+    Kernel,
+    Tensor4,
+    TensorMap,
+    defines,
+    launch,
+    multiprocessors,
+    tensor_map,
+)
 from .tables import Layout, Tables
 
 LOG2_E = 1.4426950408889634

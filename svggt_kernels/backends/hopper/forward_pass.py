@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .runtime import Kernel, Tensor4, defines, launch, multiprocessors
+from .._nvrtc import (
+    Kernel,
+    Tensor4,
+    defines,
+    launch,
+    multiprocessors,
+)
 from .tables import ColumnMaps, Layout, Tables
 
 LOG2_E = 1.4426950408889634

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout, on_device
-from .runtime import TensorMap, tensor_map
+from .._nvrtc import TensorMap, tensor_map
 
 PIECE = 8
 """Tokens that the copy engine loads at a time where a tile spans runs."""

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...budget import BUDGET, error_ratios_of, within_budget
-from ...covisibility import CovisibilityGraph
+from ...graph import CovisibilityGraph
 from ...layout import BlockLayout
+from ...proof import BUDGET, error_ratios_of, within_budget
 
 VARIABLE = "SVGGT_KERNELS_MPS"
 CHOICES = ("metal", "sdpa")
