@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.models import RUNNABLE, RunnableModel
@@ -96,3 +98,22 @@ def test_missing_package_is_named_with_how_to_install_it(monkeypatch: pytest.Mon
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=f"the model {name} cannot be imported .* Install it: pip install"):
         load_model(name, None, CPU)
+
+
+@pytest.mark.parametrize("is_fastvggt", [False, True], ids=["upstream", "FastVGGT"])
+def test_vggt_has_its_point_head_in_either_package(monkeypatch: pytest.MonkeyPatch, is_fastvggt: bool):
+    class Upstream(nn.Module):
+        def __init__(self, enable_point: bool = True):
+            super().__init__()
+            self.point_head = nn.Linear(1, 1) if enable_point else None
+
+    class FastVGGT(Upstream):
+        def __init__(self, enable_point: bool = False, merging: int = 0):
+            super().__init__(enable_point)
+
+    package = ModuleType("vggt.models.vggt")
+    package.VGGT = FastVGGT if is_fastvggt else Upstream
+    for name in ("vggt", "vggt.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    assert load_model("vggt", None, CPU).module.point_head is not None
