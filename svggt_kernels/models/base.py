@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = [
-    "ForwardInputs",
-    "ModelRecord",
-    "RunnableModel",
-    "argument",
-    "block_attention",
-    "first_sample",
-    "has_blocks",
-    "inputs_from_images",
-    "one_batch",
-    "stated_record",
-]
+from ..graph.arguments import integer
 
 
 @dataclass(frozen=True)
@@ -134,14 +122,14 @@ class ModelRecord:
         }
 
 
-def has_blocks(module: nn.Module, *paths: str) -> bool:
-    """Whether each path names a ModuleList, not empty, whose blocks have an attention called `attn`."""
-    lists = [getattr(module, path, None) for path in paths]
-    return all(
-        isinstance(blocks, nn.ModuleList)
-        and len(blocks) > 0
-        and all(isinstance(getattr(block, "attn", None), nn.Module) for block in blocks)
-        for blocks in lists
+def has_parts(module: object, blocks: Iterable[str], attributes: Iterable[str] = ()) -> bool:
+    """Whether each of `blocks` names a ModuleList, not empty, whose blocks have an `attn`, and the attributes exist."""
+    stacks = [getattr(module, name, None) for name in blocks]
+    return all(hasattr(module, name) for name in attributes) and all(
+        isinstance(stack, nn.ModuleList)
+        and len(stack) > 0
+        and all(isinstance(getattr(block, "attn", None), nn.Module) for block in stack)
+        for stack in stacks
     )
 
 
@@ -205,11 +193,19 @@ def inputs_from_images(
     )
 
 
+def read_images(
+    module: nn.Module, arguments: Mapping[str, Any], special_tokens: str, name: str = "images"
+) -> ForwardInputs:
+    """Read images, where the attribute called `special_tokens` counts those and `patch_size` is what it says."""
+    patch_size = getattr(module, "patch_size", None)
+    return inputs_from_images(module, arguments, getattr(module, special_tokens), patch_size, name)
+
+
 def _are_images(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() in (4, 5) and value.shape[-3] == 3
 
 
-def first_sample(result: Mapping[str, Any], *names: str) -> dict[str, Tensor]:
+def first_sample(result: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the first sample of each output `[B, S, ...]` that the result has, by name."""
     return {name: result[name][0] for name in names if name in result}
 
@@ -230,25 +226,12 @@ def stated_record(
     ends = special_tokens if isinstance(special_tokens, (tuple, list)) else (special_tokens, 0)
     if len(ends) != 2:
         raise ValueError(f"num_special_tokens must be an int or (first, last), got {special_tokens}")
-    first, last = (_count("num_special_tokens", count) for count in ends)
-    tokens = None if tokens_per_frame is None else _count("tokens_per_frame", tokens_per_frame)
-    trailing = _count("trailing_tokens", trailing_tokens)
-    if tokens is not None and tokens < max(1, first + last):
-        raise ValueError(
-            "tokens_per_frame must be 1 or more and hold the special tokens, got "
-            f"tokens_per_frame={tokens_per_frame}, num_special_tokens={special_tokens}"
-        )
-    read = _StatedTokens(tokens, (first, last), trailing)
+    first, last = (integer("num_special_tokens", count, 0) for count in ends)
+    tokens = tokens_per_frame
+    if tokens is not None:
+        tokens = integer("tokens_per_frame, special tokens included,", tokens, max(1, first + last))
+    read = _StatedTokens(tokens, (first, last), integer("trailing_tokens", trailing_tokens, 0))
     return ModelRecord(name, "named by the caller", _matches_nothing, _has_no_modules, read)
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-    count = operator.index(value)
-    if count < 0:
-        raise ValueError(f"{name} must be 0 or more, got {value}")
-    return count
 
 
 @dataclass(frozen=True)

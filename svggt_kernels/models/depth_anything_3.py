@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,17 @@ from .base import (
     RunnableModel,
     block_attention,
     first_sample,
-    has_blocks,
+    has_parts,
     inputs_from_images,
 )
-
-__all__ = ["DEPTH_ANYTHING_3"]
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _matches(module: Any) -> bool:
+def _matches(module: nn.Module) -> bool:
     # The wrapper of the transformer, which others call; the transformer itself has no forward.
     transformer = getattr(module, "pretrained", None)
-    return (
-        isinstance(transformer, nn.Module)
-        and has_blocks(transformer, "blocks")
-        and getattr(transformer, "alt_start", -1) >= 0
-    )
+    return has_parts(transformer, blocks=("blocks",)) and getattr(transformer, "alt_start", -1) >= 0
 
 
 def _global_attention(module: Any) -> dict[str, nn.Module]:
@@ -65,10 +60,6 @@ def _feed(frames: Tensor) -> Tensor:
     return ((frames - mean) / deviation)[None]
 
 
-def _outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
-    return first_sample(result, "depth", "depth_conf", "extrinsics", "intrinsics")
-
-
 DEPTH_ANYTHING_3 = ModelRecord(
     name="Depth Anything 3",
     structure="pretrained.blocks and pretrained.alt_start of 0 or more",
@@ -81,7 +72,7 @@ DEPTH_ANYTHING_3 = ModelRecord(
     runnable=RunnableModel(
         name="da3-small",
         build=_build_small,
-        outputs=_outputs,
+        outputs=partial(first_sample, names=("depth", "depth_conf", "extrinsics", "intrinsics")),
         feed=_feed,
         requirement="pip install --no-deps depth-anything-3 && "
         "pip install einops omegaconf addict huggingface_hub safetensors",

@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..io.tensor_files import read_tensors, same_kind
+from ..io.tensor_files import mismatch, read_tensors
 from . import RUNNABLE
 from .base import RunnableModel
-
-__all__ = ["HEAD_SIZE", "RANDOM_WEIGHTS", "LoadedModel", "build", "load_model", "running_dtype"]
 
 SEED = 0
 HEAD_SIZE = 64  # of all models that can be built
@@ -115,22 +113,10 @@ def _load_weights(module: nn.Module, path: Path, key_prefix: str) -> None:
     if all(name.startswith(key_prefix) for name in state):
         state = {name.removeprefix(key_prefix): tensor for name, tensor in state.items()}
     expected = module.state_dict()
-    shared = {name: tensor for name, tensor in state.items() if name in expected}
-    faults = {
-        "are missing": [name for name in expected if name not in state],
-        "have another shape": [name for name, tensor in shared.items() if tensor.shape != expected[name].shape],
-        "hold another kind of numbers": [
-            f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
-            for name, tensor in shared.items()
-            if not same_kind(tensor, expected[name].dtype)
-        ],
-        "are not the model's": [name for name in state if name not in expected],
-    }
-    if any(faults.values()):
-        counts = ", ".join(f"{len(names)} {fault}" for fault, names in faults.items() if names)
-        example = next(names[0] for names in faults.values() if names)
+    fault = mismatch(state, expected)
+    if fault is not None:
         raise ValueError(
-            f"{path} does not fit the model: of its {len(state)} tensors and the model's {len(expected)}, {counts}, "
-            f"for example {example}; give the weights of this very model, neither quantised nor part of a larger one"
+            f"{path} must hold the {len(expected)} tensors of the model and nothing else, but {fault}; give the "
+            "weights of this very model, neither quantised nor part of a larger one"
         )
     module.load_state_dict(state)

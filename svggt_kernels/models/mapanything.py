@@ -8,16 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from .base import ForwardInputs, ModelRecord, argument, block_attention, has_blocks
-
-__all__ = ["MAPANYTHING"]
+from .base import ForwardInputs, ModelRecord, argument, block_attention, has_parts
 
 TRANSFORMER = "MultiViewAlternatingAttentionTransformer"
 
 
 def _matches(module: nn.Module) -> bool:
     classes = (cls.__name__ for cls in type(module).__mro__)
-    return has_blocks(module, "self_attention_blocks") and TRANSFORMER in classes
+    return has_parts(module, blocks=("self_attention_blocks",)) and TRANSFORMER in classes
 
 
 def _has_features(value: object) -> bool:

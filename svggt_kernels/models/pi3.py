@@ -9,25 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import (
-    ForwardInputs,
     ModelRecord,
     RunnableModel,
     block_attention,
     first_sample,
-    has_blocks,
-    inputs_from_images,
+    has_parts,
+    read_images,
 )
-
-__all__ = ["PI3"]
-
-
-def _matches(module: nn.Module) -> bool:
-    names = ("encoder", "register_token", "patch_start_idx")
-    return has_blocks(module, "decoder") and all(hasattr(module, name) for name in names)
-
-
-def _read(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return inputs_from_images(module, arguments, module.patch_start_idx, module.patch_size, name="imgs")
 
 
 def _build() -> nn.Module:
@@ -37,16 +25,16 @@ def _build() -> nn.Module:
 
 
 def _outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
-    outputs = first_sample(result, "local_points", "points", "conf", "camera_poses")
+    outputs = first_sample(result, ("local_points", "points", "conf", "camera_poses"))
     return {"depth": outputs["local_points"][..., 2]} | outputs
 
 
 PI3 = ModelRecord(
     name="Pi3",
     structure="decoder (blocks with attn), encoder, register_token and patch_start_idx",
-    matches=_matches,
+    matches=partial(has_parts, blocks=("decoder",), attributes=("encoder", "register_token", "patch_start_idx")),
     global_attention=partial(block_attention, path="decoder", start=1, step=2),
-    read=_read,
+    read=partial(read_images, special_tokens="patch_start_idx", name="imgs"),
     known=("encoder", "decoder", "point_decoder", "conf_decoder", "camera_decoder"),
     reference_frame=None,
     runnable=RunnableModel(

@@ -16,32 +16,9 @@ from .base import (
     RunnableModel,
     block_attention,
     first_sample,
-    has_blocks,
-    inputs_from_images,
+    has_parts,
+    read_images,
 )
-
-__all__ = ["STREAM_VGGT", "VGGT"]
-
-
-def _is_vggt(module: nn.Module) -> bool:
-    return has_blocks(module, "frame_blocks", "global_blocks") and hasattr(module, "patch_start_idx")
-
-
-def _is_streaming(module: nn.Module) -> bool:
-    return _is_vggt(module) and "past_key_values" in inspect.signature(type(module).forward).parameters
-
-
-def _read(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    return inputs_from_images(module, arguments, module.patch_start_idx, getattr(module, "patch_size", None))
-
-
-def _read_streaming(module: Any, arguments: Mapping[str, Any]) -> ForwardInputs:
-    if arguments.get("use_cache"):
-        raise ValueError(
-            "a patched StreamVGGT runs all frames at once, without a KV cache, but got use_cache=True; "
-            "call undo() on the patch before streaming"
-        )
-    return _read(module, arguments)
 
 
 def _build() -> nn.Module:
@@ -53,16 +30,16 @@ def _build() -> nn.Module:
 
 
 def _outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
-    outputs = first_sample(result, "depth", "depth_conf", "pose_enc", "world_points", "world_points_conf")
+    outputs = first_sample(result, ("depth", "depth_conf", "pose_enc", "world_points", "world_points_conf"))
     return outputs | {"depth": outputs["depth"][..., 0]}
 
 
 VGGT = ModelRecord(
     name="VGGT",
     structure="frame_blocks, global_blocks and patch_start_idx; so have forks of VGGT and HunyuanWorld-Mirror",
-    matches=_is_vggt,
+    matches=partial(has_parts, blocks=("frame_blocks", "global_blocks"), attributes=("patch_start_idx",)),
     global_attention=partial(block_attention, path="global_blocks"),
-    read=_read,
+    read=partial(read_images, special_tokens="patch_start_idx"),
     known=("patch_embed", "frame_blocks", "global_blocks"),
     runnable=RunnableModel(
         name="vggt",
@@ -72,6 +49,20 @@ VGGT = ModelRecord(
         "pip install einops huggingface_hub safetensors",
     ),
 )
+
+
+def _is_streaming(module: nn.Module) -> bool:
+    return VGGT.matches(module) and "past_key_values" in inspect.signature(type(module).forward).parameters
+
+
+def _read_streaming(module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
+    if arguments.get("use_cache"):
+        raise ValueError(
+            "a patched StreamVGGT runs all frames at once, without a KV cache, but got use_cache=True; "
+            "call undo() on the patch before streaming"
+        )
+    return VGGT.read(module, arguments)
+
 
 STREAM_VGGT = replace(
     VGGT,

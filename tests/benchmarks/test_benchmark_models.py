@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):
 
 
 def test_a_model_over_its_budget_has_no_numbers(tmp_path, monkeypatch):
-    kind = RunnableModel("double", VGGT, outputs=lambda result: first_sample(result, "depth", "confidence", "pose"))
+    kind = RunnableModel("double", VGGT, outputs=partial(first_sample, names=("depth", "confidence", "pose")))
     monkeypatch.setitem(models.KINDS, "toy", kind)
     monkeypatch.setitem(models.SYSTEMS, "svggt-40gib", {"memory_budget": 2})
     monkeypatch.setattr(memory, "DEVICES", ("cpu",))
