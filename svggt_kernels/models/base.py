@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ def inputs_from_images(
 def read_images(
     module: nn.Module, arguments: Mapping[str, Any], special_tokens: str, name: str = "images"
 ) -> ForwardInputs:
-    """Read images, where the attribute called `special_tokens` counts those and `patch_size` is what it says."""
+    """Read images by the module's own `patch_size`; `special_tokens` names its attribute that counts those tokens."""
     patch_size = getattr(module, "patch_size", None)
     return inputs_from_images(module, arguments, getattr(module, special_tokens), patch_size, name)
 
@@ -230,21 +231,16 @@ def stated_record(
     tokens = tokens_per_frame
     if tokens is not None:
         tokens = integer("tokens_per_frame, special tokens included,", tokens, max(1, first + last))
-    read = _StatedTokens(tokens, (first, last), integer("trailing_tokens", trailing_tokens, 0))
+    stated = ForwardInputs(None, None, tokens, (first, last), integer("trailing_tokens", trailing_tokens, 0))
+    read = partial(_read_stated, stated=stated)
     return ModelRecord(name, "named by the caller", _matches_nothing, _has_no_modules, read)
 
 
-@dataclass(frozen=True)
-class _StatedTokens:
-    tokens_per_frame: int | None
-    special_tokens: tuple[int, int]
-    trailing_tokens: int
-
-    def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
-        images = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
-        # [B, S, 3, H, W] tells the number of frames; any other shape may be anything.
-        frames = images.shape[1] if images is not None and images.dim() == 5 and images.shape[2] == 3 else None
-        return ForwardInputs(images, frames, self.tokens_per_frame, self.special_tokens, self.trailing_tokens)
+def _read_stated(module: nn.Module, arguments: Mapping[str, Any], *, stated: ForwardInputs) -> ForwardInputs:
+    images = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    # [B, S, 3, H, W] tells the number of frames; any other shape may be anything.
+    frames = images.shape[1] if images is not None and images.dim() == 5 and images.shape[2] == 3 else None
+    return replace(stated, images=images, frames=frames)
 
 
 def _matches_nothing(module: nn.Module) -> bool:
