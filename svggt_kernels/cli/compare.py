@@ -12,11 +12,12 @@ from torch import Tensor
 from .. import backends
 from ..graph import CovisibilityGraph, CovisibilityReport
 from ..io.photos import find_photos, load_photos
+from ..models.loading import HEAD_SIZE, running_dtype
 from .comparison import Comparison, Outputs, compare
 from .environment import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
-from .models import HEAD_SIZE, load_model, running_dtype
+from .models import load_model
 from .options import covisibility, describe
 from .pictures import draw_comparison, draw_graph, require_matplotlib
 from .report import (

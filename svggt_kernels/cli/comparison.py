@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..attention import block_sparse_attention
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
+from ..models.loading import LoadedModel
 from ..patching import Patch, patch
 from .environment import device_name, dtype_name
 from .errors import refusals
@@ -27,7 +28,6 @@ from .measure import (
     deviation,
     rotation_degrees,
 )
-from .models import LoadedModel
 from .text import stage
 
 
