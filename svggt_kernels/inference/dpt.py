@@ -202,13 +202,13 @@ class ReadyHead:
                 head reads are tensors.
             images: `[B, S, 3, H, W]`, of which only the shape matters.
             patch_start_idx: The first token of a frame that is a patch.
-            frames_chunk_size: Frames that run at once; no more than `memory.FRAMES_AT_ONCE` do, None for these.
+            frames_chunk_size: Frames that run at once; no more than `memory.FRAMES_TOGETHER` do, None for these.
         """
         B, S, _, *image = images.shape
         grid, size = _grid(self.head, image), _size(self.head, image)
         read = [aggregated_tokens_list[index] for index in self.head.intermediate_layer_idx]
         wide = self.head.scratch.output_conv1.out_channels * size[0] * size[1]
-        at_once = max(1, min(frames_chunk_size or S, memory.FRAMES_AT_ONCE, MOST_VALUES // wide))
+        at_once = max(1, min(frames_chunk_size or S, memory.FRAMES_TOGETHER, MOST_VALUES // wide))
         results: tuple[Tensor, ...] = ()
         for sample in range(B):
             for start in range(0, S, at_once):
