@@ -126,45 +126,43 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
-        self._held = [_held(inner) for inner in self._modules]
-        self._ids = [_ids(inner) for inner in self._modules]
-        self._lists = [
+        self._held = [(inner, _held(inner), _dtypes(inner)) for inner in module.modules()]
+        self._containers = [
             (value, copy.deepcopy(value))
-            for inner in self._modules
+            for inner in module.modules()
             for name, value in vars(inner).items()
             if isinstance(value, (list, dict)) and name not in TABLES | CACHES
         ]
-        kinds = {base for inner in self._modules for base in type(inner).__mro__ if base not in (nn.Module, object)}
+        kinds = {base for inner in module.modules() for base in type(inner).__mro__ if base not in (nn.Module, object)}
         self._classes = [(kind, dict(vars(kind))) for kind in kinds]
 
     def holds(self) -> bool:
         """Whether every object is the one that it was."""
-        return (
-            all(_ids(inner) == ids for inner, ids in zip(self._modules, self._ids, strict=True))
-            and all(dict(vars(kind)) == content for kind, content in self._classes)
-            and all(now == then for now, then in self._lists)
-        )
+        try:
+            return (
+                all(_held(inner) == held and _dtypes(inner) == dtypes for inner, held, dtypes in self._held)
+                and all(dict(vars(kind)) == content for kind, content in self._classes)
+                and all(now == then for now, then in self._containers)
+            )
+        except RuntimeError:  # other tensors, which do not compare as a whole
+            return False
 
 
-_HELD_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-
-
-def _held(module: nn.Module) -> list[object]:
-    """Return what a module holds, so that no other object gets the identity of one of these."""
+def _held(module: nn.Module) -> tuple[object, ...]:
+    """Return what a module holds, to be compared with what it held: objects that are the same compare at once."""
     state = module.__dict__
-    return [*state.values(), *(value for table in _HELD_TABLES for value in state[table].values())]
-
-
-def _ids(module: nn.Module) -> tuple[object, ...]:
-    state = module.__dict__
-    parameters, buffers = state["_parameters"], state["_buffers"]
     return (
         type(module),
-        *map(id, state.values()),
-        *map(id, state["_modules"].values()),
-        *map(id, state["_forward_hooks"].values()),
-        *map(id, state["_forward_pre_hooks"].values()),
-        *((id(tensor), tensor.dtype, tensor.device) for tensor in parameters.values() if tensor is not None),
-        *((id(tensor), tensor.dtype, tensor.device) for tensor in buffers.values() if tensor is not None),
+        *state.values(),
+        *state["_parameters"].values(),
+        *state["_buffers"].values(),
+        *state["_modules"].values(),
+        *state["_forward_hooks"].values(),
+        *state["_forward_pre_hooks"].values(),
     )
+
+
+def _dtypes(module: nn.Module) -> list[object]:
+    """Return dtypes and devices, which `module.to` changes in place."""
+    tensors = module.__dict__["_parameters"]
+    return [(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor is not None] if tensors else []
