@@ -38,7 +38,7 @@ PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "upstream": {},
-    "svggt-attention": {"lean": False},
+    "svggt-attention": {"fused": False},
     "svggt": {},
     "svggt-bf16": {"precision": "bf16"},
     "svggt-40gib": {"memory_budget": 40},
