@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..proof import BUDGET
+from .settings import TABLES, is_plain
 
 __all__ = ["Verification", "unpatched_copy", "verify", "wider_copy"]
 
@@ -35,16 +36,21 @@ class Verification:
 
 def unpatched_copy(module: nn.Module) -> nn.Module:
     """Return a copy of a module that shares its parameters and buffers, without hooks and forwards put on it."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    # What stands in for a forward, or is called by a hook, may hold the patch, the model and more.
-    for inner in module.modules():
-        outside = (inner.__dict__.get("forward"), *inner._forward_hooks.values(), *inner._forward_pre_hooks.values())
-        shared |= {id(each): None for each in outside if each is not None}
-    duplicate = copy.deepcopy(module, shared)
-    for inner in duplicate.modules():
-        inner.__dict__.pop("forward", None)
-        inner._forward_hooks.clear()
-        inner._forward_pre_hooks.clear()
+    return _unpatched(module, {})
+
+
+def _unpatched(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in known:
+        return known[module]
+    duplicate = known[module] = object.__new__(type(module))
+    nn.Module.__init__(duplicate)
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers"):
+            duplicate.__dict__[name].update(value)
+        elif name not in TABLES and name != "forward":
+            duplicate.__dict__[name] = value if is_plain(value) else copy.deepcopy(value)
+    for name, inner in module._modules.items():
+        duplicate._modules[name] = None if inner is None else _unpatched(inner, known)
     return duplicate
 
 
