@@ -41,7 +41,7 @@ KINDS = {"toy": RUNNABLE["toy"], "vggt-1b": RUNNABLE["vggt"]}
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "upstream": {},
-    "svggt-attention": {"lean": False},
+    "svggt-attention": {"fused": False},
     "svggt": {},
     "svggt-bf16": {"precision": "bf16"},
     "svggt-40gib": {"memory_budget": 40},

@@ -1,11 +1,8 @@
-"""The rest of a model beside its global attention, lean: fused blocks and heads, no outputs that nobody reads.
+"""A forward of our own for models of VGGT's shape, at inference, with the model's parameters.
 
 Sparse attention leaves VGGT's time to what is linear in the number of frames, and its memory to 24 stored layers of
-which heads read four. `blocks` runs a block in few passes over memory, by `arithmetic` and, where every frame attends
-to itself, `within_frames`; `heads` does so for DPT heads, which `proven_heads` makes ready. `proof` has the rule by
-which both are compared with their own forward, `settings` for what a proof holds, `inference` what must run as it is.
-`outputs` keeps what is read, `embedding` runs the images' encoder in parts, `memory` plans both to a budget; `model`
-holds them together. docs/whole-model.md has what each saves.
+which heads read four. `vggt` runs the aggregator: `blocks` in few passes over memory, by `ops` and, where every frame
+attends to itself, `within_frames`; `layer_outputs` keeps what heads read; `heads` runs them, DPT heads by `dpt`;
+`memory` plans a forward to a budget. `verification` compares all this with the model's own forward, `settings` tells
+when that must be done again, and `own_forward` puts it into one patched model. docs/whole-model.md has what each saves.
 """
-
-from __future__ import annotations

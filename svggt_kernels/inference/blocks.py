@@ -8,8 +8,6 @@ them, under autocast in its dtype, and everything else in float32, rounded once.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
@@ -30,18 +28,6 @@ from .settings import CACHES, TABLES, is_plain
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of q, k and v `[B, H, N, D]` with a scale."""
 
-TOKENS = ("x", "x_or_x_list")
-POSITIONS = ("pos", "xpos")
-BLOCK_FORWARDS = (("x", "pos"), ("x", "xpos"), ("x_or_x_list",), ("x", "pos", "attn_mask"))
-ATTENTION_FORWARDS = (
-    ("x", "pos"),
-    ("x", "xpos"),
-    ("x", "attn_bias"),
-    ("x", "attn_bias", "pos"),
-    ("x", "attn_bias", "xpos"),
-    ("x", "pos", "attn_mask"),
-)
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
@@ -50,14 +36,10 @@ OF_COMPILE = frozenset({"_compiled_call_impl", "_is_torch_compile"})
 
 KNOWN_OF_BLOCK = frozenset({"norm1", "norm2", "ls1", "ls2", "attn", "mlp", "sample_drop_ratio"}) | OF_COMPILE
 KNOWN_OF_ATTENTION = frozenset(
-    {
-        "qkv", "proj", "q_norm", "k_norm", "rope", "custom_positional_encoding", "num_heads", "head_dim", "scale",
-        "fused_attn", "use_scalable_softmax", "use_entropy_scaling", "entropy_scaling_growth_factor",
-        "base_token_count_for_entropy_scaling",
-    }
-)  # fmt: skip
+    {"qkv", "proj", "q_norm", "k_norm", "rope", "num_heads", "head_dim", "scale", "fused_attn"}
+)
 KNOWN_OF_SCALE = frozenset({"gamma", "dim", "init_values", "inplace"})
-KNOWN_OF_ROTATION = CACHES | {"base_frequency", "scaling_factor", "base", "F0"}
+KNOWN_OF_ROTATION = CACHES | {"base_frequency", "scaling_factor"}
 """What the formula reads, and what in known models has no effect on it: names of what modules may hold."""
 
 
@@ -71,10 +53,6 @@ def obstacle(block: Any) -> str | None:
     if not all(isinstance(getattr(block, name, None), nn.Module) for name in ("attn", "mlp")):
         return "it has no attn and mlp"
     attn: Any = block.attn
-    for owner, allowed in ((block, BLOCK_FORWARDS), (attn, ATTENTION_FORWARDS)):
-        names = tuple(_signature(type(owner).forward).parameters)[1:]
-        if names not in allowed:
-            return f"the forward of {type(owner).__name__} takes {', '.join(names)}"
     if not all(_is_affine(getattr(block, name, None)) for name in ("norm1", "norm2")):
         return "norm1 and norm2 are not LayerNorm with weight and bias"
     if not all(_is_scale(getattr(block, name, None)) for name in ("ls1", "ls2")):
@@ -108,7 +86,7 @@ def _obstacle_of_embedding(attn: Any) -> str | None:
     elif not all(_is_affine(norm) and norm.normalized_shape == (head_size,) for norm in norms):
         return "attn.q_norm and attn.k_norm are not LayerNorm over a head"
     if rotation is not None and _base(rotation) is None:
-        return "its rotation is of another kind: attn.rope has no base_frequency (VGGT), nor F0 = 1 and base (CroCo)"
+        return "its rotation is of another kind: attn.rope has no base_frequency"
     if head_size % 4 or (head_size // 4) & (head_size // 4 - 1):
         return f"a head of {head_size} cannot be rotated in two dimensions by a power of 2 of frequencies"
     return None
@@ -154,53 +132,13 @@ def _obstacle_of_mlp(mlp: nn.Module) -> str | None:
     return None
 
 
-def arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | str:
-    """Return the tokens and the positions that a block is called with, or why it cannot run lean on what it is given.
-
-    It cannot if it is called with more, such as a mask, or without positions by which it rotates.
-    """
-    try:
-        given = _signature(type(block).forward).bind(block, *args, **kwargs).arguments
-    except TypeError:
-        return "it is called with arguments that its forward does not take"
-    _, *others = given
-    x = next((given[name] for name in others if name in TOKENS), None)
-    pos = next((given[name] for name in others if name in POSITIONS), None)
-    more = [name for name in others if name not in (*TOKENS, *POSITIONS) and given[name] is not None]
-    if not isinstance(x, Tensor) or more:
-        return f"it is called with {', '.join(more) or 'no tensor of tokens'}"
-    if isinstance(pos, (list, tuple)) and all(each is None for each in pos):
-        pos = None  # UniCeption's way to say it
-    if pos is not None and not isinstance(pos, Tensor):
-        return f"it is called with positions of {type(pos).__name__}, not in a tensor"
-    if pos is None and _rotation(getattr(block, "attn", None)) is not None:
-        return "it is called without the positions by which it rotates"
-    return x, pos
-
-
-def own_forward(block: Any, x: Tensor, pos: Tensor | None) -> Tensor:
-    """Run the forward of a block's class, None in the place of what else it requires."""
-    names = list(_signature(type(block).forward).parameters.values())[2:]
-    given = {each.name: pos if each.name in POSITIONS else None for each in names if _is_given(each, pos)}
-    return type(block).forward(block, x, **given)
-
-
-def _is_given(parameter: inspect.Parameter, pos: Tensor | None) -> bool:
-    return parameter.default is parameter.empty or (parameter.name in POSITIONS and pos is not None)
-
-
-@functools.lru_cache(maxsize=64)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
 def run(
     block: Any,
     x: Tensor,
     pos: Tensor | None,
     attend: Attend,
     dtype: torch.dtype | None,
-    tokens_at_once: int,
+    tokens_together: int,
 ) -> Tensor:
     """Run a block, for which `obstacle` is None.
 
@@ -210,17 +148,17 @@ def run(
         pos: Positions of the tokens `[B, N, 2]`, which a block that does not rotate leaves aside.
         attend: The attention.
         dtype: Dtype of the residual stream, or None for upstream's.
-        tokens_at_once: Tokens that go through what follows the attention at once.
+        tokens_together: Tokens that go through what follows the attention at once.
 
     Returns:
         New tokens `[B, N, C]` in `dtype`.
     """
     attn, (B, N, C) = block.attn, x.shape
     gamma1, gamma2 = _gamma(block, "ls1"), _gamma(block, "ls2")
-    kind = compute_dtype(block)
+    kind = torch.float64 if x.dtype == torch.float64 else compute_dtype(block)
     x = x.to(stream_dtype(block, x) if dtype is None else dtype)
     qkv = attn.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, attn.num_heads, C // attn.num_heads)
-    scale = qkv.shape[-1] ** -0.5 * _temperature(attn, N)
+    scale = qkv.shape[-1] ** -0.5
     q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
     pos = None if rotation is None else pos
     if q_norm is not None or rotation is not None:
@@ -233,7 +171,7 @@ def run(
     del q, k, v, qkv
     # From here on every token is on its own: some at a time, so that what is between is small and stays in the cache.
     out = torch.empty((B * N, C), dtype=x.dtype, device=x.device)
-    parts = (rows.split(tokens_at_once) for rows in (x.reshape(B * N, C), attended, out))
+    parts = (rows.split(tokens_together) for rows in (x.reshape(B * N, C), attended, out))
     for before, some, after in zip(*parts, strict=True):
         normed = add_scaled_and_normalise(before, attn.proj(some), gamma1, block.norm2, kind, after)
         add_scaled(after, _mlp(block.mlp, normed), gamma2, after)
@@ -274,18 +212,6 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp(x)
 
 
-def _temperature(attn: Any, tokens: int) -> float:
-    """Return by what UniCeption's attention multiplies its scores, which depends on the number of tokens.
-
-    Scalable softmax (arXiv 2501.19399) and entropy scaling (arXiv 2502.07785).
-    """
-    factor = math.log(tokens) if getattr(attn, "use_scalable_softmax", False) else 1.0
-    if getattr(attn, "use_entropy_scaling", False):
-        growth, base = attn.entropy_scaling_growth_factor, attn.base_token_count_for_entropy_scaling
-        factor *= math.sqrt(growth * math.log(tokens) / math.log(base))
-    return factor
-
-
 def _is_affine(norm: Any) -> bool:
     return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and _has_floats(norm)
 
@@ -315,15 +241,11 @@ def _norm(attn: Any, name: str) -> nn.LayerNorm | None:
 
 
 def _rotation(attn: Any) -> Any:
-    """Return what rotates queries and keys, or None; UniCeption calls it otherwise."""
-    return next(
-        (found for name in ("rope", "custom_positional_encoding") if (found := getattr(attn, name, None))), None
-    )
+    """Return what rotates queries and keys, or None."""
+    return getattr(attn, "rope", None)
 
 
 def _base(rotation: Any) -> float | None:
-    """Return the base of the frequencies, which VGGT's rotary embedding and CroCo's call by different names."""
+    """Return the base of the frequencies of VGGT's rotary embedding."""
     base = getattr(rotation, "base_frequency", None)
-    if base is None and getattr(rotation, "F0", None) == 1:
-        base = getattr(rotation, "base", None)
     return float(base) if isinstance(base, (int, float)) else None

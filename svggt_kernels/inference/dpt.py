@@ -29,8 +29,8 @@ SIGNED = {"exp": False, "inv_log": True}
 """Activations of the values that are known, and whether such values have a sign."""
 
 CONFIDENCE = "expp1"
-UNITS = ("resConfUnit1", "resConfUnit2")
-METHODS = ("_forward_impl", "_apply_pos_embed")
+METHODS = ("_forward_impl", "_apply_pos_embed", "scratch_forward")
+LEAVES = (nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.ReLU, nn.Identity)
 MOST_VALUES = 2**31 - 1
 """Of the last map that is convolved: PyTorch splits a convolution of more, but not one with its ReLU."""
 
@@ -38,80 +38,25 @@ Size = tuple[int, int]
 
 
 def obstacle(head: Any) -> str | None:
-    """Return why a module is not a head that `ReadyHead` can run, or None if it is."""
+    """Return why a module is not a head that `ReadyHead` can run, or None if it may be: verification tells.
+
+    What a head holds must be of types that the formula knows, and have no more to it than what its settings say.
+    """
     if getattr(head, "feature_only", False):
         return "it returns feature maps, no values"
-    if not all(callable(getattr(type(head), name, None)) for name in METHODS):
-        return f"its class lacks {' or '.join(METHODS)}"
-    if any(name in vars(head) for name in (*METHODS, "scratch_forward")):
-        return "one of its methods was replaced"
     for name, known in (("activation", tuple(SIGNED)), ("conf_activation", (CONFIDENCE,))):
-        if (given := getattr(head, name, None)) not in known:
-            return f"its {name} is {given!r}, not {' or '.join(map(repr, known))}"
-    if not all(hasattr(head, name) for name in ("patch_size", "down_ratio", "pos_embed", "intermediate_layer_idx")):
-        return "it does not say its patch_size, down_ratio, pos_embed and intermediate_layer_idx"
-    norm = getattr(head, "norm", None)
-    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
-        return "norm is not LayerNorm with weight and bias"
-    lists: list[Any] = [getattr(head, name, ()) for name in ("projects", "resize_layers", "intermediate_layer_idx")]
-    if any(len(each) != LEVELS for each in lists):
-        return f"it does not read {LEVELS} layers"
-    projects, resized, _ = lists
-    if not all(_is_convolution(each) for each in projects):
-        return "projects are not Conv2d with a bias"
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    if not all(type(each) is nn.Identity or any(_is_convolution(each, kind) for kind in kinds) for each in resized):
-        return "resize_layers are not Conv2d, ConvTranspose2d or Identity"
-    return _obstacle_of_fusion(getattr(head, "scratch", None)) or _stranger_in(head)
-
-
-def _obstacle_of_fusion(scratch: Any) -> str | None:
-    for level in range(1, LEVELS + 1):
-        made: Any = getattr(scratch, f"layer{level}_rn", None)
-        if type(made) is not nn.Conv2d or not _pads_zeros(made):
-            return f"scratch.layer{level}_rn is not Conv2d"
-        block = getattr(scratch, f"refinenet{level}", None)
-        units = [getattr(block, name, None) for name in UNITS]
-        if level == LEVELS and units.pop(0) is not None:
-            return f"scratch.refinenet{level} has a resConfUnit1, which has nothing to add"
-        if not all(_is_residual(unit) for unit in units):
-            return f"scratch.refinenet{level} lacks units of two Conv2d with a bias, no norm and a ReLU in place"
-        out: Any = getattr(block, "out_conv", None)
-        if not _is_convolution(out) or not _is_pointwise(out):
-            return f"scratch.refinenet{level}.out_conv is not a Conv2d of 1 x 1 with a bias"
-        if getattr(block, "size", None) is not None or not getattr(block, "align_corners", False):
-            return f"scratch.refinenet{level} has a size of its own, or does not align corners"
-    last: Any = getattr(scratch, "output_conv2", None)
-    if not _is_convolution(getattr(scratch, "output_conv1", None)):
-        return "scratch.output_conv1 is not Conv2d with a bias"
-    if not isinstance(last, nn.Sequential) or [type(each) for each in last] != [nn.Conv2d, nn.ReLU, nn.Conv2d]:
-        return "scratch.output_conv2 is not Conv2d, ReLU and Conv2d"
-    if not (_is_convolution(last[0]) and _is_convolution(last[2]) and _is_pointwise(last[2])):
-        return "scratch.output_conv2 does not end with a Conv2d of 1 x 1"
-    return None
-
-
-def _stranger_in(head: Any) -> str | None:
-    """Return what a head holds that the formula does not read, and whose value no settings tell, or None."""
-    fusions = [getattr(head.scratch, f"refinenet{level}") for level in range(1, LEVELS + 1)]
-    units = [unit for block in fusions for name in UNITS if (unit := getattr(block, name, None)) is not None]
-    known = {
-        head.norm,
-        *head.projects,
-        *head.resize_layers,
-        *(getattr(head.scratch, f"layer{level}_rn") for level in range(1, LEVELS + 1)),
-        *(block.out_conv for block in fusions),
-        *(conv for unit in units for conv in (unit.conv1, unit.conv2)),
-        *(head.scratch.output_conv1, *head.scratch.output_conv2),
-    }
+        if (value := getattr(head, name, None)) not in known:
+            return f"its {name} is {value!r}, not {' or '.join(map(repr, known))}"
+    if any(name in vars(head) for name in METHODS):
+        return "one of its methods was replaced"
     for path, module in head.named_modules():
-        where = path or "it"
+        where, has_tensors = path or "it", bool(module._parameters or module._buffers)
+        if type(module) not in LEAVES and (has_tensors or not module._modules):
+            what = ", ".join([*module._parameters, *module._buffers]) or "a " + type(module).__name__
+            return f"{where} holds {what}, which the fused head does not know"
         for name, value in vars(module).items():
             if name not in TABLES and name != "forward" and not is_plain(value):
                 return f"{where} holds {name} of {type(value).__name__}, in which anything may be"
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if module not in known or type(tensor) is not nn.Parameter:
-                return f"{where} holds {name}, which the lean head does not know"
     return None
 
 
@@ -202,13 +147,13 @@ class ReadyHead:
                 head reads are tensors.
             images: `[B, S, 3, H, W]`, of which only the shape matters.
             patch_start_idx: The first token of a frame that is a patch.
-            frames_chunk_size: Frames that run at once; no more than `memory.FRAMES_AT_ONCE` do, None for these.
+            frames_chunk_size: Frames that run at once; no more than `memory.FRAMES_TOGETHER` do, None for these.
         """
         B, S, _, *image = images.shape
         grid, size = _grid(self.head, image), _size(self.head, image)
         read = [aggregated_tokens_list[index] for index in self.head.intermediate_layer_idx]
         wide = self.head.scratch.output_conv1.out_channels * size[0] * size[1]
-        at_once = max(1, min(frames_chunk_size or S, memory.FRAMES_AT_ONCE, MOST_VALUES // wide))
+        at_once = max(1, min(frames_chunk_size or S, memory.FRAMES_TOGETHER, MOST_VALUES // wide))
         results: tuple[Tensor, ...] = ()
         for sample in range(B):
             for start in range(0, S, at_once):
@@ -291,22 +236,3 @@ def _size(head: Any, image: Sequence[int]) -> Size:
     """Return H and W of what the head returns."""
     rows, columns = _grid(head, image)
     return int(rows * head.patch_size / head.down_ratio), int(columns * head.patch_size / head.down_ratio)
-
-
-def _is_convolution(module: object, kind: type[nn.Conv2d] | type[nn.ConvTranspose2d] = nn.Conv2d) -> bool:
-    return type(module) is kind and module.bias is not None and _pads_zeros(module)
-
-
-def _is_pointwise(conv: Any) -> bool:
-    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
-
-
-def _pads_zeros(conv: Any) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-
-def _is_residual(unit: Any) -> bool:
-    relu = getattr(unit, "activation", None)
-    norms = [getattr(unit, name, None) for name in ("norm1", "norm2")]
-    convolutions = all(_is_convolution(getattr(unit, name, None)) for name in ("conv1", "conv2"))
-    return convolutions and norms == [None, None] and type(relu) is nn.ReLU and relu.inplace

@@ -17,10 +17,10 @@ MemoryBudget = Literal["auto"] | float | None
 
 GIB = 2**30
 
-TOKENS_AT_ONCE = 2**16
+TOKENS_TOGETHER = 2**16
 """Tokens that the MLP of a block runs at once: 512 MiB of 4096 hidden activations in 16 bits."""
 
-FRAMES_AT_ONCE = 8
+FRAMES_TOGETHER = 8
 """Frames that heads run at once, as VGGT's do by default."""
 
 HALVINGS = 4
@@ -93,17 +93,17 @@ class Plan:
 
     Attributes:
         offloaded: Layers whose outputs lie in host memory until heads read them.
-        tokens_at_once: Tokens that the MLP of a block runs at once.
-        images_at_once: Images that the patch embedding runs at once, of about as many tokens.
-        frames_at_once: Frames that heads run at once, or fewer if they ask for fewer.
+        tokens_together: Tokens that the MLP of a block runs at once.
+        images_together: Images that the patch embedding runs at once, of about as many tokens.
+        frames_together: Frames that heads run at once, or fewer if they ask for fewer.
         host_bytes: What is in host memory at the end of the aggregator.
         moments: Bytes alive on the device at the moments that may be the highest, by name.
     """
 
     offloaded: tuple[int, ...]
-    tokens_at_once: int
-    images_at_once: int
-    frames_at_once: int
+    tokens_together: int
+    images_together: int
+    frames_together: int
     host_bytes: int
     moments: dict[str, int]
 
@@ -118,8 +118,8 @@ class Plan:
             listed = ", ".join(map(str, self.offloaded))
             where = f"layer outputs {listed} in host memory ({self.host_bytes / GIB:.1f} GiB)"
         return (
-            f"{self.peak_bytes / GIB:.1f} GiB by plan; {where}; {self.tokens_at_once} tokens of a block and "
-            f"{self.frames_at_once} frames of heads at once"
+            f"{self.peak_bytes / GIB:.1f} GiB by plan; {where}; {self.tokens_together} tokens of a block and "
+            f"{self.frames_together} frames of heads run together"
         )
 
 
@@ -151,12 +151,12 @@ def least(sizes: Sizes) -> float:
 def _plans(sizes: Sizes) -> Iterator[Plan]:
     """Yield plans, from the one that changes least to the one that needs least."""
     for count in range(len(sizes.layers) + 1):
-        yield _plan(sizes, sizes.layers[:count], TOKENS_AT_ONCE, FRAMES_AT_ONCE)
+        yield _plan(sizes, sizes.layers[:count], TOKENS_TOGETHER, FRAMES_TOGETHER)
     for halvings in range(1, HALVINGS + 1):
-        yield _plan(sizes, sizes.layers, TOKENS_AT_ONCE >> halvings, max(1, FRAMES_AT_ONCE >> halvings))
+        yield _plan(sizes, sizes.layers, TOKENS_TOGETHER >> halvings, max(1, FRAMES_TOGETHER >> halvings))
 
 
-def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_at_once: int) -> Plan:
+def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames_together: int) -> Plan:
     frames = sizes.samples * sizes.frames
     tokens = frames * sizes.tokens
     values = tokens * sizes.channels
@@ -165,7 +165,7 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_
     images = 3 * frames * sizes.pixels * sizes.wide  # normalised ones, which the aggregator holds to its end
 
     # Of an MLP on some tokens: projection of attention, norm, hidden activations, sum. Of DINOv2: its stream twice.
-    some = max(min(tokens, tokens_at_once), sizes.tokens) * sizes.channels
+    some = max(min(tokens, tokens_together), sizes.tokens) * sizes.channels
     of_mlp = 7 * some * sizes.product
     of_embedding = 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
@@ -175,7 +175,7 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_
 
     # Of heads on some frames: the outputs that they read, as two halves, joined, and the next halves.
     of_frame = len(sizes.layers) * 3 * 2 * sizes.tokens * sizes.channels * sizes.wide + BYTES_PER_PIXEL * sizes.pixels
-    of_heads = sizes.samples * min(sizes.frames, frames_at_once) * of_frame
+    of_heads = sizes.samples * min(sizes.frames, frames_together) * of_frame
     returned = frames * sizes.pixels * OUTPUTS_PER_PIXEL * sizes.heads
     base = sizes.present + sizes.casts + WORKSPACE
     moments = {
@@ -187,8 +187,8 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_at_once: int, frames_
     }
     if sizes.tokens_describe:
         moments["graph"] = base + images + residual + 3 * product + 4 * values
-    images_at_once = max(1, tokens_at_once // sizes.tokens)
-    return Plan(offloaded, tokens_at_once, images_at_once, frames_at_once, sizes.output * len(offloaded), moments)
+    images_together = max(1, tokens_together // sizes.tokens)
+    return Plan(offloaded, tokens_together, images_together, frames_together, sizes.output * len(offloaded), moments)
 
 
 def check(budget: object) -> None:

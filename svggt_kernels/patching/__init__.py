@@ -8,7 +8,8 @@ global attention, and shared by all.
 
 from __future__ import annotations
 
-from .handle import Patch, patch
+from .api import patch
+from .handle import Patch
 from .planning import SEQUENTIAL_WINDOW
 from .report import PatchReport
 

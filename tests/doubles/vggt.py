@@ -81,38 +81,34 @@ class PatchEmbed(nn.Conv2d):
 class Aggregator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        rope = Rotary()
+        self.rope = Rotary()
         self.patch_size, self.patch_start_idx = PATCH, SPECIAL
+        self.aa_order, self.aa_block_size = ["frame", "global"], 1
         self.patch_embed = PatchEmbed(3, DIM, PATCH, PATCH)
-        self.special = nn.Parameter(torch.randn(1, SPECIAL, DIM))
-        self.frame_blocks = nn.ModuleList(Block(rope) for _ in range(DEPTH))
-        self.global_blocks = nn.ModuleList(Block(rope) for _ in range(DEPTH))
+        self.camera_token = nn.Parameter(torch.randn(1, 2, 1, DIM))
+        self.register_token = nn.Parameter(torch.randn(1, 2, SPECIAL - 1, DIM))
+        self.frame_blocks = nn.ModuleList(Block(self.rope) for _ in range(DEPTH))
+        self.global_blocks = nn.ModuleList(Block(self.rope) for _ in range(DEPTH))
+        for name, value in (("_resnet_mean", 0.45), ("_resnet_std", 0.23)):
+            self.register_buffer(name, torch.full((1, 1, 3, 1, 1), value), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
         B, S, _, H, W = images.shape
-        images = (images - 0.45) / 0.23
+        images = (images - self._resnet_mean) / self._resnet_std
         patches = self.patch_embed(images.flatten(0, 1))
         if isinstance(patches, dict):
             patches = patches["x_norm_patchtokens"]
-        tokens = torch.cat([self.special.expand(B * S, -1, -1), patches], 1)
+        special = torch.cat([self.camera_token, self.register_token], 2)[0]  # [2, R, C]
+        special = torch.cat([special[:1], special[1:].expand(S - 1, -1, -1)]).repeat(B, 1, 1)
+        tokens = torch.cat([special, patches], 1)
         grid = torch.cartesian_prod(torch.arange(H // PATCH), torch.arange(W // PATCH)) + 1
         pos = F.pad(grid, (0, 0, SPECIAL, 0)).to(images.device).expand(B * S, -1, -1)
-        layers, index = [], 0
-        for _ in range(DEPTH):
-            tokens, index, frame = self._process_frame_attention(tokens, B, S, len(grid) + SPECIAL, DIM, index, pos=pos)
-            tokens, index, across = self._process_global_attention(
-                tokens, B, S, len(grid) + SPECIAL, DIM, index - 1, pos=pos
-            )
-            layers += [torch.cat([one, other], dim=-1) for one, other in zip(frame, across, strict=True)]
+        P, layers = len(grid) + SPECIAL, []
+        for frame_block, global_block in zip(self.frame_blocks, self.global_blocks, strict=True):
+            within = frame_block(tokens.reshape(B * S, P, DIM), pos=pos)
+            tokens = global_block(within.reshape(B, S * P, DIM), pos=pos.reshape(B, S * P, 2))
+            layers.append(torch.cat([within.view(B, S, P, DIM), tokens.view(B, S, P, DIM)], dim=-1))
         return layers, SPECIAL
-
-    def _process_frame_attention(self, tokens, B, S, P, C, frame_idx, pos=None):
-        tokens = self.frame_blocks[frame_idx](tokens.reshape(B * S, P, C), pos=pos)
-        return tokens, frame_idx + 1, [tokens.view(B, S, P, C)]
-
-    def _process_global_attention(self, tokens, B, S, P, C, global_idx, pos=None):
-        tokens = self.global_blocks[global_idx](tokens.reshape(B, S * P, C), pos=pos.reshape(B, S * P, 2))
-        return tokens, global_idx + 1, [tokens.view(B, S, P, C)]
 
 
 class DPTHead(nn.Module):

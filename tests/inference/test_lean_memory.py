@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from doubles.vggt import DIM, SPECIAL, VGGT, DPTHead
 from live_bytes import Live
+from svggt_kernels.inference.model import Lean
 from torch import Tensor, nn
 
 import svggt_kernels
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.inference import blocks, embedding, memory, outputs
-from svggt_kernels.inference.model import Lean
 
 GIB = memory.GIB
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doubles.vggt import DIM, HEADS, VGGT, Aggregator, Attention, Mlp
+from svggt_kernels.inference.model import Lean
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import svggt_kernels
 from svggt_kernels.inference import ops as arithmetic
 from svggt_kernels.inference import proof, settings
-from svggt_kernels.inference.model import Lean
 
 IMAGES = torch.rand(1, 4, 3, 28, 42, generator=torch.Generator().manual_seed(0))
 
