@@ -1,10 +1,10 @@
 """How far predicted cameras, depth and points are from the truth, by the definitions of the field.
 
-Poses are camera to world throughout, `[S, 4, 4]`, rotation and centre of each camera. Everything is computed in float64.
+Poses are camera to world, `[S, 4, 4]`: rotation and centre of each camera. Everything is computed in float64.
 
 | metric | definition | source |
 |---|---|---|
-| pose AUC@k | all pairs of frames; the larger of the angles of relative rotation and relative translation | VGGT, evaluation on CO3D |
+| pose AUC@k | all pairs of frames; the larger angle of relative rotation and translation | VGGT's evaluation on CO3D |
 | ATE | camera centres after the best similarity (`align`), root mean square, metres | Umeyama 1991; Sturm et al. 2012 |
 | RPE | motion from each frame to the next, after that scale, root mean square | Sturm et al. 2012 |
 | AbsRel, delta | depth after one scale a scene | Eigen et al. 2014 |
@@ -174,7 +174,7 @@ def trajectory_error(predicted: Tensor, true: Tensor) -> float:
 
 
 def relative_pose_errors(predicted: Tensor, true: Tensor) -> tuple[float, float]:
-    """Return the relative pose error between consecutive frames: of the translation in metres, of the rotation in degrees.
+    """Return the relative pose error of consecutive frames: of the translation in metres, of the rotation in degrees.
 
     Root mean squares over all frames but the last, after the similarity that aligns the camera centres.
 
