@@ -17,7 +17,6 @@ import inspect
 import re
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, patch
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.measure.cost import PeakMemory, timed
 
 from .record import Line
-from .timing import synchronize
 
 NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(?:-(\d+)a)?(-random)?")
 PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
@@ -52,7 +51,6 @@ FASTVGGT: dict[str, int | None] = {"pruned-dense": None, "fastvggt": 0}
 calls itself `vggt` too, so a process has either."""
 
 CHECKED_FRAMES = 4
-GIB = 2**30
 
 KEYS = (
     "case",
@@ -276,23 +274,15 @@ class ModelRunner:
         with self._inference():
             if hasattr(model, "aggregator"):
                 line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images[None]))
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            memory = PeakMemory(self.device)
             line["seconds_full"] = self._seconds(lambda: model(images))
             if self.device.type == "cuda":
-                line["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+                line["peak_gib"] = memory.highest_mib / 1024
         line["measured"] = True
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(1 + self.repeats):
-            synchronize(self.device)
-            started = time.perf_counter()
-            result = call()
-            synchronize(self.device)
-            times.append(time.perf_counter() - started)
-            del result
-        return statistics.median(times[1:])
+        times_ms = [timed(call, self.device)[1] for _ in range(1 + self.repeats)]
+        return statistics.median(times_ms[1:]) / 1000
 
     def _deviation(self, case: ModelCase, model: nn.Module, options: dict[str, Any]) -> tuple[float, str | None]:
         """Return how far the output strays when patched with the full graph, and why that is too far, or None.

@@ -27,9 +27,13 @@ FLOORS = [
     {"attention"},
     {"inference"},
     {"proof_of_backends", "patching"},
+    {"measure"},
     {"cli"},
     {"__init__", "__main__"},
 ]
+
+# The most lines of a module, by the folder or file that the limit is for.
+MOST_LINES = {"svggt_kernels": 620, "svggt_kernels/patching/handle.py": 620, "tests": 620, "benchmarks": 620}
 
 
 def room(path: Path) -> str:
@@ -161,11 +165,8 @@ def test_a_compiler_that_does_not_know_amx_builds_the_rest(tmp_path: Path, monke
     assert "SVGGT_HAS_AVX512 " in without and "-DSVGGT_ISA=avx512 " in without
 
 
-def test_modules_are_of_readable_length():
-    folders = (PACKAGE, ROOT / "tests", ROOT / "benchmarks")
-    long = {str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py") if lines(path) > 620}
-    assert long == set()
-
-
-def lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
+@pytest.mark.parametrize("where", MOST_LINES)
+def test_modules_are_of_readable_length(where: str):
+    files = [ROOT / where] if where.endswith(".py") else (ROOT / where).rglob("*.py")
+    lines = {str(file): len(file.read_text().splitlines()) for file in files}
+    assert {file: count for file, count in lines.items() if count > MOST_LINES[where]} == {}

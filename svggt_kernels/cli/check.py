@@ -13,16 +13,9 @@ import torch
 from ..backends import metal
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
+from ..measure.machine import DTYPES, backend_answers, by_reason, device_name, dtype_name, versions
 from ..proof_of_backends import BUDGET, QUANTITIES, error_ratios, within_budget
-from .environment import (
-    DTYPES,
-    backend_answers,
-    by_reason,
-    device_name,
-    dtype_name,
-    pick_device,
-    versions,
-)
+from .device import pick_device
 from .text import table
 
 HEAD_SIZE = 64

@@ -7,14 +7,8 @@ import json
 
 import torch
 
-from .environment import (
-    backend_answers,
-    by_reason,
-    devices,
-    instruction_sets,
-    versions,
-)
-from .packages import installed
+from ..measure.machine import backend_answers, by_reason, devices, instruction_sets, versions
+from ..measure.packages import installed
 from .text import table
 
 OPTIONAL_PACKAGES = {

@@ -15,25 +15,26 @@ from ..graph import CovisibilityGraph, CovisibilityReport, GraphSummary
 from ..io.photos import find_photos, is_photo, load_photos
 from ..io.video import load_video
 from ..layout import BlockLayout
+from ..measure.pictures import draw_graph, draw_neighbours, require_matplotlib
+from ..measure.wording import count, percent, times
 from ..patching import patch
-from .environment import pick_device
+from .device import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
 from .models import KINDS, load_model
 from .options import covisibility, describe, from_images
 from .parser import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
-from .pictures import draw_graph, draw_neighbours, require_matplotlib
-from .report import against_truth, as_json
-from .text import count, percent, stage, times
+from .results import against_truth, as_json
+from .text import stage
 from .truth import read_pairs
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
-    if not arguments.json:
-        require_matplotlib()
     kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
     with refusals():
+        if not arguments.json:
+            require_matplotlib()
         # Whatever its name, a file that is no photo is given to FFmpeg.
         is_video = arguments.folder.is_file() and not is_photo(arguments.folder)
         photos = [] if is_video else find_photos(arguments.folder)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..demo.toy import ToyMultiViewTransformer
 from ..io.tensor_files import read_tensors, same_kind
-from .environment import dtype_name
+from ..measure.machine import dtype_name
 from .errors import CommandError, refusals
 
 SEED = 0

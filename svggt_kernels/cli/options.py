@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph import CovisibilityGraph
+from ..measure.wording import count
 from ..sources import MegaLoc, MegaLocSimilarity, TokenSimilarity
 from ..sources.megaloc.weights import PUBLISHED
-from .environment import pick_device
+from .device import pick_device
 from .errors import refusals
 from .parser import NEIGHBOURS, SEQUENTIAL_WINDOW
-from .text import count
 
 THUMBNAIL_SIDE = 16
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..measure.packages import installed
 from .errors import CommandError
-from .packages import installed
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
 BACKENDS = ("hopper", "triton", "metal", "cpu", "sdpa")

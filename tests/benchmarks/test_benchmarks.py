@@ -11,13 +11,13 @@ import re
 import pytest
 import torch
 
-from benchmarks import attention, covisibility, models, record, repeat, report
+from benchmarks import attention, attention_report, covisibility, models, record, repeat
 from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, select
 from benchmarks.check import Budget, check_forward, check_gradients, explicit, explicit_gradients
 from benchmarks.peers import PEERS, Contender, backend
-from benchmarks.timing import Timing, measure
 from svggt_kernels import block_sparse_attention
+from svggt_kernels.measure.cost import Cost
 
 CPU = torch.device("cpu")
 BAND = Case.parse("s8-p9-band1-h3")
@@ -217,7 +217,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_contender_is_never_timed(wrong, monkeypatch):
-    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("a wrong contender was timed"))
+    monkeypatch.setattr(attention, "repeated", lambda *_: pytest.fail("a wrong contender was timed"))
     [line] = _lines(Contender("wrong", wrong, lambda case, q: None, WRONG[wrong]), ["fwd"])
     assert line["check"] == "failed"
     assert line["reason"]
@@ -250,7 +250,7 @@ def test_wrong_gradient_is_never_timed(which, monkeypatch):
         return call
 
     wrong = Contender("wrong", "its forward is right", lambda case, q: None, prepare)
-    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("a wrong contender was timed"))
+    monkeypatch.setattr(attention, "repeated", lambda *_: pytest.fail("a wrong contender was timed"))
     [line] = _lines(wrong, ["bwd"])
     assert line["check"] == "failed"
     assert line["reason"].startswith(("dQ", "dK", "dV")[which])
@@ -327,7 +327,7 @@ def test_fraction_of_ideal_needs_the_dense_case_of_the_same_run():
 
 def test_fraction_of_ideal_compares_q_of_one_kind(monkeypatch):
     times = iter([8.0, 4.0, 1.0, 0.25])
-    monkeypatch.setattr(attention, "measure", lambda *_: Timing(*[next(times)] * 3, None))
+    monkeypatch.setattr(attention, "repeated", lambda *_: Cost.of([next(times)], None))
     names = ("s8-p9-dense-h3", "s8-p9-dense-h3-log2", "s8-p9-band1-h3", "s8-p9-band1-h3-log2")
     lines = _lines(backend("sdpa"), ["fwd"], [Case.parse(name) for name in names])
     assert [line["case"] for line in lines] == list(names)
@@ -390,7 +390,7 @@ def test_checked_in_results_are_complete():
 def test_extra_memory_is_what_lies_beyond_inputs_and_results(direction, tensors, monkeypatch):
     q = 3 * 9 * 8 * 64 * 4 / 2**20  # MiB of one tensor of the case
     in_call = {"fwd": 1, "bwd": 3, "fwd+bwd": 4}[direction]  # the rest is held when the call is timed
-    monkeypatch.setattr(attention, "measure", lambda *_: Timing(1.0, 1.0, 1.0, in_call * q + 0.25))
+    monkeypatch.setattr(attention, "repeated", lambda *_: Cost.of([1.0], in_call * q + 0.25))
     held = iter([7.0, 7.0 + (tensors - in_call) * q + 0.5])
     monkeypatch.setattr(attention, "allocated_mib", lambda device: next(held))
     [line] = _lines(backend("sdpa"), [direction])
@@ -496,12 +496,12 @@ def test_report_shows_the_latest_run(tmp_path, capsys):
     assert "| hopper, bounded, accumulated |" in table[2]
     assert "- fa4-block-sparse on s8-p9-band1-h3, fwd: dQ: wrong" in text
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert [line["run"] for line in report.read(files, "r0")] == ["r0"]
+    assert [line["run"] for line in attention_report.read(files, "r0")] == ["r0"]
 
 
 def test_report_compares_edges_of_the_most_common_problem_only():
     lines = [_fabricated(), _fabricated(case="s8-p9-dense-h3"), _fabricated(case="s8-p10-band1-h3")]
-    assert report.problem(lines) == (9, 0, 64, 3, 1, False)
+    assert attention_report.problem(lines) == (9, 0, 64, 3, 1, False)
 
 
 def test_report_keeps_q_in_log2_apart(tmp_path, monkeypatch):
@@ -511,7 +511,7 @@ def test_report_keeps_q_in_log2_apart(tmp_path, monkeypatch):
     cases = [f"s8-p9-{graph}-h3{log2}" for graph in ("dense", "band1", "band2") for log2 in ("", "-log2")]
     lines = [_fabricated(case=case, useful_tflops=2.0 if "log2" in case else 1.0) for case in cases]
     lines.append(_fabricated(case="s16-p9-band1-h3", useful_tflops=1.0))
-    table, _ = report.write(lines, tmp_path)
+    table, _ = attention_report.write(lines, tmp_path)
     density, edges, _ = drawn[0].axes
     series = {line.get_label(): list(line.get_ydata()) for line in density.lines}
     assert series == {"triton": [1.0] * 4, "triton, log2": [2.0] * 3}
@@ -536,14 +536,6 @@ def test_report_reads_what_its_command_writes_here(tmp_path, monkeypatch, capsys
     assert main([command[1], *"--cases s2-p4-band0-h1 --backends sdpa --seconds 0.01".split()]) == 0
     assert [str(file) for file in tmp_path.iterdir()] == [command[2]]
     assert main(["report"]) == 0
-
-
-def test_time_is_the_median_of_the_calls():
-    calls = []
-    timing = measure(lambda: calls.append(None), CPU, seconds=1e-6)
-    assert len(calls) >= 7
-    assert 0 <= timing.low <= timing.median <= timing.high
-    assert timing.peak_mib is None
 
 
 def _trainable(case, dtype):

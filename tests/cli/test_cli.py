@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +16,18 @@ import torch
 from svggt_kernels import (
     CovisibilityGraph,
     MegaLoc,
-    Patch,
     backends,
-    patch,
 )
 from svggt_kernels.cli import (
     check,
     compare,
-    comparison,
     demo,
     layout,
     main,
     models,
     options,
     parser,
+    results,
 )
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
 
@@ -253,7 +250,7 @@ class TestCompare:
     ) -> None:
         drawn: dict[str, object] = {}
         monkeypatch.setattr(
-            compare, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[0]) or b""
+            results, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[0]) or b""
         )
         succeed("compare", folder, *TOY, "--repeats", 1, "--output", tmp_path)
         assert drawn["warning"] == models.RANDOM_WEIGHTS
@@ -272,24 +269,6 @@ class TestCompare:
         succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
 
-    def test_one_patch_serves_all_timed_runs(self, monkeypatch: pytest.MonkeyPatch, tiny_toy: models.ModelKind) -> None:
-        patched: list[torch.nn.Module] = []
-
-        def slowly(module: torch.nn.Module, **options: object) -> Patch:
-            patched.append(module)
-            time.sleep(1)
-            return patch(module, **options)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(comparison, "patch", slowly)
-        model = models.load_model("toy", None, torch.device("cpu"))
-        found, _ = comparison.compare(model, torch.rand(3, 3, 28, 28), "tokens", described="", repeats=3)
-        assert len(patched) == 1
-        assert found.first_sparse_ms > 1000 > found.sparse.max_ms
-        assert found.sparse.runs == 3
-        assert found.first_planning_ms < found.first_sparse_ms
-        weights = [parameter.data_ptr() for parameter in model.module.parameters()]
-        assert [parameter.data_ptr() for parameter in patched[0].parameters()] == weights
-
     @pytest.mark.parametrize("repeats", [1, 2])
     def test_one_run_is_not_called_a_median(
         self,
@@ -301,7 +280,7 @@ class TestCompare:
         repeats: int,
     ) -> None:
         titles: list[str] = []
-        monkeypatch.setattr(compare, "draw_comparison", lambda *inputs, title, **labels: titles.append(title) or b"")
+        monkeypatch.setattr(results, "draw_comparison", lambda *inputs, title, **labels: titles.append(title) or b"")
         succeed("compare", folder, *TOY, "--repeats", repeats, "--output", tmp_path)
         for text in (capsys.readouterr().out, titles[0]):
             assert ("whole model, one run" in text) == (repeats == 1)
@@ -324,13 +303,6 @@ class TestCompare:
         monkeypatch.setattr(backends, "reasons", reasons)
         said = refusal(capsys, "compare", folder, *TOY, "--backend", "hopper", "--output", tmp_path)
         assert "that is the dtype; leave --backend out" in said
-
-    def test_the_model_is_as_before(self, tiny_toy: models.ModelKind) -> None:
-        model = models.load_model("toy", None, torch.device("cpu"))
-        frames = torch.rand(3, 3, 28, 28)
-        before = model(frames)
-        comparison.compare(model, frames, "tokens", described="", repeats=1)
-        assert torch.equal(model(frames)["depth"], before["depth"])
 
     def test_depth_anything_3(self, folder: Path, tmp_path: Path) -> None:
         pytest.importorskip("depth_anything_3", reason="depth-anything-3 is not installed")

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention import block_sparse_attention
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..patching import Patch, patch
-from .environment import device_name, dtype_name
-from .errors import refusals
-from .measure import (
-    Cost,
-    Deviation,
-    Meter,
-    allocated_mib,
-    alternate,
-    deviation,
-    rotation_degrees,
-)
-from .models import LoadedModel
-from .text import stage
+from .cost import Cost, Meter, Tell, allocated_mib, alternate
+from .deviation import Deviation, camera_rotation
+from .machine import device_name, dtype_name
+
+Stage = Callable[[str], AbstractContextManager[Tell]]
+"""Is told what is being done while a context lasts; the context's value is told how far it is."""
+
+
+class NamedModel(Protocol):
+    """A model, how to run it, and what to say of it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What `patch` takes, in eval mode, on its device."""
+
+    @property
+    def weights(self) -> str:
+        """Where the weights come from, in words."""
+
+    @property
+    def warning(self) -> str | None:
+        """What random weights mean for the outputs; None for trained weights."""
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of autocast, or None for float32 throughout."""
+
+    def __call__(self, frames: Tensor) -> dict[str, Tensor]:
+        """Run the module on frames `[S, 3, H, W]` and return its named outputs."""
+
+
+M = TypeVar("M", bound=NamedModel)
 
 
 @dataclass(frozen=True)
@@ -156,14 +180,20 @@ class Outputs:
     graph: CovisibilityGraph
 
 
+@contextmanager
+def _silent(what: str) -> Iterator[Tell]:
+    yield lambda progress: None
+
+
 def compare(
-    model: LoadedModel,
+    model: NamedModel,
     frames: Tensor,  # [S, 3, H, W]
     covisibility: Any,
     *,
     described: str,
     backend: str | None = None,
     repeats: int = 3,
+    stage: Stage = _silent,
 ) -> tuple[Comparison, Outputs]:
     """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 
@@ -176,9 +206,10 @@ def compare(
         described: What that is, in words.
         backend: As `patch` takes it.
         repeats: Timed runs of each at most, after the first of each, which is told apart; see `alternate`.
+        stage: Is told each stage of the work.
 
     Raises:
-        CommandError: The graph cannot be made of these frames, or the backend cannot run.
+        ValueError: The graph cannot be made of these frames, or the backend cannot run.
     """
     device, calls, twin = frames.device, _AttentionShapes(), _twin(model)
 
@@ -197,7 +228,7 @@ def compare(
     with stage("dense, first run"), calls:
         first_dense(run_dense)
     before = allocated_mib(device)
-    with refusals(), stage("sparse, first run"):
+    with stage("sparse, first run"):
         handle = first_sparse(patch_and_run)
     after = allocated_mib(device)
     first_planning = handle.report().planning_seconds
@@ -238,15 +269,15 @@ def compare(
         first_sparse_ms=first_sparse.cost().median_ms,
         kept_mib=None if before is None or after is None else after - before,
         attention=attention,
-        deviations={name: deviation(dense[name], sparse[name]) for name in dense},
-        rotation_degrees=_camera_rotation(dense, sparse),
+        deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
+        rotation_degrees=camera_rotation(dense, sparse),
     ), Outputs(dense, sparse, graph)
 
 
-def _twin(model: LoadedModel) -> LoadedModel:
+def _twin(model: M) -> M:
     """Return a copy of the model whose parameters and buffers are the model's own."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
-    return replace(model, module=copy.deepcopy(model.module, shared))
+    return copy.deepcopy(model, shared)
 
 
 class _AttentionShapes(TorchFunctionMode):
@@ -294,15 +325,3 @@ def _attention_cost(
             run()
         _, dense_cost, _, sparse_cost = alternate(dense, sparse, device, repeats)
     return AttentionCost((batch, heads, layout.num_tokens, head_size), dtype_name(dtype), dense_cost, sparse_cost)
-
-
-def _camera_rotation(dense: dict[str, Tensor], sparse: dict[str, Tensor]) -> dict[str, float] | None:
-    for name, rotation in (
-        ("pose_enc", lambda x: x[..., 3:7]),
-        ("extrinsics", lambda x: x[..., :3, :3]),
-        ("camera_poses", lambda x: x[..., :3, :3]),
-    ):
-        if name in dense:
-            angles = rotation_degrees(rotation(dense[name]), rotation(sparse[name]))
-            return {"median": float(angles.median()), "max": float(angles.max())}
-    return None

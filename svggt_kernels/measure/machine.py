@@ -1,4 +1,4 @@
-"""The machine: versions, devices and which backends can run on them."""
+"""The machine: versions, devices and which backends can run on them, each by its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from .. import backends
-from .errors import CommandError
 from .packages import installed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,32 +28,16 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     """Return every device that torch can use here, with its name."""
-    found = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    names = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
-        found["mps"] = f"Apple GPU of {_processor()}"
-    return found | {"cpu": f"{_processor()}, {torch.get_num_threads()} threads"}
+        names["mps"] = f"Apple GPU of {_processor()}"
+    return names | {"cpu": f"{_processor()}, {torch.get_num_threads()} threads"}
 
 
 def device_name(device: torch.device) -> str:
     """Return the device's name as `devices` lists it."""
     key = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
     return devices()[key]
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or for None and "auto" the fastest kind there is.
-
-    Raises:
-        CommandError: There is no such device here.
-    """
-    found = devices()
-    if name in (None, "auto"):
-        return torch.device(next(iter(found)))
-    if name == "cuda" and "cuda:0" in found:
-        name = "cuda:0"
-    if name not in found:
-        raise CommandError(f"--device must be auto or one of {', '.join(found)} on this machine, got {name}")
-    return torch.device(name)
 
 
 def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str, str | None]]:
