@@ -20,6 +20,7 @@ COMPILER = os.environ.get("CXX", "c++")
 
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
+    {"packages"},
     {"graph", "streams", "compiling", "io", "demo"},
     {"sources", "models", "layout"},
     {"proof"},

@@ -8,7 +8,7 @@ import json
 import torch
 
 from ..measure.machine import backend_answers, by_reason, devices, instruction_sets, versions
-from ..measure.packages import installed
+from ..packages import installed
 from .text import table
 
 OPTIONAL_PACKAGES = {

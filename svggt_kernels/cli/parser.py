@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..measure.packages import installed
+from ..packages import installed
 from .errors import CommandError
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")

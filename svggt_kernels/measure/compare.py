@@ -17,7 +17,7 @@ from ..attention import block_sparse_attention
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..patching import Patch, patch
-from .cost import Cost, Meter, Tell, allocated_mib, alternate
+from .cost import Cost, Tell, allocated_mib, alternate, timed
 from .deviation import Deviation, camera_rotation
 from .machine import device_name, dtype_name
 
@@ -224,12 +224,11 @@ def compare(
         run_sparse()
         return handle
 
-    first_dense, first_sparse = Meter(device), Meter(device)
     with stage("dense, first run"), calls:
-        first_dense(run_dense)
+        first_dense_ms = timed(run_dense, device)[1]
     before = allocated_mib(device)
     with stage("sparse, first run"):
-        handle = first_sparse(patch_and_run)
+        handle, first_sparse_ms = timed(patch_and_run, device)
     after = allocated_mib(device)
     first_planning = handle.report().planning_seconds
     with stage("dense and sparse in turn") as tell:
@@ -265,8 +264,8 @@ def compare(
         first_planning_ms=1000 * first_planning,
         dense=dense_cost,
         sparse=sparse_cost,
-        first_dense_ms=first_dense.cost().median_ms,
-        first_sparse_ms=first_sparse.cost().median_ms,
+        first_dense_ms=first_dense_ms,
+        first_sparse_ms=first_sparse_ms,
         kept_mib=None if before is None or after is None else after - before,
         attention=attention,
         deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},

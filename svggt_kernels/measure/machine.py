@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import backends
-from .packages import installed
+from ..packages import installed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

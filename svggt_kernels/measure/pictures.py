@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph import CovisibilityGraph
+from ..packages import optional
 from .deviation import Deviation
 from .wording import percent, printable
 
@@ -27,12 +28,7 @@ PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
 
 def require_matplotlib() -> None:
     """Raise an ImportError, before any work is done, if pictures cannot be drawn here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'"
-        ) from error
+    optional("matplotlib", "drawing", "matplotlib", "'svggt-kernels[viz]'")
 
 
 @contextmanager
