@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svggt_kernels.measure.cost import MIB, Cost, allocated_mib, repeated
+from svggt_kernels.measure.machine import dtype_name
 
 from .cases import Case
 from .check import check_forward, check_gradients
@@ -170,7 +171,7 @@ class Runner:
         line = {
             "case": case.name,
             "direction": direction,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": list(case.shape),
             "density": case.density,
             "ms_median": cost and cost.median_ms,

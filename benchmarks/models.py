@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from svggt_kernels import CovisibilityGraph, patch
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.measure.cost import PeakMemory, timed
+from svggt_kernels.measure.machine import dtype_name
 
 from .record import Line
 
@@ -334,7 +335,7 @@ class ModelRunner:
         line |= {
             "case": case.name,
             "system": system,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": [case.frames, 3, height, width],
             **self.provenance,
         }

@@ -16,6 +16,7 @@ from ..io.photos import find_photos, is_photo, load_photos
 from ..io.video import load_video
 from ..layout import BlockLayout
 from ..measure.pictures import draw_graph, draw_neighbours, require_matplotlib
+from ..measure.truth import read_pairs
 from ..measure.wording import count, percent, times
 from ..patching import patch
 from .device import pick_device
@@ -26,7 +27,6 @@ from .options import covisibility, describe, from_images
 from .parser import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
 from .results import against_truth, as_json
 from .text import stage
-from .truth import read_pairs
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -42,11 +42,8 @@ def device_name(device: torch.device) -> str:
 
 def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str, str | None]]:
     """Return for every backend and dtype why the backend cannot run there; None where it can."""
-    answers: dict[str, dict[str, str | None]] = {name: {} for name in backends.BACKENDS}
-    for dtype in DTYPES:
-        for name, reason in backends.reasons(device, dtype, head_size).items():
-            answers[name][dtype_name(dtype)] = reason
-    return answers
+    by_dtype = {dtype_name(dtype): backends.reasons(device, dtype, head_size) for dtype in DTYPES}
+    return {name: {dtype: reasons[name] for dtype, reasons in by_dtype.items()} for name in backends.BACKENDS}
 
 
 def instruction_sets() -> dict[str, str | None]:
