@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from tiers import full
 
+from svggt_kernels.backends import BACKENDS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "svggt_kernels"
 COMPILER = os.environ.get("CXX", "c++")
@@ -75,12 +77,33 @@ def test_imports_point_down(path: Path):
 
 def test_backends_do_not_import_one_another():
     folder = PACKAGE / "backends"
-    families = {path.stem for path in folder.iterdir()} - {"__init__", "__pycache__", "_nvrtc"}
+    families = {path.stem for path in folder.iterdir()} - {"__init__", "__pycache__", "_nvrtc", "contract"}
     for path in folder.rglob("*.py"):
         own = path.relative_to(folder).parts[0].removesuffix(".py")
         if own != "__init__":
             others = {parts[1] for parts in imported_modules(path) if parts[0] == "backends" and len(parts) > 1}
             assert others & families <= {own}, path
+
+
+def names_of_backends(path: Path) -> set[str]:
+    """What a file says of a single backend: a module of it, an attribute of `backends`, its name as a string.
+
+    "cpu" and "triton" as strings name a device and a package too, and are left out.
+    """
+    names = set(BACKENDS)
+    modules = {parts[1] for parts in imported_modules(path) if parts[0] == "backends" and len(parts) > 1}
+    said = modules & names
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "backends":
+            said |= {node.attr} & names
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            said |= {node.value} & (names - {"cpu", "triton"})
+    return said
+
+
+def test_no_backend_is_named_above_its_folder():
+    files = [path for path in PACKAGE.rglob("*.py") if room(path) != "backends"]
+    assert {str(path): said for path in files if (said := names_of_backends(path))} == {}
 
 
 def test_import_is_light():

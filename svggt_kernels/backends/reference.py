@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import BlockLayout, Runs
+from .contract import Traits
 
-NAME = "sdpa"
-SAVES_LSE = False
+NAME = "reference"
+TRAITS = Traits(saves_lse=False)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

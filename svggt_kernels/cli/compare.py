@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
         photos = find_photos(arguments.folder)[: arguments.max_frames]
     device = pick_device(arguments.device)
     if arguments.backend is not None:
+        with refusals():
+            arguments.backend = backends.load(arguments.backend).NAME
         reason = backends.reasons(device, running_dtype(device), HEAD_SIZE)[arguments.backend]
         if reason is not None:
             raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")

@@ -47,11 +47,12 @@ def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str,
 
 
 def instruction_sets() -> dict[str, str | None]:
-    """Return what the cpu backend uses, and better sets that the CPU has with why not; empty where it cannot run."""
-    cpu = backends.cpu
-    if cpu.unsupported(torch.device("cpu"), torch.float32, 64) is not None:
-        return {}
-    return {cpu.instruction_set(): None, **cpu.passed_over()}
+    """Return what backends that can run on the CPU use of it, and better sets that it has with why not."""
+    dtype, found = torch.bfloat16, dict[str, str | None]()
+    for backend in backends.BACKENDS.values():
+        if backend.unsupported(torch.device("cpu"), dtype, 64) is None:
+            found |= backend.TRAITS.notes(dtype)
+    return found
 
 
 def by_reason(answers: dict[str, str | None]) -> dict[str | None, str]:

@@ -111,7 +111,7 @@ def patch(
     if memory_budget is not None and not lean:
         raise ValueError("memory_budget is kept by the lean blocks; leave lean=True")
     if backend is not None:
-        backends.load(backend)
+        backend = backends.load(backend).NAME
     if modules is None:
         if tokens_per_frame is not None or num_special_tokens != 0 or trailing_tokens != 0:
             raise ValueError(
@@ -263,12 +263,7 @@ class Patch:
         chosen, passed_over = None, {}
         if forward.kind is not None:
             chosen = choose_backend(*forward.kind, self._backend)
-            for name, reason in backends.reasons(*forward.kind, unnamed=self._backend is None).items():
-                if name == chosen:
-                    break
-                passed_over[name] = reason or f"backend={chosen!r} was asked for"
-            if chosen == backends.cpu.NAME and forward.kind[1] == torch.bfloat16:
-                passed_over |= backends.cpu.passed_over()
+            passed_over = backends.passed_over(*forward.kind, chosen, named=self._backend is not None)
         return PatchReport(
             model=self.record.name,
             modules=self.modules,

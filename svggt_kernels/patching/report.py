@@ -28,7 +28,7 @@ class PatchReport:
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
             "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
         lean_blocks: Blocks run lean in the last forward.
-        within_frames: What computed the attention within frames of those blocks: "hopper" where that backend can,
+        within_frames: What computed the attention within frames of those blocks: a backend where one is faster there,
             else "pytorch".
         not_lean: Why blocks did not, by name of their class.
         lean_heads: Names of the DPT heads that ran lean since the last forward began.

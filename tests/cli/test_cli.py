@@ -355,7 +355,7 @@ class TestRefusals:
             (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
             (["--long-side", "13"], "long_side must be at least one patch"),
             (["--device", "tpu"], "--device must be auto or one of"),
-            (["--backend", "cuda"], "invalid choice: 'cuda'"),
+            (["--backend", "cuda"], "backend must be one of hopper, triton, metal, cpu, reference or None, got 'cuda'"),
             (["--weights", "w.pt"], "no trained weights exist"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -13,7 +13,6 @@ from svggt_kernels import (
     MegaLoc,
     MegaLocSimilarity,
     TokenSimilarity,
-    backends,
     patching,
 )
 from svggt_kernels.cli import models, options, parser
@@ -21,7 +20,6 @@ from svggt_kernels.cli import models, options, parser
 
 def test_the_parser_knows_what_the_package_has():
     assert parser.MODELS == tuple(models.KINDS)
-    assert parser.BACKENDS == tuple(backends.BACKENDS)
     assert parser.SEQUENTIAL_WINDOW == patching.SEQUENTIAL_WINDOW
     assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
 

@@ -50,7 +50,7 @@ def test_the_default_is_megaloc(monkeypatch: pytest.MonkeyPatch, described: list
 
     monkeypatch.setattr(MegaLoc, "from_pretrained", from_pretrained)
     model = FAMILY["vggt"].create()
-    with patch(model, backend="sdpa"):
+    with patch(model, backend="reference"):
         assert asked == ["gberton/MegaLoc"]
         model(images())
     assert len(described) == 1
@@ -77,7 +77,7 @@ def test_weights_of_another_type_are_refused_when_the_model_is_patched():
 @pytest.mark.parametrize("name", ["size", "batch_size", "neighbours", "window", "anchors"])
 def test_counts_of_another_type_are_refused(name: str):
     model = FAMILY["vggt"].create()
-    with patch(model, covisibility=dataclasses.replace(MEGALOC, **{name: "many"}), backend="sdpa"):
+    with patch(model, covisibility=dataclasses.replace(MEGALOC, **{name: "many"}), backend="reference"):
         with pytest.raises(TypeError, match=f"^{name} must be an integer, got 'many'"):
             model(images())
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout, Tiles
+from ..contract import Traits
 
 NAME = "triton"
-SAVES_LSE = True
+TRAITS = Traits()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_SIZES = (32, 64, 128)
