@@ -5,7 +5,7 @@ neighbours are the five frames before and after; with the suffix `-random` each 
 sees those and the frames that drew it, ten on average. With `-8a` behind the neighbours all frames also see 8 anchors,
 evenly spread.
 
-Models have random weights: time and memory do not depend on them. `vggt-1b` is the upstream code, importable as `vggt`,
+Models have random weights: time and memory do not depend on them. `vggt-1b` is the model `vggt` of the package's table,
 at 518 x 392 pixels (1041 tokens a frame); `toy` is the package's own small model, at 154 x 112 pixels (93 tokens).
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import re
 import statistics
 import sys
@@ -26,15 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, patch
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.measure.cost import PeakMemory, timed
 from svggt_kernels.measure.machine import dtype_name
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.models.loading import build
 
 from .record import Line
 
 NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(?:-(\d+)a)?(-random)?")
 PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
 """Height and width of the images of each model."""
+
+KINDS = {"toy": RUNNABLE["toy"], "vggt-1b": RUNNABLE["vggt"]}
+"""How to build, feed and read each model."""
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "upstream": {},
@@ -212,13 +215,9 @@ class ModelRunner:
         try:
             model = self._model(case.model)
         except ImportError as error:
-            self.not_run.append(
-                f"{case.name}: not run: {error}; "
-                "pip install --no-deps git+https://github.com/facebookresearch/vggt && "
-                "pip install einops huggingface_hub safetensors"
-            )
+            self.not_run.append(f"{case.name}: not run: {error}")
             return
-        is_fastvggt = hasattr(getattr(model, "aggregator", None), "merging")
+        is_fastvggt = _is_fastvggt(model)
         for system in systems:
             if is_fastvggt != (system in FASTVGGT):
                 package = "FastVGGT's" if system in FASTVGGT else "upstream's"
@@ -271,10 +270,10 @@ class ModelRunner:
         line["density"] = report.token_density
 
     def _measure(self, case: ModelCase, model: nn.Module, line: Line) -> None:
-        images = self._images(case.model, case.frames)
+        images = KINDS[case.model].feed(self._images(case.model, case.frames))
         with self._inference():
             if hasattr(model, "aggregator"):
-                line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images[None]))
+                line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images))
             memory = PeakMemory(self.device)
             line["seconds_full"] = self._seconds(lambda: model(images))
             if self.device.type == "cuda":
@@ -291,16 +290,17 @@ class ModelRunner:
         The budget is that of the operator: the error against higher precision may be at most twice that of the
         unpatched model, for each output.
         """
-        images = self._images(case.model, CHECKED_FRAMES)
+        kind = KINDS[case.model]
+        images = kind.feed(self._images(case.model, CHECKED_FRAMES))
         with self._inference():
-            plain = dict(_tensors(model(images)))
+            plain = kind.outputs(model(images))
             with patch(model, covisibility="all", **options):
-                patched = dict(_tensors(model(images)))
+                patched = kind.outputs(model(images))
         with torch.no_grad():
             if self.dtype == torch.float32:
-                exact = dict(_tensors(copy.deepcopy(model).double()(images.double())))
+                exact = kind.outputs(copy.deepcopy(model).double()(images.double()))
             else:
-                exact = dict(_tensors(model(images)))
+                exact = kind.outputs(model(images))
         deviation, reason = 0.0, None
         for name, expected in exact.items():
             error, allowed = (float((x.double() - expected.double()).norm()) for x in (patched[name], plain[name]))
@@ -327,7 +327,11 @@ class ModelRunner:
     def _model(self, name: str) -> nn.Module:
         if name not in self._models:
             self._models.clear()
-            self._models[name] = _build(name, self.device)
+            model: Any = build(KINDS[name], self.device)
+            if _is_fastvggt(model):
+                model.to(torch.bfloat16)
+                model.update_patch_dimensions(*(side // 14 for side in reversed(PIXELS[name])))
+            self._models[name] = model
         return self._models[name]
 
     def _add(self, case: ModelCase, system: str, line: Line) -> None:
@@ -346,31 +350,5 @@ class ModelRunner:
         self.write(ordered)
 
 
-def _build(name: str, device: torch.device) -> nn.Module:
-    if name == "toy":
-        return ToyMultiViewTransformer.create().to(device)
-    from vggt.models.vggt import VGGT
-
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.device(device):
-        torch.manual_seed(0)
-        if "merging" in inspect.signature(VGGT.__init__).parameters:
-            model = VGGT(enable_point=True).eval().to(device, torch.bfloat16)
-            model.update_patch_dimensions(*(side // 14 for side in reversed(PIXELS[name])))
-            return model
-        # Its image statistics are made by a constructor that does not know the context.
-        return VGGT().eval().to(device)
-
-
-def _tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors of nested dicts and lists, each with its path; the images are no output."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield name, output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            if key != "images":
-                yield from _tensors(value, f"{name}.{key}")
-    elif isinstance(output, list | tuple):
-        for index, value in enumerate(output):
-            yield from _tensors(value, f"{name}.{index}")
+def _is_fastvggt(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "aggregator", None), "merging")

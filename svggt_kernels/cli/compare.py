@@ -9,9 +9,10 @@ from ..io.photos import find_photos, load_photos
 from ..measure.compare import compare
 from ..measure.pictures import require_matplotlib
 from ..measure.wording import count
+from ..models.loading import HEAD_SIZE, running_dtype
 from .device import pick_device
 from .errors import CommandError, refusals
-from .models import HEAD_SIZE, load_model, running_dtype
+from .models import load_model
 from .options import covisibility, describe
 from .results import as_text, write_results
 from .text import stage

@@ -18,11 +18,12 @@ from ..layout import BlockLayout
 from ..measure.pictures import draw_graph, draw_neighbours, require_matplotlib
 from ..measure.truth import read_pairs
 from ..measure.wording import count, percent, times
+from ..models import RUNNABLE
 from ..patching import patch
 from .device import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
-from .models import KINDS, load_model
+from .models import load_model
 from .options import covisibility, describe, from_images
 from .parser import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
 from .results import against_truth, as_json
@@ -31,7 +32,7 @@ from .text import stage
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
-    kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
+    kind = RUNNABLE[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
     with refusals():
         if not arguments.json:
             require_matplotlib()

@@ -1,4 +1,4 @@
-"""Checks that arguments of this folder have in common."""
+"""Checks that arguments of several rooms have in common."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def integer(name: str, value: int, least: int, most: int | None = None) -> int:
 
     Args:
         name: What messages call it.
-        value: The argument; anything that Python takes as an index.
+        value: The argument; anything that Python takes as an index, but for True and False.
         least: The least that it may be.
         most: The most; None for no limit.
 
@@ -23,6 +23,8 @@ def integer(name: str, value: int, least: int, most: int | None = None) -> int:
         ValueError: If it is out of range.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None

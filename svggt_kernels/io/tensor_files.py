@@ -45,7 +45,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(held)
 
 
-def same_kind(tensor: Tensor, dtype: torch.dtype) -> bool:
+def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """Say how named tensors differ from those expected in names, shapes or kind of number; None if they do not."""
+    shared = [name for name in expected if name in tensors]
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "not known": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} (must be {list(expected[name].shape)})"
+            for name in shared
+            if tensors[name].shape != expected[name].shape
+        ],
+        "of another kind of number": [
+            f"{name} ({tensors[name].dtype})" for name in shared if not _same_kind(tensors[name], expected[name].dtype)
+        ],
+    }
+    return "; ".join(f"{fault}: {_first_three(names)}" for fault, names in faults.items() if names) or None
+
+
+def _first_three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _same_kind(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the numbers of a tensor still mean the same in another dtype: quantised or complex ones do not."""
     return tensor.layout == torch.strided and (
         tensor.dtype == dtype or (tensor.dtype in FLOATING and dtype in FLOATING)

@@ -6,16 +6,17 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import block_sparse_attention
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
+from ..models.loading import LoadedModel
 from ..patching import Patch, patch
 from .cost import Cost, Tell, allocated_mib, alternate, timed
 from .deviation import Deviation, camera_rotation
@@ -23,36 +24,6 @@ from .machine import device_name, dtype_name
 
 Stage = Callable[[str], AbstractContextManager[Tell]]
 """Is told what is being done while a context lasts; the context's value is told how far it is."""
-
-
-class NamedModel(Protocol):
-    """A model, how to run it, and what to say of it."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def module(self) -> nn.Module:
-        """What `patch` takes, in eval mode, on its device."""
-
-    @property
-    def weights(self) -> str:
-        """Where the weights come from, in words."""
-
-    @property
-    def warning(self) -> str | None:
-        """What random weights mean for the outputs; None for trained weights."""
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The dtype of autocast, or None for float32 throughout."""
-
-    def __call__(self, frames: Tensor) -> dict[str, Tensor]:
-        """Run the module on frames `[S, 3, H, W]` and return its named outputs."""
-
-
-M = TypeVar("M", bound=NamedModel)
 
 
 @dataclass(frozen=True)
@@ -186,7 +157,7 @@ def _silent(what: str) -> Iterator[Tell]:
 
 
 def compare(
-    model: NamedModel,
+    model: LoadedModel,
     frames: Tensor,  # [S, 3, H, W]
     covisibility: Any,
     *,
@@ -273,7 +244,7 @@ def compare(
     ), Outputs(dense, sparse, graph)
 
 
-def _twin(model: M) -> M:
+def _twin(model: LoadedModel) -> LoadedModel:
     """Return a copy of the model whose parameters and buffers are the model's own."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
     return copy.deepcopy(model, shared)

@@ -29,7 +29,7 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         if kind is inspect.Parameter.VAR_KEYWORD:
             arguments |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            arguments |= {str(place): each for place, each in enumerate(value) if each is not module}
+            arguments |= {str(index): item for index, item in enumerate(value) if item is not module}
         elif value is not module:
             arguments[name] = value
     return arguments
@@ -37,32 +37,37 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 def each_once(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the modules inside their wrappers by name, those that blocks share by their first."""
-    each: dict[nn.Module, str] = {}
+    names: dict[nn.Module, str] = {}
     for name, module in modules.items():
-        each.setdefault(unwrapped(module), name)
-    return {name: module for module, name in each.items()}
+        names.setdefault(unwrapped(module), name)
+    return {name: module for module, name in names.items()}
 
 
 def named_modules(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules by name, given either."""
+    """Return modules of the model by name, where the caller gives either.
+
+    Raises:
+        ValueError: If one is not inside the model or is given twice, or there is none.
+        TypeError: If `modules` is one module or name.
+    """
     if isinstance(modules, (str, nn.Module)):
         raise TypeError(f"modules must be a list of modules or their names, got one {type(modules).__name__}")
     inside = {unwrapped(module) for module in model.modules() if module is not model}
     names = {unwrapped(module): name for name, module in reversed(list(model.named_modules()))}
-    chosen: dict[str, nn.Module] = {}
-    for given in modules:
-        module = unwrapped(_submodule(model, given) if isinstance(given, str) else given)
+    chosen: dict[nn.Module, str] = {}
+    for item in modules:
+        module = unwrapped(_submodule(model, item) if isinstance(item, str) else item)
         if module not in inside:
-            what = f"a module called {given!r}" if isinstance(given, str) else f"this {type(given).__name__}"
+            what = f"a module called {item!r}" if isinstance(item, str) else f"this {type(item).__name__}"
             raise ValueError(f"{type(model).__name__} does not hold {what}; modules must be submodules of the model")
-        name = given if isinstance(given, str) else names[module]
-        if module in chosen.values():
-            first = next(each for each, earlier in chosen.items() if earlier is module)
+        name = item if isinstance(item, str) else names[module]
+        if module in chosen:
+            first = chosen[module]
             raise ValueError(f"{first} is given twice in modules" + (f": {name} is the same module" * (name != first)))
-        chosen[name] = module
+        chosen[module] = name
     if not chosen:
         raise ValueError("modules is empty; name at least one global attention module")
-    return chosen
+    return {name: module for module, name in chosen.items()}
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..compiling import uncompiled
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..models.records import ForwardInputs
+from ..models import ForwardInputs
 from .masks import Masks
 
 __all__ = ["FORWARDS_KEPT", "Forward", "Forwards"]

@@ -20,7 +20,7 @@ from ..inference import blocks, memory
 from ..inference.model import Lean, Outputs, Precision
 from ..inference.outputs import STAGES, run_head
 from ..layout import BlockLayout
-from ..models.records import ForwardInputs, find_model, stated_record
+from ..models import ForwardInputs, find_model, stated_record
 from ..models.wrappers import arguments_of, each_once, named_modules
 from .forwards import Forward, Forwards
 from .interception import Answering, StandIn

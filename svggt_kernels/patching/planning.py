@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..models.records import ForwardInputs, ModelRecord
+from ..models import ForwardInputs, ModelRecord
 from ..sources.megaloc.images import ImageGraphs
 from ..sources.similarity import (
     MegaLocSimilarity,

@@ -23,6 +23,7 @@ from svggt_kernels.backends import metal
 from svggt_kernels.backends.metal import shader, trial
 from svggt_kernels.cli import check, main
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.measure import machine
 from svggt_kernels.sources import MegaLocSimilarity
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs g++")
@@ -132,7 +133,7 @@ def test_check_prints_a_line_for_an_issue(gpu: AppleGpu, monkeypatch: pytest.Mon
     monkeypatch.setattr(trial, "_time", lambda run: 1.5)
     monkeypatch.setattr(metal, "HEAD_SIZES", (64,))
     monkeypatch.setattr(metal, "DTYPES", (torch.float16,))
-    for module in (check, environment):
+    for module in (check, machine):
         monkeypatch.setattr(module, "DTYPES", (torch.float16,))
     assert main(["check", "--device", "mps"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -24,12 +24,13 @@ from svggt_kernels.cli import (
     demo,
     layout,
     main,
-    models,
     options,
     parser,
     results,
 )
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.models.loading import RANDOM_WEIGHTS
 
 COMMANDS = ("info", "check", "layout", "compare", "demo")
 SEED = 0
@@ -52,17 +53,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> models.ModelKind:
-    """Makes the toy model small, and lets it take weights."""
+def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the toy model small."""
     kind = dataclasses.replace(
-        models.KINDS["toy"],
-        build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2),
-        trainable=True,
-        long_side=56,
-        key_prefix="model.",
+        RUNNABLE["toy"], build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2), long_side=56
     )
-    monkeypatch.setitem(models.KINDS, "toy", kind)
-    return kind
+    monkeypatch.setitem(RUNNABLE, "toy", kind)
 
 
 def succeed(*words: object) -> None:
@@ -158,7 +154,7 @@ class TestLayout:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
         kind: str,
-        tiny_toy: models.ModelKind,
+        tiny_toy: None,
     ) -> None:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
         given = {"--window": 1, "--neighbours": 1, "--device": "cpu"}
@@ -222,16 +218,16 @@ class TestLayout:
 
 class TestCompare:
     def test_writes_report_and_pictures(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: models.ModelKind
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
     ) -> None:
         succeed("compare", folder, *TOY, "--neighbours", 1, "--repeats", 2, "--output", tmp_path)
         out = capsys.readouterr().out
         assert "weights: random, seed 0" in out
-        assert models.RANDOM_WEIGHTS in out
+        assert RANDOM_WEIGHTS in out
         assert is_png(tmp_path / "comparison.png")
         assert is_png(tmp_path / "graph.png")
         written = json.loads((tmp_path / "report.json").read_text())
-        assert written["warning"] == models.RANDOM_WEIGHTS
+        assert written["warning"] == RANDOM_WEIGHTS
         assert written["backend"] in backends.BACKENDS
         assert f"dense attention is PyTorch's, sparse that of backend {written['backend']}." in out
         assert "CUDA" in written["passed_over"]["triton"]
@@ -246,26 +242,26 @@ class TestCompare:
         )
 
     def test_picture_says_that_weights_are_random(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_toy: models.ModelKind
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_toy: None
     ) -> None:
         drawn: dict[str, object] = {}
         monkeypatch.setattr(
             results, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[0]) or b""
         )
         succeed("compare", folder, *TOY, "--repeats", 1, "--output", tmp_path)
-        assert drawn["warning"] == models.RANDOM_WEIGHTS
+        assert drawn["warning"] == RANDOM_WEIGHTS
         assert "attention, PyTorch against " in str(drawn["title"])
         assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
         assert len(drawn["photos"]) == 4  # type: ignore[arg-type]
 
-    def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
+    def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: None) -> None:
         succeed("compare", folder, *TOY, "--covisibility", "all", "--repeats", 1, "--output", tmp_path)
         written = json.loads((tmp_path / "report.json").read_text())
         assert written["ideal_speedup"] == 1
         assert written["deviations"]["depth"]["relative_l2"] < 1e-5
         assert written["rotation_degrees"]["max"] < 0.01
 
-    def test_one_photo(self, folder: Path, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
+    def test_one_photo(self, folder: Path, tmp_path: Path, tiny_toy: None) -> None:
         succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
 
@@ -276,7 +272,7 @@ class TestCompare:
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
-        tiny_toy: models.ModelKind,
+        tiny_toy: None,
         repeats: int,
     ) -> None:
         titles: list[str] = []
@@ -415,7 +411,7 @@ class TestRefusals:
         )
         assert "raise --max-frames" in said
 
-    @pytest.mark.parametrize("name", [name for name, kind in models.KINDS.items() if kind.requirement])
+    @pytest.mark.parametrize("name", [name for name, kind in RUNNABLE.items() if kind.requirement])
     def test_missing_package(
         self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
@@ -425,64 +421,13 @@ class TestRefusals:
         assert "pip install --no-deps" in said
 
 
-class TestWeights:
-    def test_of_a_file_are_used(self, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
-        trained = tiny_toy.build().state_dict()
-        torch.save({f"model.{name}": value for name, value in trained.items()}, tmp_path / "w.pt")
-        model = models.load_model("toy", tmp_path / "w.pt", torch.device("cpu"))
-        assert model.warning is None
-        assert model.weights == str(tmp_path / "w.pt")
-        assert all(torch.equal(value, trained[name]) for name, value in model.module.state_dict().items())
-
-    def test_of_half_precision_are_used(self, tmp_path: Path, tiny_toy: models.ModelKind) -> None:
-        trained = {name: value.half() for name, value in tiny_toy.build().state_dict().items()}
-        torch.save(trained, tmp_path / "w.pt")
-        loaded = models.load_model("toy", tmp_path / "w.pt", torch.device("cpu")).module.state_dict()
-        assert all(torch.equal(value, trained[name].float()) for name, value in loaded.items())
-
-    def test_random_ones_are_always_the_same(self, tiny_toy: models.ModelKind) -> None:
-        first = models.load_model("toy", None, torch.device("cpu")).module.state_dict()
-        state = torch.manual_seed(SEED + 1).get_state()
-        second = models.load_model("toy", None, torch.device("cpu")).module.state_dict()
-        assert all(torch.equal(value, second[name]) for name, value in first.items())
-        assert torch.equal(torch.get_rng_state(), state)
-
-    @pytest.mark.parametrize(
-        ("spoil", "message"),
-        [
-            (lambda state: {}, "are missing"),
-            (lambda state: state | {"camera_token": torch.zeros(1)}, "1 have another shape, for example camera_token"),
-            (lambda state: [1, 2], "must hold a mapping"),
-            (lambda state: {"model": state, "epoch": 3}, "'model' stands for OrderedDict"),
-            (lambda state: dict(enumerate(state.values())), "0 stands for Tensor"),
-            (lambda state: {name: value.to(torch.int8) for name, value in state.items()}, r"numbers, .* \(int8\)"),
-            (lambda state: {name: value.to(torch.complex64) for name, value in state.items()}, r"\(complex64\)"),
-            (lambda state: state | {"more.weight": torch.zeros(1)}, "1 are not the model's, for example more.weight"),
-        ],
-        ids=["missing", "shape", "no mapping", "nested", "numbered", "int8", "complex", "larger"],
-    )
-    def test_that_do_not_fit_are_refused(
-        self, tmp_path: Path, tiny_toy: models.ModelKind, spoil: object, message: str
-    ) -> None:
-        torch.save(spoil(tiny_toy.build().state_dict()), tmp_path / "w.pt")  # type: ignore[operator]
-        with pytest.raises(models.CommandError, match=message):
-            models.load_model("toy", tmp_path / "w.pt", torch.device("cpu"))
-
-    @pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "nothing.pt"])
-    def test_that_cannot_be_read_are_refused(self, tmp_path: Path, tiny_toy: models.ModelKind, name: str) -> None:
-        for suffix in ("pt", "safetensors"):
-            (tmp_path / f"w.{suffix}").write_text("not weights")
-        with pytest.raises(models.CommandError, match=r"cannot be read as weights|but .* is none"):
-            models.load_model("toy", tmp_path / name, torch.device("cpu"))
-
-
 class TestDemo:
     def test_tells_the_story(
         self,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
-        tiny_toy: models.ModelKind,
+        tiny_toy: None,
     ) -> None:
         monkeypatch.setattr(demo, "HEIGHT", 42)
         monkeypatch.setattr(demo, "WIDTH", 56)
@@ -490,7 +435,7 @@ class TestDemo:
         out = capsys.readouterr().out
         assert "a walk of 14 frames through 8 rooms" in out
         assert "pairs that really share a view" in out
-        assert models.RANDOM_WEIGHTS in out
+        assert RANDOM_WEIGHTS in out
         written = json.loads((tmp_path / "report.json").read_text())
         assert 0 < written["truth"]["recall"] <= 1
         assert is_png(tmp_path / "comparison.png")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, Patch, patch
+from svggt_kernels.models import RUNNABLE
 
 DA3_NEEDS = ("depth_anything_3", "omegaconf", "addict", "einops")
 UNICEPTION_NEEDS = ("uniception", "jaxtyping")
@@ -47,13 +46,7 @@ def randomized(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def da3() -> nn.Module:
     require(*DA3_NEEDS)
-    # The package warns about PyTorch and OmegaConf functions that it should no longer use.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from depth_anything_3.cfg import create_object, load_config
-
-        package = importlib.util.find_spec("depth_anything_3").submodule_search_locations[0]
-        return randomized(create_object(load_config(str(Path(package) / "configs" / "da3-small.yaml"))))
+    return randomized(RUNNABLE["da3-small"].build())
 
 
 @pytest.fixture

@@ -322,12 +322,16 @@ def test_unknown_model_is_told_the_way_out_first():
     ("options", "error", "message"),
     [
         ({"num_special_tokens": (1, 1, 1)}, ValueError, "num_special_tokens must be an int or"),
-        ({"num_special_tokens": [1, "a"]}, TypeError, "num_special_tokens must be an int, got 'a'"),
-        ({"num_special_tokens": -1}, ValueError, "num_special_tokens must be 0 or more"),
-        ({"trailing_tokens": "a"}, TypeError, "trailing_tokens must be an int, got 'a'"),
-        ({"tokens_per_frame": 7.0}, TypeError, "tokens_per_frame must be an int, got 7.0"),
-        ({"tokens_per_frame": True}, TypeError, "tokens_per_frame must be an int, got True"),
-        ({"tokens_per_frame": 2, "num_special_tokens": (2, 1)}, ValueError, "hold the special tokens"),
+        ({"num_special_tokens": [1, "a"]}, TypeError, "num_special_tokens must be an integer, got 'a'"),
+        ({"num_special_tokens": -1}, ValueError, "num_special_tokens must be at least 0, got -1"),
+        ({"trailing_tokens": "a"}, TypeError, "trailing_tokens must be an integer, got 'a'"),
+        ({"tokens_per_frame": 7.0}, TypeError, "tokens_per_frame, .*, must be an integer, got 7.0"),
+        ({"tokens_per_frame": True}, TypeError, "tokens_per_frame, .*, must be an integer, got True"),
+        (
+            {"tokens_per_frame": 2, "num_special_tokens": (2, 1)},
+            ValueError,
+            "must be at least 3, got 2",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -95,8 +95,7 @@ class MegaLoc(nn.Module):
             ImportError: If the package that reads the file is not installed.
         """
         model = cls(config)
-        shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
-        model.load_state_dict(read_weights(source, shapes), assign=True)
+        model.load_state_dict(read_weights(source, model.state_dict()), assign=True)
         return model.requires_grad_(False)
 
     @classmethod

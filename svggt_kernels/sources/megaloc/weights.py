@@ -6,10 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ...io.tensor_files import PICKLES, read_tensors, same_kind
+from ...io.tensor_files import PICKLES, mismatch, read_tensors
 
 PUBLISHED = "gberton/MegaLoc"
 FILE = "model.safetensors"
@@ -21,7 +20,7 @@ OTHERWISE = (
 )
 
 
-def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def read_weights(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the parameters of MegaLoc in float32, and only those.
 
     The first release named the backbone's parameters `backbone.model.*` and held a mask token that nothing reads; both
@@ -29,7 +28,7 @@ def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
 
     Args:
         source: See `MegaLoc.from_pretrained`.
-        shapes: The parameters that must be there.
+        expected: The parameters that must be there, on any device.
 
     Raises:
         FileNotFoundError: If there is no such file here or on the hub.
@@ -47,25 +46,13 @@ def read_weights(source: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
         for name, tensor in held.items()
         if not name.endswith("mask_token")
     }
-    faults = {
-        "missing": [name for name in shapes if name not in weights],
-        "not known": [name for name in weights if name not in shapes],
-        "of another shape": [
-            f"{name} {list(weights[name].shape)} (must be {list(shape)})"
-            for name, shape in shapes.items()
-            if name in weights and weights[name].shape != shape
-        ],
-        "no floating point": [
-            f"{name} ({tensor.dtype})" for name, tensor in weights.items() if not same_kind(tensor, torch.float32)
-        ],
-    }
-    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
-    if found:
+    fault = mismatch(weights, expected)
+    if fault is not None:
         raise ValueError(
-            f"{path} must hold the {len(shapes)} parameters of MegaLoc and nothing else, but {found}; give the "
+            f"{path} must hold the {len(expected)} parameters of MegaLoc and nothing else, but {fault}; give the "
             f"{FILE} of {PUBLISHED}"
         )
-    return {name: weights[name].float() for name in shapes}
+    return {name: weights[name].float() for name in expected}
 
 
 def find_weights(source: str | Path) -> Path:
@@ -128,7 +115,3 @@ def _advice() -> str:
         "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
         f"--megaloc FILE; {OTHERWISE}"
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
