@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout, Tiles
+from ...layout import BlockLayout
 from ..contract import Traits
+from .tiles import Tiles, make_tiles
 
 NAME = "triton"
 TRAITS = Traits()
@@ -95,7 +96,7 @@ def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> 
 
 
 def _tiles(layout: BlockLayout, config: Config, tail: int) -> list[Tensor]:
-    return list(layout.tiles(config.rows, config.columns, tail))
+    return list(make_tiles(layout, config.rows, config.columns, tail))
 
 
 def forward(
