@@ -17,7 +17,7 @@ from .environment import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
 from .models import HEAD_SIZE, load_model, running_dtype
-from .options import covisibility, describe
+from .options import source
 from .pictures import draw_comparison, draw_graph, require_matplotlib
 from .report import (
     against_truth,
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
     with refusals():
         photos = find_photos(arguments.folder)[: arguments.max_frames]
-    sees = covisibility(arguments)
+    covisibility = source(arguments)
     model = load_model(arguments.model, arguments.weights, device)
     with refusals(), stage(f"reading {count(len(photos), 'photo')}"):
         frames = load_photos(
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     comparison, outputs = compare(
         model,
         frames.to(device),
-        sees,
-        described=describe(arguments),
+        covisibility,
+        described=covisibility.label,
         backend=arguments.backend,
         repeats=arguments.repeats,
     )

@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doubles import BAND, FAMILY, Double, MaskedAttention, images, sparse, token_mask
-from svggt_kernels.models import RECORDS
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, Patch, patch
 from svggt_kernels.backends import cpu
 from svggt_kernels.compiling import uncompiled
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.models import RECORDS
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
 
