@@ -16,7 +16,7 @@ class LRUCache(Generic[Value]):
         size: Values kept.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = 16) -> None:
         self._size = size
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 

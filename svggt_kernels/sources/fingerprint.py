@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,40 +12,33 @@ from .cache import LRUCache
 
 # Sizes of images, by device, whose factors are kept.
 FACTORS_KEPT = 4
-# Image tensors whose fingerprint is kept.
-TENSORS_KEPT = 16
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 """Integers of at most 32 bits that an element is read as, by the bytes of the element."""
 
 
-class Fingerprints:
-    """Fingerprints of images; on an accelerator that of an unchanged tensor is computed, and waited for, once.
+def known_fingerprint(
+    images: Tensor,  # [S, 3, H, W]
+    known: LRUCache[bytes],
+) -> bytes:
+    """Return the fingerprint of images; on an accelerator that of an unchanged tensor is computed once.
 
-    Unchanged is the tensor object that was given before, if PyTorch has counted no write to it since. Writes that
-    PyTorch does not count (through `.data`, or by another library) are not seen there. On the CPU, where nothing is
-    waited for and arrays of NumPy share memory, the content is read each time, and so it is for tensors made in
-    inference mode, whose writes nobody counts. A copy of this object remembers nothing.
+    The host waits for it there. Unchanged is the tensor object that was given before, if PyTorch has counted no write
+    to it since. Writes that PyTorch does not count (through `.data`, or by another library) are not seen. On the CPU,
+    where nothing is waited for and arrays of NumPy share memory, the content is read each time, and so it is for
+    tensors made in inference mode, whose writes nobody counts.
+
+    Args:
+        images: The images.
+        known: Fingerprints of earlier calls.
     """
-
-    def __init__(self) -> None:
-        self._known: LRUCache[bytes] = LRUCache(TENSORS_KEPT)
-
-    def of(
-        self,
-        images: Tensor,  # [S, 3, H, W]
-    ) -> bytes:
-        """Return the fingerprint of images."""
-        if not is_waited_for(images.device) or images.is_inference():
-            return fingerprint(images)
-        # Each forward looks at a tensor through new views. Writes to any of them count for all.
-        tensor = images._base if images._is_view() else images
-        assert tensor is not None
-        # A tensor has one weak reference without a callback, which equals no other once the tensor is gone.
-        key = (weakref.ref(tensor), images._version, images.data_ptr(), images.shape, images.stride(), images.dtype)
-        return self._known.get(key, lambda: fingerprint(images))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Fingerprints, ()
+    if not is_waited_for(images.device) or images.is_inference():
+        return fingerprint(images)
+    # Each forward looks at a tensor through new views. Writes to any of them count for all.
+    tensor = images._base if images._is_view() else images
+    assert tensor is not None
+    # A tensor has one weak reference without a callback, which equals no other once the tensor is gone.
+    key = (weakref.ref(tensor), images._version, images.data_ptr(), images.shape, images.stride(), images.dtype)
+    return known.get(key, lambda: fingerprint(images))
 
 
 def is_waited_for(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from ..graph import CovisibilityGraph
 from .base import Scene
 from .cache import LRUCache
-from .similarity import GRAPHS_KEPT, frames_around
+from .similarity import frames_around
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Sequential:
     """
 
     window: int = 10
-    _graphs: LRUCache[CovisibilityGraph] = field(
-        default_factory=lambda: LRUCache(GRAPHS_KEPT), init=False, repr=False, compare=False
-    )
+    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     needs: ClassVar[Literal["nothing"]] = "nothing"
 
@@ -49,9 +47,7 @@ class Sequential:
 class AllFrames:
     """Every frame sees every other, which is dense attention."""
 
-    _graphs: LRUCache[CovisibilityGraph] = field(
-        default_factory=lambda: LRUCache(GRAPHS_KEPT), init=False, repr=False, compare=False
-    )
+    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     label: ClassVar[str] = "every frame sees every other"
     needs: ClassVar[Literal["nothing"]] = "nothing"

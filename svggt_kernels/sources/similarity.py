@@ -10,10 +10,7 @@ from torch import Tensor
 from ..graph import CovisibilityGraph
 from .base import Scene
 from .cache import LRUCache
-from .fingerprint import Fingerprints
-
-# Image sets whose graphs are kept.
-GRAPHS_KEPT = 16
+from .fingerprint import known_fingerprint
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,8 @@ class Similarity:
 class ImageSimilarity(Similarity):
     """A similarity of images; images of the same content give the same graph object again, described once."""
 
-    _fingerprints: Fingerprints = field(default_factory=Fingerprints, init=False, repr=False, compare=False)
-    _graphs: LRUCache[CovisibilityGraph] = field(
-        default_factory=lambda: LRUCache(GRAPHS_KEPT), init=False, repr=False, compare=False
-    )
+    _fingerprints: LRUCache[bytes] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
+    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     needs: ClassVar[Literal["images"]] = "images"
 
@@ -119,7 +114,7 @@ class ImageSimilarity(Similarity):
         if scene.images is None:
             raise ValueError(f"{self.by} compares images, but the scene has none")
         with scene.step("look-up"):
-            key = (self._fingerprints.of(scene.images), scene.images_are_normalised, reference_frame)
+            key = (known_fingerprint(scene.images, self._fingerprints), scene.images_are_normalised, reference_frame)
         return self._graphs.get(key, new_graph)
 
 

@@ -12,7 +12,7 @@ from doubles import BAND, FAMILY, images
 from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph, patch
-from svggt_kernels.sources import SOURCES, Scene, Source, fingerprint
+from svggt_kernels.sources import SOURCES, Scene, Source, ThumbnailSimilarity, fingerprint
 from svggt_kernels.sources.base import IMAGENET_DEVIATION, IMAGENET_MEAN
 from svggt_kernels.sources.cache import LRUCache
 from svggt_kernels.sources.thumbnails import thumbnails
@@ -118,6 +118,19 @@ def test_a_second_forward_on_the_same_images_reads_nothing(fingerprinted: list[T
         model(pictures.clone())
         assert len(fingerprinted) == 4
         assert handle.graphs == graphs
+
+
+@pytest.mark.gpu
+def test_unchanged_images_on_a_gpu_are_not_waited_for():
+    source, pictures = ThumbnailSimilarity().opened(), images(24)[0].cuda()
+    graph = source.graph(Scene(24, images=pictures))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert source.graph(Scene(24, images=pictures[None][0])) is graph
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    pictures[3] *= 0.5
+    assert source.graph(Scene(24, images=pictures)) is not graph
 
 
 def test_images_changed_in_place_are_read_again(fingerprinted: list[Tensor]):

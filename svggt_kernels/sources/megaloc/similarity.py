@@ -33,7 +33,7 @@ class MegaLocSimilarity(ImageSimilarity):
     size: int = SIZE
     batch_size: int = 32
     dtype: torch.dtype | None = None
-    _loaded: LRUCache[MegaLoc] = field(default_factory=lambda: LRUCache(1), init=False, repr=False, compare=False)
+    _loaded: LRUCache[MegaLoc] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     by: ClassVar[str] = "MegaLoc"
 
