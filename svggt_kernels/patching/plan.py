@@ -48,8 +48,7 @@ class Planner:
             self._function = covisibility
         else:
             self._source = as_source(covisibility)
-        # A graph is kept with its layout so that no other graph gets its id.
-        self._layouts: LRUCache[tuple[CovisibilityGraph, CovisibilityGraph, BlockLayout]] = LRUCache(LAYOUTS_KEPT)
+        self._layouts: LRUCache[tuple[CovisibilityGraph, BlockLayout]] = LRUCache(LAYOUTS_KEPT)
         # CUDA graphs read the tables of these wherever they are replayed.
         self._captured: set[BlockLayout] = set()
 
@@ -165,7 +164,7 @@ class Planner:
     ) -> tuple[CovisibilityGraph, BlockLayout]:
         """Return the part of a graph that the model can use, frames in the order of the images, and its layout."""
 
-        def new_layout() -> tuple[CovisibilityGraph, CovisibilityGraph, BlockLayout]:
+        def new_layout() -> tuple[CovisibilityGraph, BlockLayout]:
             usable = earlier_frames_only(graph) if self.record.causal else graph
             if not isinstance(self._source, tuple(SOURCES.values())):  # those do what their settings say
                 self._warn(usable, self._reference_image(order))
@@ -176,12 +175,12 @@ class Planner:
                 dense_special=self.dense_special,
                 trailing_tokens=inputs.trailing_tokens,
             )
-            return graph, usable, layout if layout.device == device else layout.to(device)
+            return usable, layout if layout.device == device else layout.to(device)
 
         if self.describes_tokens:  # its graphs are new in every forward
-            return new_layout()[1:]
-        key = (id(graph), order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
-        return self._layouts.get(key, new_layout)[1:]
+            return new_layout()
+        key = (graph, order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
+        return self._layouts.get(key, new_layout)
 
     def _warn(self, graph: CovisibilityGraph, reference: int | None) -> None:
         """Say what is probably no intention of whoever made a graph by hand; reads it from its device."""

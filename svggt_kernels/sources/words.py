@@ -40,6 +40,7 @@ def as_source(covisibility: Word | Source | Graphs) -> Source:
             words = ", ".join(f'"{word}"' for word in SOURCES)
             raise ValueError(f"covisibility must be {words}, a source, graphs or a function, got {covisibility!r}")
         covisibility = SOURCES[covisibility]()
-    source = covisibility if isinstance(covisibility, Source) else GivenGraphs.of("covisibility", covisibility)
-    opened = getattr(source, "opened", None)
-    return source if opened is None else opened()
+    if isinstance(covisibility, type) or not isinstance(covisibility, Source):
+        covisibility = GivenGraphs.of("covisibility", covisibility)
+    opened = getattr(covisibility, "opened", None)
+    return covisibility if opened is None else opened()

@@ -36,6 +36,12 @@ def test_every_source_is_one(source: type[Source]):
     assert isinstance(source(), Source)
 
 
+@pytest.mark.parametrize("source", [*SOURCES.values(), Noting, 3, [], [BAND, None]])
+def test_what_is_no_source_is_refused_when_the_model_is_patched(source: object):
+    with pytest.raises(TypeError, match=r"^covisibility must be a CovisibilityGraph"):
+        patch(FAMILY["vggt"].create(), covisibility=source)  # type: ignore[arg-type]
+
+
 def test_a_source_of_the_user_is_asked_about_each_sample():
     source, pictures = Noting(), images(batch=2)
     model = FAMILY["vggt"].create()
