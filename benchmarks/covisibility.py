@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, TokenSimilarity, patch
-from svggt_kernels.cli.options import thumbnails
 from svggt_kernels.io.photos import find_photos, load_photos
 from svggt_kernels.measure.cost import PeakMemory, timed
 from svggt_kernels.measure.truth import read_pairs
@@ -35,6 +34,7 @@ from svggt_kernels.models.loading import load_model
 from svggt_kernels.sources.colmap import shared_features
 from svggt_kernels.sources.megaloc.network import SIZE
 from svggt_kernels.sources.poses import frustum_overlap
+from svggt_kernels.sources.thumbnails import thumbnails
 
 from .record import RESULTS, Line, provenance, write
 

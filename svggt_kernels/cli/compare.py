@@ -13,7 +13,7 @@ from ..models.loading import HEAD_SIZE, running_dtype
 from .device import pick_device
 from .errors import CommandError, refusals
 from .models import load_model
-from .options import covisibility, describe
+from .options import source
 from .results import as_text, write_results
 from .text import stage
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         reason = backends.reasons(device, running_dtype(device), HEAD_SIZE)[arguments.backend]
         if reason is not None:
             raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
-    sees = covisibility(arguments)
+    covisibility = source(arguments)
     model = load_model(arguments.model, arguments.weights, device)
     with refusals(), stage(f"reading {count(len(photos), 'photo')}"):
         frames = load_photos(
@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         comparison, outputs = compare(
             model,
             frames.to(device),
-            sees,
-            described=describe(arguments),
+            covisibility,
+            described=covisibility.label,
             backend=arguments.backend,
             repeats=arguments.repeats,
             stage=stage,

@@ -9,7 +9,6 @@ global attention, and shared by all.
 from __future__ import annotations
 
 from .handle import Patch, patch
-from .planning import SEQUENTIAL_WINDOW
 from .report import PatchReport
 
-__all__ = ["SEQUENTIAL_WINDOW", "Patch", "PatchReport", "patch"]
+__all__ = ["Patch", "PatchReport", "patch"]

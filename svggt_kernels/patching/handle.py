@@ -24,7 +24,7 @@ from ..models import ForwardInputs, find_model, stated_record
 from ..models.wrappers import arguments_of, each_once, named_modules
 from .forwards import Forward, Forwards
 from .interception import Answering, StandIn
-from .planning import Covisibility, Planner
+from .plan import Covisibility, Planner
 from .report import PatchReport
 
 
@@ -61,10 +61,12 @@ def patch(
         covisibility: Which frames see which:
             "megaloc", or a `MegaLocSimilarity` with other options: similarity of the images by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
+            "thumbnails", or a `ThumbnailSimilarity`: similarity of the images made small, crude but without weights;
             "sequential": the 10 frames before and after, and the model's reference frame;
             "all": everything, which is dense attention;
             a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;
-            a function of the images `[B, S, 3, H, W]` that returns either.
+            a function of the images `[B, S, 3, H, W]` that returns either;
+            any other `svggt_kernels.sources.Source` (docs/covisibility.md).
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.

@@ -24,13 +24,13 @@ from svggt_kernels.cli import (
     demo,
     layout,
     main,
-    options,
     parser,
     results,
 )
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import RANDOM_WEIGHTS
+from svggt_kernels.sources.thumbnails import thumbnails
 
 COMMANDS = ("info", "check", "layout", "compare", "demo")
 SEED = 0
@@ -139,7 +139,7 @@ class TestLayout:
     def test_thumbnails_find_the_frames_of_one_place(self, folder: Path) -> None:
         from svggt_kernels.io.photos import find_photos, load_photos
 
-        descriptors = options.thumbnails(load_photos(find_photos(folder), long_side=56))
+        descriptors = thumbnails(load_photos(find_photos(folder), long_side=56))
         graph = CovisibilityGraph.from_descriptors(
             descriptors, neighbours=2, reference_frame=None, anchors=0, bridge=False
         )

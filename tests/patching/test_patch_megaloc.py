@@ -20,9 +20,9 @@ from svggt_kernels import (
     TokenSimilarity,
     patch,
 )
-from svggt_kernels.sources.megaloc import images as described_images
-from svggt_kernels.sources.megaloc.images import fingerprint
-from svggt_kernels.sources.megaloc.network import IMAGENET_DEVIATION, IMAGENET_MEAN
+from svggt_kernels.sources import fingerprint as fingerprints
+from svggt_kernels.sources.base import IMAGENET_DEVIATION, IMAGENET_MEAN
+from svggt_kernels.sources.fingerprint import fingerprint
 
 MEGALOC = MegaLocSimilarity(weights=megaloc(), size=SIZE, neighbours=1, anchors=0)
 
@@ -225,15 +225,15 @@ def test_fingerprint_tells_dtypes_of_equal_bits_apart():
 
 
 def test_factors_of_the_fingerprint_are_drawn_once():
-    described_images._factors.cache_clear()
+    fingerprints._factors.cache_clear()
     for seed in range(3):
         fingerprint(images(seed=seed)[0])
-    assert described_images._factors.cache_info().misses == 1
+    assert fingerprints._factors.cache_info().misses == 1
 
 
 def test_fingerprint_ignores_the_default_device():
     expected = fingerprint(images()[0])
-    described_images._factors.cache_clear()
+    fingerprints._factors.cache_clear()
     pictures = images()[0]
     with torch.device("meta"):
         assert fingerprint(pictures) == expected
