@@ -16,7 +16,6 @@ import copy
 import re
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, patch
+from svggt_kernels.measure.cost import PeakMemory, timed
+from svggt_kernels.measure.machine import dtype_name
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import build
 
 from .record import Line
-from .timing import synchronize
 
 NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(?:-(\d+)a)?(-random)?")
 PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
@@ -55,7 +55,6 @@ FASTVGGT: dict[str, int | None] = {"pruned-dense": None, "fastvggt": 0}
 calls itself `vggt` too, so a process has either."""
 
 CHECKED_FRAMES = 4
-GIB = 2**30
 
 KEYS = (
     "case",
@@ -275,23 +274,15 @@ class ModelRunner:
         with self._inference():
             if hasattr(model, "aggregator"):
                 line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images))
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            memory = PeakMemory(self.device)
             line["seconds_full"] = self._seconds(lambda: model(images))
             if self.device.type == "cuda":
-                line["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+                line["peak_gib"] = memory.highest_mib / 1024
         line["measured"] = True
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(1 + self.repeats):
-            synchronize(self.device)
-            started = time.perf_counter()
-            result = call()
-            synchronize(self.device)
-            times.append(time.perf_counter() - started)
-            del result
-        return statistics.median(times[1:])
+        times_ms = [timed(call, self.device)[1] for _ in range(1 + self.repeats)]
+        return statistics.median(times_ms[1:]) / 1000
 
     def _deviation(self, case: ModelCase, model: nn.Module, options: dict[str, Any]) -> tuple[float, str | None]:
         """Return how far the output strays when patched with the full graph, and why that is too far, or None.
@@ -348,7 +339,7 @@ class ModelRunner:
         line |= {
             "case": case.name,
             "system": system,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": [case.frames, 3, height, width],
             **self.provenance,
         }

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import BlockLayout, Runs
+from ..layout import DENSE, BlockLayout, Runs
+from .contract import Traits
 
-NAME = "sdpa"
-SAVES_LSE = False
+NAME = "reference"
+TRAITS = Traits(saves_lse=False)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -115,9 +116,11 @@ def _groups(tables: list[Tensor], batch: int, most_scores: int) -> Iterator[tupl
         is_dense = group == len(groups) - 1
         ranges = [
             torch.arange(starts[r], starts[r] + lengths[r], device=device)
+            if starts[r] >= 0
+            else runs.dense_columns.long()[starts[r] - DENSE :][: lengths[r]]
             for r in range(offsets[group], offsets[group + 1])
         ]
-        columns = torch.cat([*ranges, *([] if is_dense else [runs.dense_columns.long()])])
+        columns = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *ranges])
         if num_rows == 0 or len(columns) == 0:
             continue
         step = max(1, most_scores // (batch * len(columns)))

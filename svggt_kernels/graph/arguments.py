@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -51,3 +52,40 @@ def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
         raise TypeError(f"{name} must be a tensor or a NumPy array of numbers, got {given}")
     array = np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return x on another device; only CUDA is not waited for, others may read memory that is gone."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+def pairs_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Tensor:
+    """Return the pairs as `[E, 2]` int64, on their device if they are a tensor."""
+    if not isinstance(pairs, Tensor):
+        array = pairs if isinstance(pairs, np.ndarray) else _pairs_to_array(list(pairs))
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"pairs must hold integers, got an array of {array.dtype}; frames are counted from 0")
+        pairs = torch.from_numpy(array.astype(np.int64))
+    if pairs.dtype.is_floating_point or pairs.dtype.is_complex or pairs.dtype == torch.bool:
+        raise TypeError(f"pairs must hold integers, got a tensor of {pairs.dtype}; use from_dense for a boolean matrix")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be [E, 2], one (query frame, key frame) a row, got shape {tuple(pairs.shape)}")
+    return pairs.to(torch.int64)
+
+
+def _pairs_to_array(pairs: list[Sequence[int]]) -> np.ndarray:
+    """Return `[E, 2]` integers, or raises and names the first pair that does not fit."""
+    if not pairs:
+        return np.zeros((0, 2), dtype=np.int64)
+    for at, pair in enumerate(pairs):
+        try:
+            i, j = pair
+        except (TypeError, ValueError):
+            raise ValueError(f"pair {at} must be (query frame, key frame), got {pair!r}") from None
+        for index in (i, j):
+            if not isinstance(index, int | np.integer) or isinstance(index, bool):
+                raise TypeError(f"pair {at}, {pair!r}, must hold integers, got {type(index).__name__}")
+    try:
+        return np.array(pairs, dtype=np.int64)
+    except OverflowError:
+        raise ValueError("pairs hold an integer beyond 64 bits; frames are counted from 0") from None

@@ -9,90 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import integer, tensor
-from .connectivity import EXACT_DIAMETER_FRAMES, connected_components, hop_diameter
-from .neighbours import FrameSimilarity
+from .arguments import integer, moved, pairs_tensor
+from .connectivity import connected_components
+from .descriptors import GraphOrigin, checked_descriptors, edges_from_descriptors
+from .summary import GraphSummary
 
 MAX_EDGES = 2**31 - 1
-USELESS_DENSITY = 0.6
-REAL_NEIGHBOURS = 2
-
-
-@dataclass(frozen=True)
-class GraphSummary:
-    """What a graph looks like at a glance; `str` gives it in a few lines.
-
-    Attributes:
-        frames: Query frames.
-        key_frames: Key frames.
-        edges: Visible (query frame, key frame) pairs.
-        density: Edges over all such pairs.
-        components: Connected components, edges taken both ways; None for a rectangular graph.
-        hop_diameter: Hops between the two frames farthest apart in one component, edges taken both ways; None for a
-            rectangular graph.
-        hop_diameter_is_exact: False where `hop_diameter` is a lower bound (above 2000 frames).
-        degree_min: Fewest frames that a frame sees, itself not counted in a square graph.
-        degree_median: Median of the same.
-        degree_max: Most of the same.
-        bridges: Pairs that join parts which neighbours and known pairs leave; None if the graph does not come from
-            descriptors.
-        lonely: Frames with fewer than 2 real neighbours: frames of which each is among the most similar of the other.
-            None if the graph does not come from descriptors.
-        warnings: What will cost time or accuracy, one sentence each.
-    """
-
-    frames: int
-    key_frames: int
-    edges: int
-    density: float
-    components: int | None
-    hop_diameter: int | None
-    hop_diameter_is_exact: bool
-    degree_min: int
-    degree_median: float
-    degree_max: int
-    bridges: int | None
-    lonely: tuple[int, ...] | None
-    warnings: tuple[str, ...]
-
-    def __str__(self) -> str:
-        frames = f"{self.frames} frames"
-        if self.components is None:
-            frames = f"{self.frames} query frames, {self.key_frames} key frames"
-        lines = [
-            f"{frames}, {self.edges} edges, density {self.density:.3g}",
-            f"other frames seen by a frame: {self.degree_min} to {self.degree_max}, median {self.degree_median:g}",
-        ]
-        if self.components is not None:
-            bound = "" if self.hop_diameter_is_exact else "at least "
-            lines.append(f"components: {self.components}, hop diameter: {bound}{self.hop_diameter}")
-        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
-
-
-@dataclass(frozen=True, eq=False)
-class GraphOrigin:
-    """Which edges of a graph from descriptors were found, and which were added to hold it together.
-
-    Attributes:
-        nearest: The frames most similar to each frame, the most similar first, `[S, k]` int64.
-        bridges: Pairs that join parts which neighbours and known pairs leave, `[n, 2]` int64.
-    """
-
-    nearest: Tensor  # [S, k] int64
-    bridges: Tensor  # [n, 2] int64
-
-    def to(self, device: torch.device | str) -> GraphOrigin:
-        """Return the same on another device."""
-        return GraphOrigin(_moved(self.nearest, device), _moved(self.bridges, device))
-
-    def lonely(self) -> tuple[int, ...]:
-        """Return the frames with fewer than 2 real neighbours, nearest to each other; none where so few exist."""
-        nearest = self.nearest.cpu()
-        frames, count = nearest.shape
-        everyone = torch.arange(frames, device="cpu")[:, None]
-        ahead, back = everyone * frames + nearest, nearest * frames + everyone
-        mutual = torch.isin(ahead, back).sum(dim=1)
-        return tuple((mutual < min(REAL_NEIGHBOURS, count)).nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,8 +48,7 @@ class CovisibilityGraph:
     origin: GraphOrigin | None = None
 
     def __post_init__(self) -> None:
-        frames = integer("num_frames", self.num_frames, 1)
-        key_frames = frames if self.num_key_frames is None else integer("num_key_frames", self.num_key_frames, 1)
+        frames, key_frames = _frame_counts(self.num_frames, self.num_key_frames)
         for name, array in (("indptr", self.indptr), ("indices", self.indices)):
             if not isinstance(array, Tensor):
                 raise TypeError(f"{name} must be an int32 tensor, got {type(array).__name__}; use torch.as_tensor")
@@ -174,10 +95,8 @@ class CovisibilityGraph:
             TypeError: If a pair does not hold integers.
             ValueError: If a pair is out of range, is given twice or is not a pair.
         """
-        num_frames = integer("num_frames", num_frames, 1)
-        square = num_key_frames is None
-        key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
-        edges = _pairs_to_tensor(pairs)
+        num_frames, key_frames = _frame_counts(num_frames, num_key_frames)
+        edges = pairs_tensor(pairs)
         outside = (edges < 0) | (edges >= torch.tensor([num_frames, key_frames], device=edges.device))
         if bool(outside.any()):
             at = int(outside.any(dim=1).nonzero()[0])
@@ -190,8 +109,8 @@ class CovisibilityGraph:
         if bool(again.any()):
             at = int(order[1:][again].min())
             raise ValueError(f"pair {at}, {tuple(edges[at].tolist())}, is given twice; give each pair once")
-        if square:
-            codes = torch.cat([codes, _diagonal(num_frames, edges.device)])
+        if num_key_frames is None:
+            codes = torch.cat([codes, torch.arange(num_frames, device=edges.device) * (num_frames + 1)])
         return cls._from_codes(codes, num_frames, key_frames)
 
     @classmethod
@@ -243,8 +162,7 @@ class CovisibilityGraph:
     @classmethod
     def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
         """Build the full graph, in which attention over the graph is dense attention."""
-        num_frames = integer("num_frames", num_frames, 1)
-        key_frames = num_frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
+        num_frames, key_frames = _frame_counts(num_frames, num_key_frames)
         _check_edge_count(num_frames * key_frames)
         indptr = torch.arange(num_frames + 1, dtype=torch.int32, device="cpu") * key_frames
         row = torch.arange(key_frames, dtype=torch.int32, device="cpu")
@@ -260,8 +178,12 @@ class CovisibilityGraph:
             loop: Whether the last frame is next to the first one.
         """
         num_frames = integer("num_frames", num_frames, 1)
-        codes = _window(num_frames, integer("window", window, 0), loop, torch.device("cpu"))
-        return cls._from_codes(codes, num_frames, num_frames)
+        window = min(integer("window", window, 0), num_frames // 2 if loop else num_frames - 1)
+        rows = torch.arange(num_frames, device="cpu")[:, None]
+        columns = rows + torch.arange(-window, window + 1, device="cpu")
+        codes = rows * num_frames + columns % num_frames
+        kept = torch.full_like(codes, loop, dtype=torch.bool) | (columns >= 0) & (columns < num_frames)
+        return cls._from_codes(codes[kept], num_frames, num_frames)
 
     @classmethod
     def from_descriptors(
@@ -308,42 +230,24 @@ class CovisibilityGraph:
             ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range; if
                 `also` is over other frames.
         """
-        descriptors = tensor("descriptors", descriptors)
-        if not descriptors.is_floating_point():
-            raise TypeError(f"descriptors must be a floating point tensor or array, got {descriptors.dtype}")
-        if descriptors.ndim != 2 or 0 in descriptors.shape:
-            raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
-        frames, device = len(descriptors), descriptors.device
-        neighbours = min(integer("neighbours", neighbours, 0), frames - 1)
-        window = integer("window", window, 0)
-        chunk = integer("chunk", chunk, 1)
-        anchors = min(8, frames // 16) if anchors is None else integer("anchors", anchors, 0, frames)
+        descriptors = checked_descriptors(descriptors)
+        frames = len(descriptors)
+        known = cls.sequential(frames, window)
+        if also is not None:
+            known = known.to(also.device) | also
         if reference_frame is not None:
             reference_frame = integer("reference_frame", reference_frame, 0, frames - 1)
-
-        similarity = FrameSimilarity.from_descriptors(descriptors, chunk)
-        everyone = torch.arange(frames, device=similarity.device)
-        nearest = similarity.nearest(neighbours)
-        graph = cls._from_edges(everyone.repeat_interleave(neighbours), nearest.flatten(), frames)
-        graph = graph.symmetrized() | cls.sequential(frames, window).to(similarity.device)
-        if also is not None:
-            graph |= also.to(similarity.device)
-        bridges = everyone.new_empty((0, 2))
-        if bridge:
-            bridges = similarity.bridges(connected_components(graph.rows, graph.indices, frames))
-            graph |= cls._from_edges(bridges[:, 0], bridges[:, 1], frames).symmetrized()
-        if reference_frame is None:
-            points = similarity.farthest_points(0, anchors)
-        else:
-            points = similarity.farthest_points(reference_frame, min(anchors + 1, frames))
-            graph |= cls._from_edges(torch.full_like(everyone, reference_frame), everyone, frames)
-        graph |= cls._from_edges(everyone.repeat_interleave(len(points)), points.repeat(frames), frames)
-        return replace(graph, origin=GraphOrigin(nearest, bridges)).to(device)
-
-    @classmethod
-    def _from_edges(cls, rows: Tensor, columns: Tensor, num_frames: int) -> CovisibilityGraph:
-        """Build a square graph from edges `[n]` int64 in any order, repeats allowed."""
-        return cls._from_codes(rows * num_frames + columns, num_frames, num_frames)
+        edges, origin = edges_from_descriptors(
+            descriptors,
+            torch.stack([known.rows, known.indices], dim=1),
+            neighbours=min(integer("neighbours", neighbours, 0), frames - 1),
+            reference_frame=reference_frame,
+            anchors=min(8, frames // 16) if anchors is None else integer("anchors", anchors, 0, frames),
+            bridge=bridge,
+            chunk=integer("chunk", chunk, 1),
+        )
+        graph = cls._from_codes(edges[:, 0] * frames + edges[:, 1], frames, frames)
+        return replace(graph, origin=origin).to(descriptors.device)
 
     @classmethod
     def _from_codes(cls, codes: Tensor, num_frames: int, num_key_frames: int) -> CovisibilityGraph:
@@ -412,57 +316,7 @@ class CovisibilityGraph:
         The diameter is exact up to 2000 frames. Above, it is a lower bound from two sweeps: from 64 frames spread
         over the graph to the frames reached last, and from those as far as it goes.
         """
-        graph = self.to("cpu")
-        degrees = graph.indptr.diff().to(torch.int64)
-        components = diameter = None
-        if self.is_square:
-            degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=self.num_frames)
-            both_ways = graph.symmetrized()
-            components, diameter = graph.num_components, hop_diameter(both_ways.indptr, both_ways.indices)
-        blind = int((degrees == 0).sum())
-        warnings = []
-        if self.density > USELESS_DENSITY:
-            warnings.append(
-                f"density {self.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use a "
-                "sparser graph (fewer neighbours, a smaller window), or dense attention"
-            )
-        if components is not None and components > 1:
-            warnings.append(
-                f"the graph has {components} components that cannot see one another; add pairs, or build it from "
-                "descriptors with bridge=True"
-            )
-        if blind and self.is_square and self.num_frames > 1:
-            warnings.append(f"frames that see no other frame: {blind}")
-        bridges = None if self.origin is None else len(self.origin.bridges)
-        lonely = None if self.origin is None else self.origin.lonely()
-        if bridges:
-            warnings.append(
-                f"the pairs that are known or similar leave {bridges + 1} parts, which {bridges} added pairs join; if "
-                "they do not show one scene, run them apart, else give pairs that you know"
-            )
-        if lonely:
-            warnings.append(
-                f"frames with fewer than {REAL_NEIGHBOURS} real neighbours (each among the most similar of the other): "
-                f"{len(lonely)} ({', '.join(map(str, lonely[:8]))}{', ...' if len(lonely) > 8 else ''}); they may show "
-                "something else, or share little with the rest"
-            )
-        if blind and not self.is_square:
-            warnings.append(f"query frames that see no key frame, so that their attention gives zero: {blind}")
-        return GraphSummary(
-            frames=self.num_frames,
-            key_frames=self.num_key_frames,
-            edges=self.num_edges,
-            density=self.density,
-            components=components,
-            hop_diameter=diameter,
-            hop_diameter_is_exact=self.is_square and self.num_frames <= EXACT_DIAMETER_FRAMES,
-            degree_min=int(degrees.min()),
-            degree_median=float(np.median(degrees.numpy())),
-            degree_max=int(degrees.max()),
-            bridges=bridges,
-            lonely=lonely,
-            warnings=tuple(warnings),
-        )
+        return GraphSummary.of(self)
 
     def validate(self) -> None:
         """Check the contents of the arrays; waits for the device where they are on one.
@@ -495,8 +349,8 @@ class CovisibilityGraph:
     def to(self, device: torch.device | str) -> CovisibilityGraph:
         """Return the graph on another device."""
         return CovisibilityGraph(
-            _moved(self.indptr, device),
-            _moved(self.indices, device),
+            moved(self.indptr, device),
+            moved(self.indices, device),
             self.num_frames,
             self.num_key_frames,
             None if self.origin is None else self.origin.to(device),
@@ -550,56 +404,11 @@ class CovisibilityGraph:
             )
 
 
-def _moved(x: Tensor, device: torch.device | str) -> Tensor:
-    """Return x on another device; only CUDA is not waited for, others may read memory that is gone."""
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+def _frame_counts(num_frames: int, num_key_frames: int | None) -> tuple[int, int]:
+    frames = integer("num_frames", num_frames, 1)
+    return frames, frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
 
 
 def _check_edge_count(edges: int) -> None:
     if edges > MAX_EDGES:
         raise ValueError(f"a graph holds at most {MAX_EDGES} edges (int32 offsets), got {edges}; make it sparser")
-
-
-def _diagonal(num_frames: int, device: torch.device) -> Tensor:
-    return torch.arange(num_frames, device=device) * (num_frames + 1)
-
-
-def _window(num_frames: int, window: int, loop: bool, device: torch.device) -> Tensor:
-    """Edge codes of all pairs at most `window` apart, repeats possible, as `[n]` int64."""
-    window = min(window, num_frames // 2 if loop else num_frames - 1)
-    rows = torch.arange(num_frames, device=device)[:, None]
-    columns = rows + torch.arange(-window, window + 1, device=device)
-    codes = rows * num_frames + columns % num_frames
-    return codes.flatten() if loop else codes[(columns >= 0) & (columns < num_frames)]
-
-
-def _pairs_to_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Tensor:
-    """Return the pairs as `[E, 2]` int64, on their device if they are a tensor."""
-    if not isinstance(pairs, Tensor):
-        array = pairs if isinstance(pairs, np.ndarray) else _pairs_to_array(list(pairs))
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"pairs must hold integers, got an array of {array.dtype}; frames are counted from 0")
-        pairs = torch.from_numpy(array.astype(np.int64))
-    if pairs.dtype.is_floating_point or pairs.dtype.is_complex or pairs.dtype == torch.bool:
-        raise TypeError(f"pairs must hold integers, got a tensor of {pairs.dtype}; use from_dense for a boolean matrix")
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs must be [E, 2], one (query frame, key frame) a row, got shape {tuple(pairs.shape)}")
-    return pairs.to(torch.int64)
-
-
-def _pairs_to_array(pairs: list[Sequence[int]]) -> np.ndarray:
-    """Return `[E, 2]` integers, or raises and names the first pair that does not fit."""
-    if not pairs:
-        return np.zeros((0, 2), dtype=np.int64)
-    for at, pair in enumerate(pairs):
-        try:
-            i, j = pair
-        except (TypeError, ValueError):
-            raise ValueError(f"pair {at} must be (query frame, key frame), got {pair!r}") from None
-        for index in (i, j):
-            if not isinstance(index, int | np.integer) or isinstance(index, bool):
-                raise TypeError(f"pair {at}, {pair!r}, must hold integers, got {type(index).__name__}")
-    try:
-        return np.array(pairs, dtype=np.int64)
-    except OverflowError:
-        raise ValueError("pairs hold an integer beyond 64 bits; frames are counted from 0") from None

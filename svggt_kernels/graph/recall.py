@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svggt_kernels.graph.graph import CovisibilityGraph, GraphSummary
+from .graph import CovisibilityGraph
+from .summary import GraphSummary
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,7 @@ from ..attention import block_sparse_attention
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 
-FASTER = "hopper"
-"""The backend that is faster than PyTorch's attention even where every token sees every other."""
-
 PYTORCH = "pytorch"
-
-FEWEST_TOKENS = 2**15
-"""Of all samples together. With fewer the host takes longer to launch the operator than the device to run PyTorch's."""
 
 
 def by_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -28,16 +22,15 @@ def by_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class AttentionWithinFrames:
-    """Full attention by the operator where its Hopper backend runs, elsewhere by PyTorch's.
+    """Full attention by the operator where a backend is faster there than PyTorch's attention, elsewhere by PyTorch's.
 
-    The rule needs no trial: the Hopper backend runs if it can, there are `FEWEST_TOKENS`, and the patch was given no
-    other backend by name.
+    The rule needs no trial, see `backends.faster_than_dense`; a patch that was given a backend by name uses no other.
 
     Args:
         backend: The backend that the patch was given, or None.
 
     Attributes:
-        ran: What has run since it was last cleared: "hopper", "pytorch".
+        ran: What has run since it was last cleared: names of backends, "pytorch".
     """
 
     def __init__(self, backend: str | None) -> None:
@@ -65,13 +58,11 @@ class AttentionWithinFrames:
         return out
 
     def runner(self, q: Tensor) -> str:
-        """Return what runs queries `[B, H, N, D]`: "hopper" or "pytorch"."""
-        if self.backend not in (None, FASTER) or q.shape[0] * q.shape[2] < FEWEST_TOKENS:
-            return PYTORCH
-        if q.is_cuda and torch.cuda.is_current_stream_capturing() and (q.shape[2], q.device) not in self._layouts:
+        """Return what runs queries `[B, H, N, D]`: a backend or "pytorch"."""
+        samples, _, tokens, head_size = q.shape
+        if q.is_cuda and torch.cuda.is_current_stream_capturing() and (tokens, q.device) not in self._layouts:
             return PYTORCH  # a layout and its tables cannot be made while a CUDA graph is captured
-        reason = backends.load(FASTER).unsupported(q.device, q.dtype, q.shape[-1])
-        return FASTER if reason is None else PYTORCH
+        return backends.faster_than_dense(q.device, q.dtype, head_size, samples * tokens, self.backend) or PYTORCH
 
     def _layout(self, tokens: int, device: torch.device) -> BlockLayout:
         """Return the layout of one frame that sees itself; made once."""

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..packages import optional
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -188,15 +189,9 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
         )
 
 
-def _pillow() -> ModuleType:
+def _pillow() -> Any:
     """Return `PIL.Image`."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "reading photos needs Pillow, which is not installed: pip install 'svggt-kernels[viz]'"
-        ) from error
-    return Image
+    return optional("PIL.Image", "reading photos", "Pillow", "'svggt-kernels[viz]'")
 
 
 @contextmanager
@@ -253,13 +248,11 @@ def _upright(image: Image, orientation: int) -> Image:
 
 def _to_rgb(image: Image) -> Image:
     pillow = _pillow()
-    if image.mode in ("I", "F"):
+    if image.mode.startswith(("I", "F")):  # I, F, I;16 and its orders of bytes
         levels = np.asarray(image, dtype=np.float64)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"pixels of mode {image.mode} have no known white level")
         image = pillow.fromarray((levels / 257).round().astype(np.uint8))
-    elif image.mode.startswith("I;16"):
-        image = pillow.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..packages import optional
+
 PICKLES = frozenset({".torch", ".pth", ".pt", ".bin", ".ckpt"})
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +26,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ImportError: safetensors is needed and not installed.
     """
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True) if _is_pickle(path) else _read_safetensors(path)
+        held = torch.load(path, map_location="cpu", weights_only=True) if _is_pickle(path) else _safetensors(path)
     except ImportError:
         raise
     except Exception as error:  # both readers raise whatever the bytes lead them to
@@ -76,11 +78,5 @@ def _is_pickle(path: Path) -> bool:
     return path.suffix.lower() in PICKLES
 
 
-def _read_safetensors(path: Path) -> Any:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs safetensors, which is not installed: pip install safetensors"
-        ) from error
-    return load_file(path)
+def _safetensors(path: Path) -> Any:
+    return optional("safetensors.torch", f"reading {path}", "safetensors", "safetensors").load_file(path)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..packages import optional
 from .photos import frame_size
 
 THUMBNAIL_SIDE = 16
@@ -93,7 +94,7 @@ def load_video(
 
 def _sampled(path: Path, frames_per_second: float, damage: list[str]) -> Iterator[tuple[float, Tensor]]:
     """Yield time and picture `[3, H, W]` in [0, 1] of one frame per interval; note in `damage` what is left out."""
-    av = _pyav()
+    av = optional("av", "reading videos", "PyAV", "'svggt-kernels[video]'")
     try:
         with path.open("rb") as file:
             # FFmpeg gets no name: it reads some names as protocols (`12:30.mp4`) or patterns (`walk%d.gif`).
@@ -132,7 +133,7 @@ def _video_stream(container: Any, path: Path) -> Any:
 
 def _decoded(container: Any, stream: Any, damage: list[str]) -> Iterator[Any]:
     """Yield the frames that can be decoded in full, in the order in which they are shown."""
-    av = _pyav()
+    av = optional("av", "reading videos", "PyAV", "'svggt-kernels[video]'")
     try:
         for packet in container.demux(stream):
             try:
@@ -186,13 +187,3 @@ def _picture(frame: Any, pixel_aspect: float) -> Tensor:
             a, d = c, b
         pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
-
-
-def _pyav() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "reading videos needs PyAV, which is not installed: pip install 'svggt-kernels[video]'"
-        ) from error
-    return av

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from .api import patch
 from .handle import Patch
-from .planning import SEQUENTIAL_WINDOW
 from .report import PatchReport
 
-__all__ = ["SEQUENTIAL_WINDOW", "Patch", "PatchReport", "patch"]
+__all__ = ["Patch", "PatchReport", "patch"]

@@ -14,7 +14,7 @@ from ..inference.own_forward import Outputs, OwnForward, Precision
 from ..models import find_model, stated_record
 from ..models.wrappers import each_once, named_modules
 from .handle import Patch
-from .planning import Covisibility, Planner
+from .plan import Covisibility, Planner
 
 __all__ = ["patch"]
 
@@ -53,10 +53,12 @@ def patch(
         covisibility: Which frames see which:
             "megaloc", or a `MegaLocSimilarity` with other options: similarity of the images by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
+            "thumbnails", or a `ThumbnailSimilarity`: similarity of the images made small, crude but without weights;
             "sequential": the 10 frames before and after, and the model's reference frame;
             "all": everything, which is dense attention;
             a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;
-            a function of the images `[B, S, 3, H, W]` that returns either.
+            a function of the images `[B, S, 3, H, W]` that returns either;
+            any other `svggt_kernels.sources.Source` (docs/covisibility.md).
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
@@ -108,7 +110,7 @@ def patch(
             raise ValueError(f"{name} is kept by the fused forward; leave fused=None, or give True")
         fused = True if is_given else fused
     if backend is not None:
-        backends.load(backend)
+        backend = backends.load(backend).NAME
     if modules is None:
         if tokens_per_frame is not None or num_special_tokens != 0 or trailing_tokens != 0:
             raise ValueError(

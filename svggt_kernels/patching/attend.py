@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import block_sparse_attention, prepare
 from ..layout import BlockLayout
 from .forwards import Forward, Forwards
-from .planning import Planner
+from .plan import Planner
 
 __all__ = ["GraphAttention"]
 

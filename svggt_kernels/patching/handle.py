@@ -20,7 +20,7 @@ from .attend import GraphAttention
 from .forwards import Forward, Forwards
 from .interception import StandIn
 from .parts import FrameOrder, Interception, Part, UnknownAttention
-from .planning import Planner
+from .plan import Planner
 from .report import PatchReport
 
 __all__ = ["Patch"]
@@ -145,12 +145,7 @@ class Patch:
         chosen, passed_over = None, {}
         if forward.kind is not None:
             chosen = choose_backend(*forward.kind, self._backend)
-            for name, reason in backends.reasons(*forward.kind, unnamed=self._backend is None).items():
-                if name == chosen:
-                    break
-                passed_over[name] = reason or f"backend={chosen!r} was asked for"
-            if chosen == backends.cpu.NAME and forward.kind[1] == torch.bfloat16:
-                passed_over |= backends.cpu.passed_over()
+            passed_over = backends.passed_over(*forward.kind, chosen, named=self._backend is not None)
         return PatchReport(
             model=self.record.name,
             modules=self.modules,

@@ -8,7 +8,8 @@ from layouts import random_layout
 from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
-from svggt_kernels.backends.hopper.tables import DENSE, Tables, make_tables
+from svggt_kernels.backends.hopper.tables import Tables, make_tables
+from svggt_kernels.layout import DENSE
 
 
 def columns_of(tables: Tables, group: int) -> list[int]:

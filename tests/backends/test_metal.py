@@ -132,9 +132,9 @@ class TestNumbers:
         for factor in (1e-3, 300.0):
             ours = block_sparse_attention(q * factor, k, v, layout, return_lse=True, backend="metal")
             exact = block_sparse_attention(
-                *((q * factor).double(), k.double(), v.double()), layout, return_lse=True, backend="sdpa"
+                *((q * factor).double(), k.double(), v.double()), layout, return_lse=True, backend="reference"
             )
-            plain = block_sparse_attention(q * factor, k, v, layout, return_lse=True, backend="sdpa")
+            plain = block_sparse_attention(q * factor, k, v, layout, return_lse=True, backend="reference")
             for mine, other, reference in zip(ours, plain, exact, strict=True):
                 rounding = torch.finfo(torch.float32).eps / 2 * float(reference.abs().max())
                 assert rms(mine - reference) <= 2 * max(rms(other - reference), rounding)
@@ -230,7 +230,7 @@ class TestLauncher:
         layout = band(2, 5)
         leaves = [x.requires_grad_() for x in inputs(layout)]
         lse = block_sparse_attention(*leaves, layout, return_lse=True, backend="metal")[1]
-        expected = block_sparse_attention(*leaves, layout, return_lse=True, backend="sdpa")[1]
+        expected = block_sparse_attention(*leaves, layout, return_lse=True, backend="reference")[1]
         found, wanted = (torch.autograd.grad(x.sum(), leaves) for x in (lse, expected))
         torch.testing.assert_close(found, wanted)
 
@@ -393,11 +393,11 @@ class TestFirstUse:
             reason = metal.unsupported(CPU, torch.float16, 64)
         assert re.search(words, str(reason))
         # Said once; from now on the reference serves, and naming the backend raises.
-        assert choose_backend(CPU, torch.float16, 64) == "sdpa"
+        assert choose_backend(CPU, torch.float16, 64) == "reference"
         with pytest.raises(ValueError, match="backend metal cannot run this"):
             choose_backend(CPU, torch.float16, 64, "metal")
 
-    @pytest.mark.parametrize(("ours", "theirs", "chosen"), [(1.0, 2.0, "metal"), (3.0, 2.0, "sdpa")])
+    @pytest.mark.parametrize(("ours", "theirs", "chosen"), [(1.0, 2.0, "metal"), (3.0, 2.0, "reference")])
     def test_the_faster_is_chosen(self, ours: float, theirs: float, chosen: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(trial, "_failures", {(torch.float16, 64): None})
         times = iter([ours, theirs])
@@ -418,7 +418,9 @@ class TestFirstUse:
     def test_another_value_in_the_environment_is_explained(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(trial, "_failures", {(torch.float16, 64): None})
         monkeypatch.setenv(trial.VARIABLE, "fast")
-        with pytest.raises(ValueError, match=r"SVGGT_KERNELS_MPS must be one of metal, sdpa, or not set, got 'fast'"):
+        with pytest.raises(
+            ValueError, match=r"SVGGT_KERNELS_MPS must be one of metal, reference, or not set, got 'fast'"
+        ):
             choose_backend(CPU, torch.float16, 64)
 
 

@@ -21,9 +21,10 @@ from svggt_kernels import (
 )
 from svggt_kernels.backends import metal
 from svggt_kernels.backends.metal import shader, trial
-from svggt_kernels.cli import check, environment, main
+from svggt_kernels.cli import check, main
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
-from svggt_kernels.patching import MegaLocSimilarity
+from svggt_kernels.measure import machine
+from svggt_kernels.sources import MegaLocSimilarity
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs g++")
 
@@ -87,7 +88,7 @@ class TestPretending:
         assert torch.ones(3).to("mps").cpu().numpy().sum() == 3
 
 
-@pytest.mark.parametrize("backend", ["metal", "sdpa"])
+@pytest.mark.parametrize("backend", ["metal", "reference"])
 def test_forward_and_backward(backend: str, gpu: AppleGpu):
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1), 12, special_tokens=2)
     here = [torch.randn(1, 2, 36, 64) for _ in range(3)]
@@ -95,7 +96,7 @@ def test_forward_and_backward(backend: str, gpu: AppleGpu):
     out, lse = block_sparse_attention(*there, layout.to("mps"), return_lse=True, backend=backend)
     found = [out, lse, *torch.autograd.grad(out.sum() + lse.sum(), there)]
     here = [x.requires_grad_() for x in here]
-    out, lse = block_sparse_attention(*here, layout, return_lse=True, backend="sdpa")
+    out, lse = block_sparse_attention(*here, layout, return_lse=True, backend="reference")
     expected = [out, lse, *torch.autograd.grad(out.sum() + lse.sum(), here)]
     assert all(x.device == MPS for x in found)
     torch.testing.assert_close([x.cpu() for x in found], expected)
@@ -131,11 +132,12 @@ def test_check_prints_a_line_for_an_issue(gpu: AppleGpu, monkeypatch: pytest.Mon
     monkeypatch.setattr(check, "layouts", lambda: {"small": layout})
     monkeypatch.setattr(trial, "_time", lambda run: 1.5)
     monkeypatch.setattr(metal, "HEAD_SIZES", (64,))
-    for module in (check, environment):
+    monkeypatch.setattr(metal, "DTYPES", (torch.float16,))
+    for module in (check, machine):
         monkeypatch.setattr(module, "DTYPES", (torch.float16,))
     assert main(["check", "--device", "mps"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [kernel["failure"] for kernel in line["kernels"]] == [None]
-    assert line["kernels"][0]["milliseconds"] == {"metal": 1.5, "sdpa": 1.5}
-    assert set(line["errors"]) == {"metal", "sdpa"}
+    assert line["kernels"][0]["milliseconds"] == {"metal": 1.5, "pytorch": 1.5}
+    assert set(line["errors"]) == {"metal", "reference"}
     assert {"chip", "macos", "versions"} <= set(line)

@@ -48,7 +48,7 @@ LEAN = """
 import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from svggt_kernels.inference import triton_kernels
+from svggt_kernels.inference import ops_triton as triton_kernels
 
 def compiled(name, warps, **arguments):
     kernel = getattr(triton_kernels, name)

@@ -57,7 +57,7 @@ def test_model_report_shows_the_latest_line_of_each_system_and_kind_of_special_t
     line = {
         "case": "toy-8f-2n",
         "system": "svggt",
-        "backend": "sdpa",
+        "backend": "reference",
         "density": 0.5,
         "seconds_aggregator": None,
         "peak_gib": None,
@@ -95,7 +95,7 @@ def test_model_report_extrapolates_dense_systems():
         | {"seconds_aggregator": 2 * S + 3 * S**2, "seconds_full": 5 * S + 3 * S**2, "command": ""}
         for S in (10, 20, 30)
     ]
-    ours = [lines[0] | {"system": "svggt", "backend": "sdpa", "case": f"toy-{S}f-8n"} for S in (4, 6, 8)]
+    ours = [lines[0] | {"system": "svggt", "backend": "reference", "case": f"toy-{S}f-8n"} for S in (4, 6, 8)]
     lines += [*ours, ours[0] | {"case": "toy-100f-4n-8a"}, ours[0] | {"case": "toy-100f-4n"}]
     [line] = model_report.extrapolated(lines)
     assert (line["system"], line["case"], line["measured"]) == ("upstream", "toy-100f-4n", False)

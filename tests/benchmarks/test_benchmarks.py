@@ -11,13 +11,13 @@ import re
 import pytest
 import torch
 
-from benchmarks import attention, covisibility, models, record, repeat, report
+from benchmarks import attention, attention_report, covisibility, models, record, repeat
 from benchmarks.__main__ import main
 from benchmarks.cases import GROUPS, Case, select
 from benchmarks.check import Budget, check_forward, check_gradients, explicit, explicit_gradients
 from benchmarks.peers import PEERS, Contender, backend
-from benchmarks.timing import Timing, measure
 from svggt_kernels import block_sparse_attention
+from svggt_kernels.measure.cost import Cost
 
 CPU = torch.device("cpu")
 BAND = Case.parse("s8-p9-band1-h3")
@@ -123,7 +123,7 @@ def test_visible_pairs_are_those_of_the_mask(name):
 def test_right_contender_passes(name, dtype):
     case = Case.parse(name)
     q, k, v, grad = _trainable(case, dtype)
-    contender = PEERS["sdpa-gather"] if case.special == 0 else backend("sdpa")
+    contender = PEERS["sdpa-gather"] if case.special == 0 else backend("reference")
     assert contender.unsupported(case, q) is None
     assert check_forward(contender, case, q, k, v) is None
     assert check_gradients(contender, case, q, k, v, grad) is None
@@ -133,7 +133,7 @@ def test_right_contender_passes(name, dtype):
 def test_explicit_formula_is_the_reference(name):
     case = Case.parse(name)
     q, k, v, grad = _trainable(case, torch.float64)
-    out, lse = block_sparse_attention(q, k, v, case.layout(), scale=case.scale, backend="sdpa", return_lse=True)
+    out, lse = block_sparse_attention(q, k, v, case.layout(), scale=case.scale, backend="reference", return_lse=True)
     gradients = torch.autograd.grad(out, (q, k, v), grad)
     every = torch.arange(q.shape[2])
     with torch.no_grad():
@@ -173,7 +173,7 @@ def _spoiled(spoil):
         layout = case.layout()
 
         def call():
-            out = block_sparse_attention(q, k, v, layout, backend="sdpa")
+            out = block_sparse_attention(q, k, v, layout, backend="reference")
             return spoil(case, out)
 
         return call
@@ -196,7 +196,7 @@ def _missing_tail(case, q, k, v):
 
     def call():
         gone = torch.where(last[:, None], torch.full_like(k, -10.0), k)
-        return block_sparse_attention(q, gone, v, layout, backend="sdpa")
+        return block_sparse_attention(q, gone, v, layout, backend="reference")
 
     return call
 
@@ -217,7 +217,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_contender_is_never_timed(wrong, monkeypatch):
-    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("a wrong contender was timed"))
+    monkeypatch.setattr(attention, "repeated", lambda *_: pytest.fail("a wrong contender was timed"))
     [line] = _lines(Contender("wrong", wrong, lambda case, q: None, WRONG[wrong]), ["fwd"])
     assert line["check"] == "failed"
     assert line["reason"]
@@ -245,19 +245,19 @@ def test_wrong_gradient_is_never_timed(which, monkeypatch):
 
         def call():
             spoiled = [_WrongGradient.apply(x, int(which == i)) for i, x in enumerate(qkv)]
-            return block_sparse_attention(*spoiled, layout, backend="sdpa")
+            return block_sparse_attention(*spoiled, layout, backend="reference")
 
         return call
 
     wrong = Contender("wrong", "its forward is right", lambda case, q: None, prepare)
-    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("a wrong contender was timed"))
+    monkeypatch.setattr(attention, "repeated", lambda *_: pytest.fail("a wrong contender was timed"))
     [line] = _lines(wrong, ["bwd"])
     assert line["check"] == "failed"
     assert line["reason"].startswith(("dQ", "dK", "dV")[which])
 
 
 def test_wrong_lse_is_refused():
-    right = backend("sdpa")
+    right = backend("reference")
     wrong = dataclasses.replace(right, lse=lambda *args: right.lse(*args) * math.log2(math.e))
     q, k, v, _ = attention.inputs(BAND, CPU, torch.float32)
     assert check_forward(wrong, BAND, q, k, v).startswith("LSE")
@@ -283,7 +283,7 @@ def test_peer_that_cannot_run_is_named_with_its_reason(tmp_path, capsys):
 def test_lines_are_complete_and_valid(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SVGGT_COMMIT", "0123abc")
     file = tmp_path / "deep" / "out.jsonl"
-    command = "attention --cases s4-p8-band1-h2 s4-p8-dense-h2 --backends sdpa --direction fwd bwd fwd+bwd"
+    command = "attention --cases s4-p8-band1-h2 s4-p8-dense-h2 --backends reference --direction fwd bwd fwd+bwd"
     command += " --dtype bf16 --device cpu --seconds 0.01"
     assert main([*command.split(), "--output", str(file)]) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -300,7 +300,7 @@ def test_lines_are_complete_and_valid(tmp_path, capsys, monkeypatch):
         assert line["density"] == case.density
         assert line["shape"] == [1, 2, 32, 64]
         assert (line["backend"], line["dtype"], line["check"], line["commit"]) == (
-            "sdpa",
+            "reference",
             "bfloat16",
             "passed",
             "0123abc",
@@ -320,16 +320,16 @@ def test_lines_are_complete_and_valid(tmp_path, capsys, monkeypatch):
 
 
 def test_fraction_of_ideal_needs_the_dense_case_of_the_same_run():
-    [line] = _lines(backend("sdpa"), ["fwd"])
+    [line] = _lines(backend("reference"), ["fwd"])
     assert line["fraction_of_ideal"] is None
     assert line["ms_median"] > 0
 
 
 def test_fraction_of_ideal_compares_q_of_one_kind(monkeypatch):
     times = iter([8.0, 4.0, 1.0, 0.25])
-    monkeypatch.setattr(attention, "measure", lambda *_: Timing(*[next(times)] * 3, None))
+    monkeypatch.setattr(attention, "repeated", lambda *_: Cost.of([next(times)], None))
     names = ("s8-p9-dense-h3", "s8-p9-dense-h3-log2", "s8-p9-band1-h3", "s8-p9-band1-h3-log2")
-    lines = _lines(backend("sdpa"), ["fwd"], [Case.parse(name) for name in names])
+    lines = _lines(backend("reference"), ["fwd"], [Case.parse(name) for name in names])
     assert [line["case"] for line in lines] == list(names)
     ideal = BAND.ideal_speedup
     assert [line["fraction_of_ideal"] for line in lines] == pytest.approx([1, 1, 8 / ideal, 16 / ideal])
@@ -390,10 +390,10 @@ def test_checked_in_results_are_complete():
 def test_extra_memory_is_what_lies_beyond_inputs_and_results(direction, tensors, monkeypatch):
     q = 3 * 9 * 8 * 64 * 4 / 2**20  # MiB of one tensor of the case
     in_call = {"fwd": 1, "bwd": 3, "fwd+bwd": 4}[direction]  # the rest is held when the call is timed
-    monkeypatch.setattr(attention, "measure", lambda *_: Timing(1.0, 1.0, 1.0, in_call * q + 0.25))
+    monkeypatch.setattr(attention, "repeated", lambda *_: Cost.of([1.0], in_call * q + 0.25))
     held = iter([7.0, 7.0 + (tensors - in_call) * q + 0.5])
     monkeypatch.setattr(attention, "allocated_mib", lambda device: next(held))
-    [line] = _lines(backend("sdpa"), [direction])
+    [line] = _lines(backend("reference"), [direction])
     assert line["extra_mib"] == pytest.approx(0.75)
 
 
@@ -427,7 +427,7 @@ def test_one_differing_bit_is_seen(drifting):
 
     def prepare(case, q, k, v):
         _Drifting.calls = 0
-        call = backend("sdpa").prepare(case, q, k, v)
+        call = backend("reference").prepare(case, q, k, v)
         return lambda: _Drifting.apply(call(), drifting)
 
     def lse(case, q, k, v):
@@ -444,10 +444,15 @@ def test_one_differing_bit_is_seen(drifting):
 
 def test_repeat_writes_lines(tmp_path, capsys):
     file = tmp_path / "out.jsonl"
-    command = "repeat --cases s4-p8-band1-h2 --backend sdpa --times 3 --direction fwd --device cpu --output"
+    command = "repeat --cases s4-p8-band1-h2 --backend reference --times 3 --direction fwd --device cpu --output"
     assert main([*command.split(), str(file)]) == 0
     [line] = [json.loads(line) for line in file.read_text().splitlines()]
-    assert (line["case"], line["backend"], line["times"], line["bitwise_equal"]) == ("s4-p8-band1-h2", "sdpa", 3, True)
+    assert (line["case"], line["backend"], line["times"], line["bitwise_equal"]) == (
+        "s4-p8-band1-h2",
+        "reference",
+        3,
+        True,
+    )
     assert "s4-p8-band1-h2" in capsys.readouterr().out
 
 
@@ -496,12 +501,12 @@ def test_report_shows_the_latest_run(tmp_path, capsys):
     assert "| hopper, bounded, accumulated |" in table[2]
     assert "- fa4-block-sparse on s8-p9-band1-h3, fwd: dQ: wrong" in text
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert [line["run"] for line in report.read(files, "r0")] == ["r0"]
+    assert [line["run"] for line in attention_report.read(files, "r0")] == ["r0"]
 
 
 def test_report_compares_edges_of_the_most_common_problem_only():
     lines = [_fabricated(), _fabricated(case="s8-p9-dense-h3"), _fabricated(case="s8-p10-band1-h3")]
-    assert report.problem(lines) == (9, 0, 64, 3, 1, False)
+    assert attention_report.problem(lines) == (9, 0, 64, 3, 1, False)
 
 
 def test_report_keeps_q_in_log2_apart(tmp_path, monkeypatch):
@@ -511,7 +516,7 @@ def test_report_keeps_q_in_log2_apart(tmp_path, monkeypatch):
     cases = [f"s8-p9-{graph}-h3{log2}" for graph in ("dense", "band1", "band2") for log2 in ("", "-log2")]
     lines = [_fabricated(case=case, useful_tflops=2.0 if "log2" in case else 1.0) for case in cases]
     lines.append(_fabricated(case="s16-p9-band1-h3", useful_tflops=1.0))
-    table, _ = report.write(lines, tmp_path)
+    table, _ = attention_report.write(lines, tmp_path)
     density, edges, _ = drawn[0].axes
     series = {line.get_label(): list(line.get_ydata()) for line in density.lines}
     assert series == {"triton": [1.0] * 4, "triton, log2": [2.0] * 3}
@@ -533,17 +538,9 @@ def test_report_reads_what_its_command_writes_here(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path)
     assert main(["report"]) == 2
     command = re.search("`python -m benchmarks (.*) --output (.*)`", capsys.readouterr().err)
-    assert main([command[1], *"--cases s2-p4-band0-h1 --backends sdpa --seconds 0.01".split()]) == 0
+    assert main([command[1], *"--cases s2-p4-band0-h1 --backends reference --seconds 0.01".split()]) == 0
     assert [str(file) for file in tmp_path.iterdir()] == [command[2]]
     assert main(["report"]) == 0
-
-
-def test_time_is_the_median_of_the_calls():
-    calls = []
-    timing = measure(lambda: calls.append(None), CPU, seconds=1e-6)
-    assert len(calls) >= 7
-    assert 0 <= timing.low <= timing.median <= timing.high
-    assert timing.peak_mib is None
 
 
 def _trainable(case, dtype):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from svggt_kernels import backends
-from svggt_kernels.backends import cpu
-from svggt_kernels.backends import reference as sdpa
+from svggt_kernels.backends import cpu, reference
 from svggt_kernels.cli import check, main
 
 
@@ -26,7 +25,7 @@ class TestInfo:
         assert main(["info", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["versions"]["torch"] == torch.__version__
-        assert found["backends"]["cpu"]["sdpa"] == {"float16": None, "bfloat16": None, "float32": None}
+        assert found["backends"]["cpu"]["reference"] == {"float16": None, "bfloat16": None, "float32": None}
         assert isinstance(found["backends"]["cpu"]["triton"]["float32"], str)
 
     def test_names_the_instruction_set_and_why_not_a_better_one(
@@ -62,20 +61,20 @@ class TestCheck:
     def test_wrong_numbers_fail(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, factor: float
     ) -> None:
-        right = sdpa.forward
-        monkeypatch.setattr(sdpa, "forward", lambda *x: (right(*x)[0] * factor, right(*x)[1]))
+        right = reference.forward
+        monkeypatch.setattr(reference, "forward", lambda *x: (right(*x)[0] * factor, right(*x)[1]))
         assert main(["check", "--device", "cpu"]) == 1
         assert "At least one backend is WRONG here" in capsys.readouterr().out
 
     def test_wrong_gradient_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = sdpa.backward
+        right = reference.backward
 
         def wrong(*inputs: object) -> tuple[torch.Tensor, ...]:
             dq, dk, dv = right(*inputs)  # type: ignore[arg-type]
             return dq, dk * 1.02, dv
 
-        monkeypatch.setattr(sdpa, "backward", wrong)
-        verdict = check.judge("sdpa", torch.device("cpu"), torch.float32)
+        monkeypatch.setattr(reference, "backward", wrong)
+        verdict = check.judge("reference", torch.device("cpu"), torch.float32)
         assert not verdict.passed
         assert [name for name, ratio in verdict.ratios.items() if ratio > 2] == ["grad k"]
 
@@ -85,7 +84,7 @@ class TestCheck:
         def broken(*inputs: object) -> None:
             raise RuntimeError("the kernel fell over")
 
-        monkeypatch.setattr(sdpa, "forward", broken)
+        monkeypatch.setattr(reference, "forward", broken)
         assert main(["check", "--device", "cpu"]) == 1
         assert "WRONG RuntimeError: the kernel fell over" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -273,6 +274,12 @@ def test_a_global_block_may_come_first():
         assert handle.report().lean_blocks == 8
 
 
+def faster_from(monkeypatch, backend: str, fewest: int) -> None:
+    """Let a backend be faster than PyTorch's attention within frames from that many tokens on."""
+    module = svggt_kernels.backends.load(backend)
+    monkeypatch.setattr(module, "TRAITS", dataclasses.replace(module.TRAITS, beats_dense_from=fewest))
+
+
 def test_frames_attend_by_pytorch_where_hopper_cannot_run():
     _, handle = outputs(model())
     assert handle.report().within_frames == ("pytorch",)
@@ -280,7 +287,7 @@ def test_frames_attend_by_pytorch_where_hopper_cannot_run():
 
 
 @pytest.mark.parametrize(
-    ("backend", "fewest", "runs"), [(None, 66, True), (None, 67, False), ("sdpa", 66, True), ("cpu", 66, False)]
+    ("backend", "fewest", "runs"), [(None, 66, True), (None, 67, False), ("reference", 66, True), ("cpu", 66, False)]
 )
 def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
     monkeypatch, backend: str | None, fewest: int, runs: bool
@@ -295,11 +302,10 @@ def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
         layouts.append(layout)
         return svggt_kernels.block_sparse_attention(q, k, v, layout, **options)
 
-    monkeypatch.setattr(within_frames, "FASTER", "sdpa")
-    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", fewest)
+    faster_from(monkeypatch, "reference", fewest)
     monkeypatch.setattr(within_frames, "block_sparse_attention", attention)
     lean, handle = outputs(network, backend=backend)
-    assert handle.report().within_frames == (("sdpa",) if runs else ("pytorch",))
+    assert handle.report().within_frames == (("reference",) if runs else ("pytorch",))
     assert len(layouts) == (4 if runs else 0)
     assert all(layout is layouts[0] and layout.num_tokens == 11 for layout in layouts)
     torch.testing.assert_close(lean, plain)
@@ -307,7 +313,7 @@ def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
 
 @pytest.mark.gpu
 def test_frames_attend_by_hopper_within_the_error_of_bf16(monkeypatch):
-    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", 0)
+    faster_from(monkeypatch, "hopper", 0)
     network = model().cuda()
     device, images = torch.device("cuda"), IMAGES.cuda()
     if (reason := svggt_kernels.backends.load("hopper").unsupported(device, torch.bfloat16, 64)) is not None:

@@ -9,6 +9,7 @@ import torch
 from layouts import random_layout
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
+from svggt_kernels.backends.triton.tiles import make_tiles
 
 
 def definition(layout: BlockLayout) -> torch.Tensor:
@@ -31,7 +32,7 @@ def covered(
     layout: BlockLayout, row_block: int, column_block: int, tail_block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How often the tiles visit each (query, key) pair and each query."""
-    tiles = layout.tiles(row_block, column_block, tail_block)
+    tiles = make_tiles(layout, row_block, column_block, tail_block)
     dense_group = layout.graph.num_frames
     pairs = torch.zeros(layout.num_tokens, layout.num_key_tokens, dtype=torch.int32)
     rows_seen = torch.zeros(layout.num_tokens, dtype=torch.int32)
@@ -144,7 +145,7 @@ def test_deterministic_algorithms_build_the_same_layouts():
     """They refuse what has no fixed order, and fill new memory."""
 
     def tables(layout: BlockLayout) -> list[torch.Tensor]:
-        return [*layout.runs, *layout.tiles(16, 8, 8), *layout.transposed().tiles(16, 8, 8)]
+        return [*layout.runs, *make_tiles(layout, 16, 8, 8), *make_tiles(layout.transposed(), 16, 8, 8)]
 
     def layout() -> BlockLayout:
         graph = CovisibilityGraph.from_pairs(6, [(0, 3), (3, 0), (5, 1), (2, 4)])
@@ -161,7 +162,7 @@ def test_deterministic_algorithms_build_the_same_layouts():
 
 def test_dense_special_tokens_are_one_group_not_a_tile_per_frame():
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(20, 1), 50, special_tokens=5, trailing_tokens=1)
-    tiles = layout.tiles(64, 64, 64)
+    tiles = make_tiles(layout, 64, 64, 64)
     dense_tiles = tiles.rows[tiles.rows[:, 0] == 20]
     assert dense_tiles[:, 2].tolist() == [64, 37]
     assert len(tiles.rows) == 20 + 2
@@ -169,7 +170,7 @@ def test_dense_special_tokens_are_one_group_not_a_tile_per_frame():
 
 def test_long_rows_are_launched_first():
     star = CovisibilityGraph.from_pairs(32, [(7, j) for j in range(32)] + [(j, 7) for j in range(32) if j != 7])
-    assert BlockLayout.from_graph(star, 64).tiles(64, 64, 64).rows[0].tolist() == [7, 7 * 64, 64]
+    assert make_tiles(BlockLayout.from_graph(star, 64), 64, 64, 64).rows[0].tolist() == [7, 7 * 64, 64]
 
 
 def test_transposing_twice_gives_the_same_object():
@@ -190,7 +191,7 @@ def test_ten_thousand_frames_take_less_than_a_second():
     for _ in range(3):
         start = time.thread_time()
         layout = BlockLayout.from_graph(graph, 1374, special_tokens=5)
-        tiles = [*layout.tiles(128, 64, 64), *layout.transposed().tiles(128, 64, 64)]
+        tiles = [*make_tiles(layout, 128, 64, 64), *make_tiles(layout.transposed(), 128, 64, 64)]
         seconds.append(time.thread_time() - start)
     torch.set_num_threads(threads)
     assert min(seconds) < 1
@@ -202,8 +203,8 @@ def test_one_long_frame_does_not_make_every_edge_long():
     lengths = [100] * 200
     lengths[50] = 10_000
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(200, 2), lengths)
-    used = int(layout.tiles(64, 64, 64).full_offsets[-1])
-    assert len(layout.tiles(64, 64, 64).full_start) < 40 * used
+    used = int(make_tiles(layout, 64, 64, 64).full_offsets[-1])
+    assert len(make_tiles(layout, 64, 64, 64).full_start) < 40 * used
 
 
 def test_tables_need_no_value_from_the_device():
@@ -211,9 +212,9 @@ def test_tables_need_no_value_from_the_device():
     graph = CovisibilityGraph.sequential(5, 1).to("meta")
     layout = BlockLayout.from_graph(graph, 50, special_tokens=3, trailing_tokens=1)
     on_cpu = BlockLayout.from_graph(CovisibilityGraph.sequential(5, 1), 50, special_tokens=3, trailing_tokens=1)
-    for ours, theirs in zip(layout.tiles(16, 8, 8), on_cpu.tiles(16, 8, 8), strict=True):
+    for ours, theirs in zip(make_tiles(layout, 16, 8, 8), make_tiles(on_cpu, 16, 8, 8), strict=True):
         assert ours.shape == theirs.shape
-    assert layout.transposed().tiles(16, 8, 8).rows.shape == on_cpu.transposed().tiles(16, 8, 8).rows.shape
+    assert make_tiles(layout.transposed(), 16, 8, 8).rows.shape == make_tiles(on_cpu.transposed(), 16, 8, 8).rows.shape
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_fuzz_against_float64(start: int, dtype: torch.dtype):
     """500 random layouts: forward, LSE and all gradients within the error budget."""
     for seed in range(start, start + 50):
         ratios = error_ratios(
-            random_layout(seed, max_tokens=40), dtype, head_size=(8, 32, 64)[seed % 3], backend="sdpa", seed=seed
+            random_layout(seed, max_tokens=40), dtype, head_size=(8, 32, 64)[seed % 3], backend="reference", seed=seed
         )
         assert within_budget(ratios), (seed, ratios)
 
@@ -58,7 +58,7 @@ def test_float64_is_the_definition(seed: int):
     layout = random_layout(seed, max_tokens=30)
     q, k, v = inputs(layout, batch=2)
     mask = layout.to_dense()
-    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="sdpa")
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="reference")
     expected, expected_lse = plain_attention(q, k, v, mask)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
@@ -142,11 +142,13 @@ def test_scale(band: BlockLayout, scale: float):
 def test_a_scale_that_float32_rounds_to_zero_is_zero(band: BlockLayout, scale: float, dtype: torch.dtype, monkeypatch):
     """A kernel would have to divide by it; those of float64 can."""
     got = []
-    sdpa = backends.load("sdpa")
-    forward = sdpa.forward
-    monkeypatch.setattr(sdpa, "forward", lambda q, k, v, *rest: got.append((q, rest[1])) or forward(q, k, v, *rest))
+    reference = backends.load("reference")
+    forward = reference.forward
+    monkeypatch.setattr(
+        reference, "forward", lambda q, k, v, *rest: got.append((q, rest[1])) or forward(q, k, v, *rest)
+    )
     q, k, v = (x.detach().to(dtype) for x in inputs(band))
-    out = block_sparse_attention(q, k, v, band, scale=scale, backend="sdpa")
+    out = block_sparse_attention(q, k, v, band, scale=scale, backend="reference")
     [(given, factor)] = got
     assert factor > 0
     assert bool((given == 0).all()) == (dtype == torch.float32 and abs(scale) < 1e-45)
@@ -189,7 +191,7 @@ def test_nan_scores_give_nan(dtype: torch.dtype):
     layout = layout_of(CovisibilityGraph.sequential(3, 0))
     q, k, v = (x.detach().to(dtype) for x in inputs(layout))
     k[0, 0, 12, 3] = torch.nan
-    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="sdpa")
+    out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="reference")
     sees_nan = torch.zeros(1, 2, 27, dtype=torch.bool)
     sees_nan[0, 0, 9:18] = True
     assert torch.equal(lse.isnan(), sees_nan)
@@ -290,12 +292,12 @@ def test_a_layout_used_in_inference_mode_still_trains(band: BlockLayout):
 
 def test_opcheck(band: BlockLayout):
     q, k, v = inputs(band)
-    sdpa = backends.load("sdpa")
-    tables = sdpa.tables(band, q.dtype, 16)
-    torch.library.opcheck(torch.ops.svggt_kernels.attention.default, (q, k, v, tables, tables, 0.25, True, "sdpa"))
-    out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, tables, 0.25, True, "sdpa")
+    reference = backends.load("reference")
+    tables = reference.tables(band, q.dtype, 16)
+    torch.library.opcheck(torch.ops.svggt_kernels.attention.default, (q, k, v, tables, tables, 0.25, True, "reference"))
+    out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, tables, 0.25, True, "reference")
     saved = [x.detach() for x in (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse)]
-    torch.library.opcheck(torch.ops.svggt_kernels.attention_backward.default, (*saved, tables, 0.25, "sdpa"))
+    torch.library.opcheck(torch.ops.svggt_kernels.attention_backward.default, (*saved, tables, 0.25, "reference"))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +338,7 @@ def test_compiles_without_a_graph_break():
         q, k, v = inputs(layout, dtype=torch.float32)
         with pytest.raises(Exception, match="prepare"):
             compiled(q, k, v, layout)
-        assert prepare(layout, torch.float32, 16, training=True) in ("cpu", "sdpa")
+        assert prepare(layout, torch.float32, 16, training=True) in ("cpu", "reference")
         out, lse = compiled(q, k, v, layout)
         expected, expected_lse = block_sparse_attention(q, k, v, layout, return_lse=True)
         torch.testing.assert_close(out, expected)
@@ -378,7 +380,7 @@ def test_bad_input_is_explained(band: BlockLayout):
             (q, k, v, band),
             {"backend": "cuda"},
             ValueError,
-            "backend must be one of hopper, triton, metal, cpu, sdpa or None, got 'cuda'",
+            "backend must be one of hopper, triton, metal, cpu, reference or None, got 'cuda'",
         ),
         ((q, k, v, band), {"backend": "triton"}, ValueError, "backend triton cannot run this: it needs a CUDA device"),
         ((q.int(), k.int(), v.int(), band), {}, TypeError, "no backend can run torch.int32"),
@@ -417,5 +419,10 @@ def test_a_saved_layout_leaves_its_tables_behind(band: BlockLayout):
 
 
 def test_choice_of_backend_is_told():
-    assert choose_backend(torch.device("cpu"), torch.float64, 64) == "sdpa"
-    assert choose_backend(torch.device("cpu"), torch.float32, 64, "sdpa") == "sdpa"
+    assert choose_backend(torch.device("cpu"), torch.float64, 64) == "reference"
+    assert choose_backend(torch.device("cpu"), torch.float32, 64, "reference") == "reference"
+
+
+def test_a_former_name_of_a_backend_still_serves_and_warns(band: BlockLayout):
+    with pytest.warns(DeprecationWarning, match='"sdpa" is called "reference" now'):
+        assert prepare(band, torch.float32, 16, backend="sdpa") == "reference"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svggt_kernels.sources.similarity import frame_order
+from svggt_kernels.patching.order import frame_order
 
 
 @pytest.mark.parametrize("front", range(6))

@@ -20,9 +20,9 @@ from svggt_kernels import (
     TokenSimilarity,
     patch,
 )
-from svggt_kernels.sources.megaloc import images as described_images
-from svggt_kernels.sources.megaloc.images import fingerprint
-from svggt_kernels.sources.megaloc.network import IMAGENET_DEVIATION, IMAGENET_MEAN
+from svggt_kernels.sources import fingerprint as fingerprints
+from svggt_kernels.sources.base import IMAGENET_DEVIATION, IMAGENET_MEAN
+from svggt_kernels.sources.fingerprint import fingerprint
 
 MEGALOC = MegaLocSimilarity(weights=megaloc(), size=SIZE, neighbours=1, anchors=0)
 
@@ -50,7 +50,7 @@ def test_the_default_is_megaloc(monkeypatch: pytest.MonkeyPatch, described: list
 
     monkeypatch.setattr(MegaLoc, "from_pretrained", from_pretrained)
     model = FAMILY["vggt"].create()
-    with patch(model, backend="sdpa"):
+    with patch(model, backend="reference"):
         assert asked == ["gberton/MegaLoc"]
         model(images())
     assert len(described) == 1
@@ -77,7 +77,7 @@ def test_weights_of_another_type_are_refused_when_the_model_is_patched():
 @pytest.mark.parametrize("name", ["size", "batch_size", "neighbours", "window", "anchors"])
 def test_counts_of_another_type_are_refused(name: str):
     model = FAMILY["vggt"].create()
-    with patch(model, covisibility=dataclasses.replace(MEGALOC, **{name: "many"}), backend="sdpa"):
+    with patch(model, covisibility=dataclasses.replace(MEGALOC, **{name: "many"}), backend="reference"):
         with pytest.raises(TypeError, match=f"^{name} must be an integer, got 'many'"):
             model(images())
 
@@ -225,15 +225,15 @@ def test_fingerprint_tells_dtypes_of_equal_bits_apart():
 
 
 def test_factors_of_the_fingerprint_are_drawn_once():
-    described_images._factors.cache_clear()
+    fingerprints._factors.cache_clear()
     for seed in range(3):
         fingerprint(images(seed=seed)[0])
-    assert described_images._factors.cache_info().misses == 1
+    assert fingerprints._factors.cache_info().misses == 1
 
 
 def test_fingerprint_ignores_the_default_device():
     expected = fingerprint(images()[0])
-    described_images._factors.cache_clear()
+    fingerprints._factors.cache_clear()
     pictures = images()[0]
     with torch.device("meta"):
         assert fingerprint(pictures) == expected

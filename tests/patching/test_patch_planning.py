@@ -202,7 +202,7 @@ def test_pairs_are_those_of_all_graphs():
         one = handle.report()
         model(images(batch=3))
         assert handle.report().visible_pairs == one.visible_pairs
-    with patch(model, covisibility=[BAND, BAND]) as handle:
+    with patch(model, covisibility=[BAND, BAND.to("cpu")]) as handle:
         model(images(batch=2))
         two = handle.report()
     assert len(two.graphs) == 2

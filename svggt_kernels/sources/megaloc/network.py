@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...graph.arguments import integer
+from ..base import IMAGENET_DEVIATION, IMAGENET_MEAN
 from .dinov2 import PATCH, DINOv2
 from .weights import PUBLISHED, read_weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 SINKHORN_ROUNDS = 3
 SIZE = 322  # pixels on each side; what MegaLoc was evaluated with
 # Resampling may overshoot a little.

@@ -1,4 +1,4 @@
-"""The machine: versions, devices and which backends can run on them."""
+"""The machine: versions, devices and which backends can run on them, each by its name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import backends
-from .errors import CommandError
-from .packages import installed
+from ..packages import installed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -29,10 +28,10 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     """Return every device that torch can use here, with its name."""
-    found = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    names = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
-        found["mps"] = f"Apple GPU of {_processor()}"
-    return found | {"cpu": f"{_processor()}, {torch.get_num_threads()} threads"}
+        names["mps"] = f"Apple GPU of {_processor()}"
+    return names | {"cpu": f"{_processor()}, {torch.get_num_threads()} threads"}
 
 
 def device_name(device: torch.device) -> str:
@@ -41,37 +40,19 @@ def device_name(device: torch.device) -> str:
     return devices()[key]
 
 
-def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or for None and "auto" the fastest kind there is.
-
-    Raises:
-        CommandError: There is no such device here.
-    """
-    found = devices()
-    if name in (None, "auto"):
-        return torch.device(next(iter(found)))
-    if name == "cuda" and "cuda:0" in found:
-        name = "cuda:0"
-    if name not in found:
-        raise CommandError(f"--device must be auto or one of {', '.join(found)} on this machine, got {name}")
-    return torch.device(name)
-
-
 def backend_answers(device: torch.device, head_size: int) -> dict[str, dict[str, str | None]]:
     """Return for every backend and dtype why the backend cannot run there; None where it can."""
-    answers: dict[str, dict[str, str | None]] = {name: {} for name in backends.BACKENDS}
-    for dtype in DTYPES:
-        for name, reason in backends.reasons(device, dtype, head_size).items():
-            answers[name][dtype_name(dtype)] = reason
-    return answers
+    by_dtype = {dtype_name(dtype): backends.reasons(device, dtype, head_size) for dtype in DTYPES}
+    return {name: {dtype: reasons[name] for dtype, reasons in by_dtype.items()} for name in backends.BACKENDS}
 
 
 def instruction_sets() -> dict[str, str | None]:
-    """Return what the cpu backend uses, and better sets that the CPU has with why not; empty where it cannot run."""
-    cpu = backends.cpu
-    if cpu.unsupported(torch.device("cpu"), torch.float32, 64) is not None:
-        return {}
-    return {cpu.instruction_set(): None, **cpu.passed_over()}
+    """Return what backends that can run on the CPU use of it, and better sets that it has with why not."""
+    dtype, found = torch.bfloat16, dict[str, str | None]()
+    for backend in backends.BACKENDS.values():
+        if backend.unsupported(torch.device("cpu"), dtype, 64) is None:
+            found |= backend.TRAITS.notes(dtype)
+    return found
 
 
 def by_reason(answers: dict[str, str | None]) -> dict[str | None, str]:

@@ -1,25 +1,27 @@
-"""The comparison in words and as JSON."""
+"""What a command found: in words, as JSON, and as files."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from ..graph import CovisibilityReport
-from .comparison import Comparison
-from .environment import versions
-from .measure import Cost
-from .text import (
-    count,
-    mebibytes,
-    milliseconds,
-    percent,
-    printable,
-    table,
-    times,
-)
+import torch
+from torch import Tensor
+
+from ..graph import CovisibilityGraph, CovisibilityReport
+from ..measure.compare import Comparison, Outputs
+from ..measure.cost import Cost
+from ..measure.machine import versions
+from ..measure.pictures import draw_comparison, draw_graph
+from ..measure.wording import count, mebibytes, milliseconds, percent, printable, times
+from .files import write_files
+from .text import table
+
+ROWS = 4
 
 
 def as_json(command: str, content: dict[str, Any]) -> str:
@@ -30,15 +32,60 @@ def as_json(command: str, content: dict[str, Any]) -> str:
     return json.dumps(_plain({"command": command, "versions": versions(), **content}), indent=2) + "\n"
 
 
-def content(comparison: Comparison) -> dict[str, Any]:
-    """Return the comparison as a report's content, with the ratios that follow from its numbers."""
+def write_results(
+    folder: Path,
+    comparison: Comparison,
+    outputs: Outputs,
+    frames: Tensor,  # [S, 3, H, W]
+    names: Sequence[str],
+    *,
+    command: str,
+    cell: int,
+    pairs: Tensor | None = None,  # [E, 2]
+) -> str:
+    """Write report.json, comparison.png and graph.png, and return words that say where they are.
+
+    Args:
+        folder: Where to.
+        comparison: The facts.
+        outputs: The depth of both runs, and the graph.
+        frames: What the model saw, RGB in [0, 1].
+        names: What to call each frame.
+        command: The command that makes it again.
+        cell: As `draw_comparison` takes it.
+        pairs: Pairs of frames that are known to share a view, if they are.
+
+    Raises:
+        CommandError: They cannot be written.
+    """
+    shown = torch.linspace(0, len(frames) - 1, min(ROWS, len(frames))).round().int().tolist()
+    compared = draw_comparison(
+        frames[shown],
+        outputs.dense["depth"][shown],
+        outputs.sparse["depth"][shown],
+        frames=[names[i] for i in shown],
+        title=headline(comparison),
+        warning=comparison.warning,
+        cell=cell,
+    )
+    graph = draw_graph(
+        outputs.graph,
+        f"{count(comparison.frames, 'frame')}, {comparison.covisibility}",
+        None if pairs is None else CovisibilityGraph.from_pairs(comparison.frames, pairs),
+    )
     ratios = {
         "speedup": comparison.speedup,
         "attention_speedup": comparison.attention.speedup,
         "ideal_reached": comparison.reached,
         "attention_share": comparison.attention_share,
     }
-    return {**asdict(comparison), "ratios": ratios}
+    report = {**asdict(comparison), "ratios": ratios, "frame_names": list(names)}
+    if pairs is not None:
+        report["truth"] = against_truth(CovisibilityReport.of(outputs.graph, pairs))
+    write_files(
+        folder, {"comparison.png": compared, "graph.png": graph, "report.json": as_json(command, report).encode()}
+    )
+    return f"Pictures: {folder / 'comparison.png'}, {folder / 'graph.png'}\nReport: {folder / 'report.json'}"
 
 
 def against_truth(judged: CovisibilityReport) -> dict[str, float | None]:

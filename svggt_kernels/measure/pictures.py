@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph import CovisibilityGraph
-from .errors import CommandError
-from .measure import deviation
-from .text import percent, printable
+from ..packages import optional
+from .deviation import Deviation
+from .wording import percent, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,13 +27,8 @@ PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
 
 
 def require_matplotlib() -> None:
-    """Refuse before any work is done if pictures cannot be drawn here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise CommandError(
-            "drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'"
-        ) from error
+    """Raise an ImportError, before any work is done, if pictures cannot be drawn here."""
+    optional("matplotlib", "drawing", "matplotlib", "'svggt-kernels[viz]'")
 
 
 @contextmanager
@@ -170,7 +165,7 @@ def draw_comparison(
     """
     means = F.avg_pool2d(torch.stack([dense, sparse]).float().cpu().flatten(0, 1), cell)
     means = means.unflatten(0, (2, -1))  # [2, F, H / cell, W / cell]
-    distance, depths = percent(deviation(means[0], means[1]).relative_l2), means.numpy()
+    distance, depths = percent(Deviation.of(means[0], means[1]).relative_l2), means.numpy()
     finite = np.isfinite(depths)
     low, high = np.percentile(depths[finite], (2, 98)) if finite.any() else (0.0, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):

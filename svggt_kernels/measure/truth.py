@@ -32,10 +32,10 @@ def read_pairs(path: Path, photos: Sequence[Path], *, above: float = 0.0) -> Ten
     Raises:
         ValueError: The file cannot be read as such a table, names a photo that is not there or that may be several, or
             holds no pair.
-        FileNotFoundError: The file does not exist.
+        FileNotFoundError: There is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--truth must be a CSV file, but {path} is none")
+        raise FileNotFoundError(f"a CSV file of pairs is needed, but {path} is none")
     known = ImageNames([photo.absolute() for photo in photos], stems=True)
     pairs = set()
     for number, row in _rows(path):
@@ -45,7 +45,9 @@ def read_pairs(path: Path, photos: Sequence[Path], *, above: float = 0.0) -> Ten
         if score > above and first != second:
             pairs |= {(first, second), (second, first)}
     if not pairs:
-        raise ValueError(f"{path} names no pair of two photos with a score above {above:g}; lower --truth-above")
+        raise ValueError(
+            f"{path} must name a pair of two photos with a score above {above:g}, and names none; lower that score"
+        )
     return torch.tensor(sorted(pairs), device="cpu")
 
 

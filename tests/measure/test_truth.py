@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.cli import truth
 from svggt_kernels.graph.recall import chance_recall, edge_recall
+from svggt_kernels.measure import truth
 
 
 class TestTruth:
@@ -37,8 +37,8 @@ class TestTruth:
             ("a,z,1\n", "line 1 .* names 'z'"),
             ("a,b,1\na\n", "line 2 .* must hold photo, photo, score"),
             ("a,b,1\na,c,many\n", "line 2 .* a number in its third field, got 'many'"),
-            ("a,b,0\n", "names no pair"),
-            ("", "names no pair"),
+            ("a,b,0\n", "must name a pair"),
+            ("", "must name a pair"),
             ("a,b,nan\n", "line 1 .* a number in its third field, got 'nan'"),
             ("typo.jpg,b.jpg\na,c\n", "line 1 .* names 'typo.jpg'"),
             ("typo.jpg,b.jpg,1O\na,c,1\n", "line 1 .* names 'typo.jpg'"),

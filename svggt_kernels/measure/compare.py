@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,12 @@ from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
-from .environment import device_name, dtype_name
-from .errors import refusals
-from .measure import (
-    Cost,
-    Deviation,
-    Meter,
-    allocated_mib,
-    alternate,
-    deviation,
-    rotation_degrees,
-)
-from .text import stage
+from .cost import Cost, Tell, allocated_mib, alternate, timed
+from .deviation import Deviation, camera_rotation
+from .machine import device_name, dtype_name
+
+Stage = Callable[[str], AbstractContextManager[Tell]]
+"""Is told what is being done while a context lasts; the context's value is told how far it is."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +151,11 @@ class Outputs:
     graph: CovisibilityGraph
 
 
+@contextmanager
+def _silent(what: str) -> Iterator[Tell]:
+    yield lambda progress: None
+
+
 def compare(
     model: LoadedModel,
     frames: Tensor,  # [S, 3, H, W]
@@ -164,6 +164,7 @@ def compare(
     described: str,
     backend: str | None = None,
     repeats: int = 3,
+    stage: Stage = _silent,
 ) -> tuple[Comparison, Outputs]:
     """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 
@@ -176,9 +177,10 @@ def compare(
         described: What that is, in words.
         backend: As `patch` takes it.
         repeats: Timed runs of each at most, after the first of each, which is told apart; see `alternate`.
+        stage: Is told each stage of the work.
 
     Raises:
-        CommandError: The graph cannot be made of these frames, or the backend cannot run.
+        ValueError: The graph cannot be made of these frames, or the backend cannot run.
     """
     device, calls, twin = frames.device, _AttentionShapes(), _twin(model)
 
@@ -193,12 +195,11 @@ def compare(
         run_sparse()
         return handle
 
-    first_dense, first_sparse = Meter(device), Meter(device)
     with stage("dense, first run"), calls:
-        first_dense(run_dense)
+        first_dense_ms = timed(run_dense, device)[1]
     before = allocated_mib(device)
-    with refusals(), stage("sparse, first run"):
-        handle = first_sparse(patch_and_run)
+    with stage("sparse, first run"):
+        handle, first_sparse_ms = timed(patch_and_run, device)
     after = allocated_mib(device)
     first_planning = handle.report().planning_seconds
     with stage("dense and sparse in turn") as tell:
@@ -234,19 +235,19 @@ def compare(
         first_planning_ms=1000 * first_planning,
         dense=dense_cost,
         sparse=sparse_cost,
-        first_dense_ms=first_dense.cost().median_ms,
-        first_sparse_ms=first_sparse.cost().median_ms,
+        first_dense_ms=first_dense_ms,
+        first_sparse_ms=first_sparse_ms,
         kept_mib=None if before is None or after is None else after - before,
         attention=attention,
-        deviations={name: deviation(dense[name], sparse[name]) for name in dense},
-        rotation_degrees=_camera_rotation(dense, sparse),
+        deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
+        rotation_degrees=camera_rotation(dense, sparse),
     ), Outputs(dense, sparse, graph)
 
 
 def _twin(model: LoadedModel) -> LoadedModel:
     """Return a copy of the model whose parameters and buffers are the model's own."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
-    return replace(model, module=copy.deepcopy(model.module, shared))
+    return copy.deepcopy(model, shared)
 
 
 class _AttentionShapes(TorchFunctionMode):
@@ -294,15 +295,3 @@ def _attention_cost(
             run()
         _, dense_cost, _, sparse_cost = alternate(dense, sparse, device, repeats)
     return AttentionCost((batch, heads, layout.num_tokens, head_size), dtype_name(dtype), dense_cost, sparse_cost)
-
-
-def _camera_rotation(dense: dict[str, Tensor], sparse: dict[str, Tensor]) -> dict[str, float] | None:
-    for name, rotation in (
-        ("pose_enc", lambda x: x[..., 3:7]),
-        ("extrinsics", lambda x: x[..., :3, :3]),
-        ("camera_poses", lambda x: x[..., :3, :3]),
-    ):
-        if name in dense:
-            angles = rotation_degrees(rotation(dense[name]), rotation(sparse[name]))
-            return {"median": float(angles.median()), "max": float(angles.max())}
-    return None

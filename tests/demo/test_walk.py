@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from svggt_kernels.demo import walk as scenes
-from svggt_kernels.demo.walk import walk
+from svggt_kernels.demo.flat import CEILING, WHITE, Box, Flat, Material, build_flat
+from svggt_kernels.demo.render import Renderer
+from svggt_kernels.demo.walk import _overlap, walk
 
 HEIGHT, WIDTH, SEED = 126, 168, 0
 
@@ -22,7 +23,7 @@ def walked():
 @pytest.fixture(scope="module")
 def corners():
     """Lowest and highest corners of every box of the flat, each `[K, 3]`."""
-    flat = scenes._build_flat(np.random.default_rng(SEED))
+    flat = build_flat(np.random.default_rng(SEED))
     return np.stack([box.corners for box in flat.boxes], axis=1)
 
 
@@ -65,9 +66,9 @@ def test_depth_is_the_first_hit_of_each_ray(walked, corners, frame):
 
 
 def test_a_wall_ahead_is_as_far_as_it_is():
-    plain = scenes.Material("plain", scenes.WHITE, scenes.WHITE, 1.0)
-    wall = scenes.Box(np.array([[3.0, -9.0, -9.0], [3.5, 9.0, 9.0]]), plain, 0)
-    renderer = scenes._Renderer(scenes.Flat(np.array([[0.0, -9.0, 3.0, 9.0]]), [wall], np.zeros((1, 2))))
+    plain = Material("plain", WHITE, WHITE, 1.0)
+    wall = Box(np.array([[3.0, -9.0, -9.0], [3.5, 9.0, 9.0]]), plain, 0)
+    renderer = Renderer(Flat(np.array([[0.0, -9.0, 3.0, 9.0]]), [wall], np.zeros((1, 2))))
     pose = np.eye(4)
     pose[:3, :3] = [[0, 0, 1], [-1, 0, 0], [0, -1, 0]]  # columns: right is -y, down is -z, forward is +x
     pose[0, 3] = 0.75
@@ -77,8 +78,8 @@ def test_a_wall_ahead_is_as_far_as_it_is():
 
 def test_points_lie_between_floor_and_ceiling_and_both_are_seen(walked):
     height = np.concatenate([world_points(walked, frame, 4)[:, 2] for frame in range(48)])
-    assert height.min() > -1e-4 and height.max() < scenes.CEILING + 1e-4
-    assert np.mean(abs(height) < 1e-4) > 0.1 and np.mean(abs(height - scenes.CEILING) < 1e-4) > 0.02
+    assert height.min() > -1e-4 and height.max() < CEILING + 1e-4
+    assert np.mean(abs(height) < 1e-4) > 0.1 and np.mean(abs(height - CEILING) < 1e-4) > 0.02
 
 
 def test_poses_are_rigid_level_and_upright(walked):
@@ -128,7 +129,7 @@ def test_overlap_needs_depths_within_5_percent_and_15_centimetres():
     camera = np.array([[10.0, 0, 3.5], [0, 10.0, 2.5], [0, 0, 1]])
     depth, poses = np.tile(walls_at[:, None, None], (1, 6, 8)), np.tile(np.eye(4), (6, 1, 1))
     near = [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
-    np.testing.assert_array_equal(scenes._overlap(depth, poses, camera), np.kron(np.eye(2), near))
+    np.testing.assert_array_equal(_overlap(depth, poses, camera), np.kron(np.eye(2), near))
 
 
 def test_intrinsics_span_the_field_of_view():

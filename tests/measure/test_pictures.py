@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from svggt_kernels import CovisibilityGraph
-from svggt_kernels.cli import pictures
+from svggt_kernels.measure import pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
