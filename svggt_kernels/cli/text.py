@@ -6,10 +6,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..measure.cost import Tell
+from ..measure.cost import Tell
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
@@ -37,16 +35,12 @@ def _spinner(what: str) -> Iterator[Tell]:
         from rich.console import Console
         from rich.text import Text
     except ImportError:
-        yield _line(what)
-        return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line(what)
+        console = None
+    else:
+        console = Console(stderr=True)
+    if console is None or not console.is_terminal:
+        yield lambda progress: print(f"  {what}, {progress}", file=sys.stderr)
         return
     # In a string rich would read markup, and a folder may be called [red].
     with console.status(Text(f"{what} ...")) as status:
         yield lambda progress: status.update(Text(f"{what}, {progress} ..."))
-
-
-def _line(what: str) -> Tell:
-    return lambda progress: print(f"  {what}, {progress}", file=sys.stderr)
