@@ -61,13 +61,12 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
 
 def pairs_tensor(pairs: Iterable[Sequence[int]] | Tensor | np.ndarray) -> Tensor:
     """Return the pairs as `[E, 2]` int64, on their device if they are a tensor."""
-    if not isinstance(pairs, Tensor):
-        array = pairs if isinstance(pairs, np.ndarray) else _pairs_to_array(list(pairs))
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"pairs must hold integers, got an array of {array.dtype}; frames are counted from 0")
-        pairs = torch.from_numpy(array.astype(np.int64))
+    pairs = tensor("pairs", pairs if isinstance(pairs, (Tensor, np.ndarray)) else _pairs_to_array(list(pairs)))
     if pairs.dtype.is_floating_point or pairs.dtype.is_complex or pairs.dtype == torch.bool:
-        raise TypeError(f"pairs must hold integers, got a tensor of {pairs.dtype}; use from_dense for a boolean matrix")
+        raise TypeError(
+            f"pairs must hold integers, got {pairs.dtype}; frames are counted from 0; use from_dense for a boolean "
+            "matrix"
+        )
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be [E, 2], one (query frame, key frame) a row, got shape {tuple(pairs.shape)}")
     return pairs.to(torch.int64)
