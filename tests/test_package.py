@@ -37,7 +37,7 @@ FLOORS = [
 
 # The most lines of a module, by the folder or file that the limit is for.
 MOST_LINES = {
-    "svggt_kernels": 620,
+    "svggt_kernels": 450,
     "svggt_kernels/patching/handle.py": 620,
     "tests": 620,
     "benchmarks": 620,
