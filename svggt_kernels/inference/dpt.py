@@ -47,6 +47,10 @@ def obstacle(head: Any) -> str | None:
     for name, known in (("activation", tuple(SIGNED)), ("conf_activation", (CONFIDENCE,))):
         if (value := getattr(head, name, None)) not in known:
             return f"its {name} is {value!r}, not {' or '.join(map(repr, known))}"
+    if type(getattr(head, "norm", None)) is not nn.LayerNorm or head.norm.weight is None or head.norm.bias is None:
+        return "its norm is not LayerNorm with weight and bias"
+    if not isinstance(getattr(head, "patch_size", None), int):
+        return "it does not say its patch_size"
     if any(name in vars(head) for name in METHODS):
         return "one of its methods was replaced"
     for path, module in head.named_modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -261,8 +261,9 @@ class OwnForward:
         if reason is not None:
             return stand_in.original(*args, **kwargs)
         assert isinstance(images, Tensor)
-        parts = vggt.Parts(memory.TOKENS_TOGETHER // 1024, memory.TOKENS_TOGETHER)
-        if self._plan is not None:
+        if self._plan is None:
+            parts = _parts(self.aggregator, images, memory.TOKENS_TOGETHER)
+        else:
             parts = vggt.Parts(self._plan.images_together, self._plan.tokens_together)
         own_dtype = None if self.dtype is None else self.aggregator.camera_token.dtype
         offloaded = () if self._plan is None else self._plan.offloaded
@@ -292,15 +293,14 @@ class OwnForward:
 
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
-            frames = some.shape[1]
-            tokens = int(PART * frames * (aggregator.patch_start_idx + some.shape[3] * some.shape[4] // 196))
+            tokens = int(PART * some.shape[1] * _tokens_of_frame(aggregator, some))
             vggt.aggregate(
                 aggregator,
                 some,
                 outputs,
                 attend=_Dense(),
                 attend_within_frames=_attend_densely,
-                parts=vggt.Parts(max(1, frames - 1), max(1, tokens)),
+                parts=_parts(aggregator, some, tokens),
             )
             return outputs, aggregator.patch_start_idx
 
@@ -310,7 +310,7 @@ class OwnForward:
                 raise ValueError(f"it returns {len(layers)} layers with patches from {first}")
             return [layers[layer] for layer in sorted(self.layers or range(self.depth))]
 
-        found = self._verify(self.aggregator, own, read, (some,), images)
+        found = self._verify(self.aggregator, own, read, lambda: (some,), images)
         return (CAPTURED, None) if found is None else (found.reason, found)
 
     def _unsettled(self, module: nn.Module, obstacle: Callable[[Any], str | None]) -> str | None:
@@ -323,9 +323,17 @@ class OwnForward:
         return known[2]
 
     def _verify(
-        self, module: nn.Module, own: Callable[..., Any], read: Callable[[Any], Any], inputs: Any, images: Tensor
+        self,
+        module: nn.Module,
+        own: Callable[..., Any],
+        read: Callable[[Any], Any],
+        inputs: Callable[[], tuple[Any, ...]],
+        images: Tensor,
     ) -> Verification | None:
-        """Return the verification of a module for its settings, the size of images and dtypes; None while captured."""
+        """Return the verification of a module for its settings, the size of images and dtypes; None while captured.
+
+        `own`, `read` and what `inputs` returns are those of `verify`, which runs once.
+        """
         device = images.device.type
         key = (
             self._snapshots[module][1],
@@ -337,15 +345,32 @@ class OwnForward:
         if key not in self._verified:
             if images.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
-            self._verified[key] = verify(module, own, read, inputs)
+            self._verified[key] = verify(module, own, read, inputs())
         return self._verified[key]
 
     def _run_camera_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
-        """Run a camera head, which reads special tokens of the last layer; only those are brought together."""
+        """Run a camera head; if it reads special tokens of the last layer alone, only those are brought together."""
         outputs, *others = args or (kwargs.pop(heads.LAYERS, None),)
-        if not isinstance(outputs, LayerOutputs):
-            return stand_in.original(outputs, *others, **kwargs)
-        return stand_in.original([outputs.special_tokens(-1, self.aggregator.patch_start_idx)], *others, **kwargs)
+        if isinstance(outputs, LayerOutputs):
+            special = outputs.special_tokens(-1, self.aggregator.patch_start_idx)
+            if self._reads_no_more(stand_in.module, special, outputs):  # type: ignore[attr-defined]
+                return stand_in.original([special], *others, **kwargs)
+        return stand_in.original(outputs, *others, **kwargs)
+
+    def _reads_no_more(self, head: nn.Module, special: Tensor, outputs: LayerOutputs) -> bool:
+        """Whether a camera head returns the same for the special tokens of the last layer as for all layers."""
+        count = special.shape[2]
+
+        def own(head: nn.Module, layers: list[Tensor]) -> Any:
+            return head([layers[-1][:, :, :count]])
+
+        def inputs() -> tuple[Any, ...]:
+            return (_first_frames(outputs, sorted(outputs.layers)),)
+
+        if self._unsettled(head, lambda _: None) is not None:
+            return False
+        found = self._verify(head, own, heads.tensors, inputs, special)
+        return found is not None and found.reason is None
 
     def _run_dpt_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
         """Run a DPT head on kept layer outputs, some frames at a time, fused where that may be."""
@@ -379,13 +404,28 @@ class OwnForward:
         )
         if reason is not None:
             return reason
-        if self._tables(head, images) is None:
-            return "what it adds to pixels is no sum over their columns and rows"
-        frames = min(FRAMES, images.shape[1])
-        (tokens,) = outputs.frames(head.intermediate_layer_idx, [slice(0, frames)])
-        inputs = heads.as_list({i: x[:1] for i, x in tokens.items()}, self.depth), images[:1, :frames], first_patch
+
+        def inputs() -> tuple[Any, ...]:
+            return _first_frames(outputs, head.intermediate_layer_idx), images[:1, :FRAMES], first_patch
+
         found = self._verify(head, heads.run_fused, heads.compared, inputs, images)
         return CAPTURED if found is None else found.reason
+
+
+def _tokens_of_frame(aggregator: Any, images: Tensor) -> int:
+    """Return about how many tokens a frame has: with patches of 14 pixels if the aggregator does not say."""
+    return aggregator.patch_start_idx + images.shape[3] * images.shape[4] // getattr(aggregator, "patch_size", 14) ** 2
+
+
+def _parts(aggregator: Any, images: Tensor, tokens: int) -> vggt.Parts:
+    """Return parts of about so many tokens, in blocks and in the patch embedding."""
+    return vggt.Parts(max(1, tokens // _tokens_of_frame(aggregator, images)), max(1, tokens))
+
+
+def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:
+    """Return the outputs of some layers for the first frames of the first sample, in a list by layer."""
+    (tokens,) = outputs.frames(layers, [slice(FRAMES)])
+    return heads.as_list({layer: each[:1] for layer, each in tokens.items()}, len(outputs))
 
 
 class _Dense:
