@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from ..compiling import uncompiled
 from . import blocks, dpt, heads, memory, vggt
 from .layer_outputs import LayerOutputs
+from .report import InferenceReport
 from .settings import Settings, Snapshot, is_replaced, is_watched
 from .verification import Verification, verify
-from .within_frames import AttentionWithinFrames
+from .within_frames import AttentionWithinFrames, by_pytorch
 
-__all__ = ["InferenceReport", "Outputs", "OwnForward", "Precision"]
+__all__ = ["Outputs", "OwnForward", "Precision"]
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
@@ -31,45 +32,6 @@ PART = 0.4
 
 CAPTURED = "it was not verified before this CUDA graph was captured; run the model once, then capture"
 ON_THE_CPU = "on the CPU it gains nothing; patch(model, fused=True) runs it all the same"
-
-
-@dataclass(frozen=True)
-class InferenceReport:
-    """What the forward of our own did in the last forward.
-
-    Attributes:
-        reason: Why it did not run; None if it did.
-        verification: Its comparison with the model's own forward; None if there was none.
-        within_frames: What computed the attention within frames: names of backends, or "pytorch".
-        heads: The DPT heads, by name: None if the head ran fused, or why it did not.
-        layers_kept: The layers whose outputs are kept; None for all.
-        memory: How the forward kept to its budget; None without one.
-    """
-
-    reason: str | None
-    verification: Verification | None
-    within_frames: tuple[str, ...]
-    heads: dict[str, str | None]
-    layers_kept: tuple[int, ...] | None
-    memory: memory.Plan | None
-
-    def __str__(self) -> str:
-        if self.reason is not None:
-            return f"the model's own forward runs: {self.reason}"
-        lines = [f"fused forward, attention within frames by {' and '.join(self.within_frames) or 'none'}"]
-        if self.verification is not None:
-            found = self.verification
-            lines.append(
-                f"  verified: {found.ratio:.2f} of the error of the model's own forward, {found.seconds:.1f} s, "
-                f"{found.gib:.1f} GiB"
-            )
-        for name, reason in self.heads.items():
-            lines.append(f"  {name}: {'fused' if reason is None else f'runs as it is: {reason}'}")
-        if self.layers_kept is not None:
-            lines.append(f"  layer outputs kept: {', '.join(map(str, self.layers_kept))}")
-        if self.memory is not None:
-            lines.append(f"  memory: {self.memory}")
-        return "\n".join(lines)
 
 
 class Original(Protocol):
@@ -251,18 +213,24 @@ class OwnForward:
             )
         return memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
 
+    @uncompiled(recursive=False)
     def _run_aggregator(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
         """Run the aggregator by our own code where that may be."""
-        if self._attend is None:
-            return stand_in.original(*args, **kwargs)
+        ours = None if self._attend is None else self._aggregated(*args, **kwargs)
+        return stand_in.original(*args, **kwargs) if ours is None else ours
+
+    @uncompiled(recursive=True)
+    def _aggregated(self, *args: Any, **kwargs: Any) -> tuple[LayerOutputs, int] | None:
+        """Return what the aggregator returns, or None if it must run as it is."""
+        assert self._attend is not None
         images = [*args, *kwargs.values()][0] if len(args) + len(kwargs) == 1 else None
         reason, found = self._may_run(images)
         self.report = replace(self.report, reason=reason, verification=found)
         if reason is not None:
-            return stand_in.original(*args, **kwargs)
+            return None
         assert isinstance(images, Tensor)
         if self._plan is None:
-            parts = _parts(self.aggregator, images, memory.TOKENS_TOGETHER)
+            parts = vggt.Parts.of(self.aggregator, images, memory.TOKENS_TOGETHER)
         else:
             parts = vggt.Parts(self._plan.images_together, self._plan.tokens_together)
         own_dtype = None if self.dtype is None else self.aggregator.camera_token.dtype
@@ -293,14 +261,14 @@ class OwnForward:
 
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
-            tokens = int(PART * some.shape[1] * _tokens_of_frame(aggregator, some))
+            tokens = int(PART * some.shape[1] * vggt.tokens_of_frame(aggregator, some))
             vggt.aggregate(
                 aggregator,
                 some,
                 outputs,
                 attend=_Dense(),
-                attend_within_frames=_attend_densely,
-                parts=_parts(aggregator, some, tokens),
+                attend_within_frames=by_pytorch,
+                parts=vggt.Parts.of(aggregator, some, tokens),
             )
             return outputs, aggregator.patch_start_idx
 
@@ -348,18 +316,19 @@ class OwnForward:
             self._verified[key] = verify(module, own, read, inputs())
         return self._verified[key]
 
+    @uncompiled(recursive=False)
     def _run_camera_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
         """Run a camera head; if it reads special tokens of the last layer alone, only those are brought together."""
         outputs, *others = args or (kwargs.pop(heads.LAYERS, None),)
         if isinstance(outputs, LayerOutputs):
-            special = outputs.special_tokens(-1, self.aggregator.patch_start_idx)
-            if self._reads_no_more(stand_in.module, special, outputs):  # type: ignore[attr-defined]
-                return stand_in.original([special], *others, **kwargs)
+            outputs = self._read_by_camera(stand_in.module, outputs)  # type: ignore[attr-defined]
         return stand_in.original(outputs, *others, **kwargs)
 
-    def _reads_no_more(self, head: nn.Module, special: Tensor, outputs: LayerOutputs) -> bool:
-        """Whether a camera head returns the same for the special tokens of the last layer as for all layers."""
-        count = special.shape[2]
+    @uncompiled(recursive=True)
+    def _read_by_camera(self, head: nn.Module, outputs: LayerOutputs) -> Sequence[Tensor]:
+        """Return the special tokens of the last layer if a camera head returns the same for these, or all layers."""
+        count = self.aggregator.patch_start_idx
+        special = outputs.special_tokens(-1, count)
 
         def own(head: nn.Module, layers: list[Tensor]) -> Any:
             return head([layers[-1][:, :, :count]])
@@ -368,10 +337,11 @@ class OwnForward:
             return (_first_frames(outputs, sorted(outputs.layers)),)
 
         if self._unsettled(head, lambda _: None) is not None:
-            return False
+            return outputs
         found = self._verify(head, own, heads.tensors, inputs, special)
-        return found is not None and found.reason is None
+        return outputs if found is None or found.reason is not None else [special]
 
+    @uncompiled(recursive=False)
     def _run_dpt_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
         """Run a DPT head on kept layer outputs, some frames at a time, fused where that may be."""
         head: Any = stand_in.module  # type: ignore[attr-defined]
@@ -380,21 +350,22 @@ class OwnForward:
         _, outputs, images, first_patch, frames = bound.arguments.values()
         if not isinstance(outputs, LayerOutputs):
             return stand_in.original(*args, **kwargs)
+        return self._run_on_kept(stand_in, head, outputs, images, first_patch, frames or images.shape[1])
+
+    @uncompiled(recursive=True)
+    def _run_on_kept(
+        self, stand_in: Original, head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int, frames: int
+    ) -> Any:
         reason = self._may_run_fused(head, outputs, images, first_patch)
         self.report = replace(self.report, heads=self.report.heads | {stand_in.name: reason})
         ready = None
         if reason is None:
-            tables = self._tables(head, images)
+            height, width = images.shape[-2:]
+            tables = self._positions.of(head, self._snapshots[head][1], (height, width), head.norm.weight)
             assert tables is not None
             ready = dpt.ReadyHead(head, tables, head.norm.weight.dtype)
         together = memory.FRAMES_TOGETHER if self._plan is None else self._plan.frames_together
-        return heads.run_dpt_head(
-            stand_in.original, ready, head, outputs, images, first_patch, min(frames or images.shape[1], together)
-        )
-
-    def _tables(self, head: Any, images: Tensor) -> Any:
-        height, width = images.shape[-2:]
-        return self._positions.of(head, self._snapshots[head][1], (height, width), head.norm.weight)
+        return heads.run_dpt_head(stand_in.original, ready, head, outputs, images, first_patch, min(frames, together))
 
     def _may_run_fused(self, head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int) -> str | None:
         reason = (
@@ -412,16 +383,6 @@ class OwnForward:
         return CAPTURED if found is None else found.reason
 
 
-def _tokens_of_frame(aggregator: Any, images: Tensor) -> int:
-    """Return about how many tokens a frame has: with patches of 14 pixels if the aggregator does not say."""
-    return aggregator.patch_start_idx + images.shape[3] * images.shape[4] // getattr(aggregator, "patch_size", 14) ** 2
-
-
-def _parts(aggregator: Any, images: Tensor, tokens: int) -> vggt.Parts:
-    """Return parts of about so many tokens, in blocks and in the patch embedding."""
-    return vggt.Parts(max(1, tokens // _tokens_of_frame(aggregator, images)), max(1, tokens))
-
-
 def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:
     """Return the outputs of some layers for the first frames of the first sample, in a list by layer."""
     (tokens,) = outputs.frames(layers, [slice(FRAMES)])
@@ -436,11 +397,7 @@ class _Dense:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attend."""
-        return _attend_densely(q, k, v, scale)
-
-
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return by_pytorch(q, k, v, scale)
 
 
 def _obstacle_of_call() -> str | None:

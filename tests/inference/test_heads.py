@@ -1,4 +1,4 @@
-"""Heads of a patched model: which run fused and which as they are, some frames at a time, camera heads on few tokens."""
+"""Heads of a patched model: fused or as they are, some frames at a time; camera heads on special tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import svggt_kernels
 from svggt_kernels.inference import dpt, memory, own_forward
 from svggt_kernels.inference.layer_outputs import LayerOutputs
-from svggt_kernels.inference.own_forward import InferenceReport
+from svggt_kernels.inference.report import InferenceReport
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
