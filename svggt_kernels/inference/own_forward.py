@@ -226,6 +226,11 @@ class OwnForward:
         images = [*args, *kwargs.values()][0] if len(args) + len(kwargs) == 1 else None
         reason, found = self._may_run(images)
         self.report = replace(self.report, reason=reason, verification=found)
+        if reason is not None and self._plan is not None:
+            raise ValueError(
+                f"memory_budget is kept by the fused forward, which cannot run: {reason}; mend that, or leave "
+                "memory_budget=None"
+            )
         if reason is not None:
             return None
         assert isinstance(images, Tensor)

@@ -374,6 +374,28 @@ def test_heads_of_an_aggregator_that_runs_as_it_is_run_as_they_are():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4)
 
 
+class WithoutMaps(ConvolutionalHead):
+    """It takes what DPT heads take, and has little of what they hold."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.activation, self.conf_activation, self.patch_size = "exp", "expp1", PATCH
+        self.intermediate_layer_idx, self.norm = [1, 3], nn.LayerNorm(2 * DIM)
+
+    def forward(self, aggregated_tokens_list, images, patch_start_idx, frames_chunk_size=8):
+        return self.norm(aggregated_tokens_list[3])[:, :, patch_start_idx:].split(DIM, -1)
+
+
+def test_a_head_without_the_parts_of_one_runs_as_it_is():
+    network = model()
+    network.depth_head = WithoutMaps().to(DEVICE).eval()
+    with torch.no_grad():
+        expected = network(IMAGES)["depth"]
+    ours, report = run(network)
+    assert "no attribute" in report.heads["depth_head"]
+    torch.testing.assert_close(ours["depth"], expected, rtol=1e-4, atol=1e-4)
+
+
 class OfAnotherKind(nn.Module):
     def __init__(self) -> None:
         super().__init__()

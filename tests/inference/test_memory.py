@@ -323,20 +323,28 @@ def test_what_a_budget_cannot_do_is_refused_before_any_work(monkeypatch: pytest.
         patch(ToyMultiViewTransformer.create(), covisibility="all", memory_budget=8)
 
 
-class Raises(nn.Module):
-    def forward(self, *arguments: object, **named: object) -> None:
-        raise KeyError("a block failed")
+def test_a_budget_that_the_models_own_forward_would_not_keep_is_refused(tight):
+    network, ran = model(), []
+    hook = network.aggregator.frame_blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", memory_budget=1):
+        with pytest.raises(ValueError, match=r"fused forward, which cannot run: there is a hook on frame_blocks.0;"):
+            network(IMAGES)
+        assert ran == []
+        hook.remove()
+        network(IMAGES)
 
 
-def test_a_forward_that_raised_leaves_nothing_behind(tight, away):
+def test_a_forward_that_raised_leaves_nothing_behind(tight, away, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise KeyError("an attention failed")
+
     network = model()
     with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", memory_budget=1) as handle:
         expected = network(IMAGES)
-        block = network.aggregator.global_blocks[3]
-        hook = block.register_forward_pre_hook(lambda *_: Raises()())
-        with pytest.raises(KeyError):
-            network(IMAGES)
-        hook.remove()
+        with monkeypatch.context() as broken:
+            broken.setattr(GraphAttention, "_run", fail)
+            with pytest.raises(KeyError):
+                network(IMAGES)
         assert handle._own._outputs is None and handle._own._attend is None
         assert torch.equal(network(IMAGES)["depth"], expected["depth"])
 
