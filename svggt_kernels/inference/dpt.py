@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import memory
 from .ops import convolve_relu, layer_norm, predict, upsample
 from .settings import TABLES, is_plain
 
@@ -47,6 +46,10 @@ def obstacle(head: Any) -> str | None:
     for name, known in (("activation", tuple(SIGNED)), ("conf_activation", (CONFIDENCE,))):
         if (value := getattr(head, name, None)) not in known:
             return f"its {name} is {value!r}, not {' or '.join(map(repr, known))}"
+    if type(getattr(head, "norm", None)) is not nn.LayerNorm or head.norm.weight is None or head.norm.bias is None:
+        return "its norm is not LayerNorm with weight and bias"
+    if not isinstance(getattr(head, "patch_size", None), int):
+        return "it does not say its patch_size"
     if any(name in vars(head) for name in METHODS):
         return "one of its methods was replaced"
     for path, module in head.named_modules():
@@ -133,32 +136,25 @@ class ReadyHead:
             each: None if each.bias is None else each.bias.to(dtype) for each in convolutions
         }
 
-    def __call__(
-        self,
-        aggregated_tokens_list: Any,
-        images: Tensor,
-        patch_start_idx: int,
-        frames_chunk_size: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, layers: Any, images: Tensor, first_patch: int) -> tuple[Tensor, Tensor]:
         """Return what the head's forward does: values `[B, S, H, W, K]` and their confidence `[B, S, H, W]`.
 
         Args:
-            aggregated_tokens_list: Outputs `[B, S, P, C]` of layers by their index, in a list or a dict; those that the
-                head reads are tensors.
+            layers: Outputs `[B, S, P, C]` of layers by their index, in a list or a dict; those that the head reads are
+                tensors.
             images: `[B, S, 3, H, W]`, of which only the shape matters.
-            patch_start_idx: The first token of a frame that is a patch.
-            frames_chunk_size: Frames that run at once; no more than `memory.FRAMES_TOGETHER` do, None for these.
+            first_patch: The first token of a frame that is a patch.
         """
         B, S, _, *image = images.shape
         grid, size = _grid(self.head, image), _size(self.head, image)
-        read = [aggregated_tokens_list[index] for index in self.head.intermediate_layer_idx]
+        read = [layers[index] for index in self.head.intermediate_layer_idx]
         wide = self.head.scratch.output_conv1.out_channels * size[0] * size[1]
-        at_once = max(1, min(frames_chunk_size or S, memory.FRAMES_TOGETHER, MOST_VALUES // wide))
+        together = max(1, min(S, MOST_VALUES // wide))
         results: tuple[Tensor, ...] = ()
         for sample in range(B):
-            for start in range(0, S, at_once):
-                frames = slice(start, start + at_once)
-                made = self._run([each[sample, frames, patch_start_idx:] for each in read], grid, size)
+            for start in range(0, S, together):
+                frames = slice(start, start + together)
+                made = self._run([each[sample, frames, first_patch:] for each in read], grid, size)
                 results = results or tuple(part.new_empty(B, S, *part.shape[1:]) for part in made)
                 for whole, part in zip(results, made, strict=True):
                     whole[sample, frames] = part

@@ -70,17 +70,21 @@ def run_dpt_head(
     for part, tokens in zip(parts, outputs.frames(head.intermediate_layer_idx, parts), strict=True):
         some = images[:, part].contiguous()
         if ready is None:
-            result = original(as_list(tokens, len(outputs)), some, first_patch, None)
+            result = original(as_list(tokens, len(outputs)), some, first_patch, some.shape[1])
         else:
             result = ready(tokens, some, first_patch)
         tokens.clear()
-        is_single = isinstance(result, Tensor)
-        results = (result,) if is_single else tuple(result)
+        is_single, results = isinstance(result, Tensor), tensors(result)
         if not whole:
             whole = tuple(each.new_empty(each.shape[0], count, *each.shape[2:]) for each in results)
         for target, each in zip(whole, results, strict=True):
             target[:, part] = each
     return whole[0] if is_single else whole
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """Return the tensors that a head returns."""
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def as_list(tokens: dict[int, Tensor], depth: int) -> list[Tensor | None]:
@@ -103,8 +107,7 @@ def run_fused(head: Any, layers: Sequence[Tensor], images: Tensor, first_patch: 
 
 def compared(result: Any) -> list[Tensor]:
     """Return what a DPT head returns, compressed by the logarithm: its values may differ by orders of magnitude."""
-    results = (result,) if isinstance(result, Tensor) else result
-    return [each.sign() * each.abs().log1p() for each in results]
+    return [each.sign() * each.abs().log1p() for each in tensors(result)]
 
 
 def mismatch(head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int) -> str | None:

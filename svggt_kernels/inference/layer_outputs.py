@@ -14,7 +14,8 @@ class LayerOutputs(Sequence[Tensor]):
     """Tokens after the frame block and after the global block of each layer that is read, side by side over C.
 
     It takes the place of the list of tensors `[B, S, P, 2 C]` that VGGT's aggregator returns. A layer becomes one
-    tensor when it is read; `frames` reads some frames of some layers. Layers in host memory are copied there on a
+    tensor when it is read, and stays the same tensor, so that who changes it in place changes what heads read;
+    `special_tokens` and `frames` read parts, which are copies. Layers in host memory are copied there on a
     stream of their own: while the copy runs the next block does too, and then the computation waits for it (`settle`),
     so that copying holds no memory that would not be held without it.
 
@@ -80,7 +81,12 @@ class LayerOutputs(Sequence[Tensor]):
             RuntimeError: If it was not kept.
             IndexError: If there is no such layer.
         """
-        return self._joined(self._of(layer), slice(None), slice(None))
+        halves = self._of(layer)
+        if len(halves) > 1:
+            halves[:] = [self._joined(halves, slice(None), slice(None))]
+        (whole,) = halves
+        assert isinstance(whole, Tensor)
+        return whole
 
     def special_tokens(self, layer: int, count: int) -> Tensor:
         """Return the first `count` tokens of each frame of a layer's output, `[B, S, count, 2 C]`."""
@@ -128,10 +134,10 @@ def _begin(halves: dict[int, list[Tensor | _HostCopy]], frames: slice) -> dict[i
     """Begin to bring some frames of halves to the device; the functions returned give them."""
 
     def begin(half: Tensor | _HostCopy) -> Callable[[], Tensor]:
-        if isinstance(half, _HostCopy):
+        if not isinstance(half, Tensor):
             return half.load(frames)
-        here = half[:, frames]
-        return lambda: here
+        there = half[:, frames]
+        return lambda: there
 
     return {layer: [begin(half) for half in each] for layer, each in halves.items()}
 

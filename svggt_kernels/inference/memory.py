@@ -18,10 +18,10 @@ MemoryBudget = Literal["auto"] | float | None
 GIB = 2**30
 
 TOKENS_TOGETHER = 2**16
-"""Tokens that the MLP of a block runs at once: 512 MiB of 4096 hidden activations in 16 bits."""
+"""Tokens that run together in the MLP of a block: 512 MiB of 4096 hidden activations in 16 bits."""
 
 FRAMES_TOGETHER = 8
-"""Frames that heads run at once, as VGGT's do by default."""
+"""Frames that run together in heads, as VGGT's do by default."""
 
 HALVINGS = 4
 """How often both may be halved: to 4096 tokens, and to 1 frame after three."""
@@ -93,9 +93,9 @@ class Plan:
 
     Attributes:
         offloaded: Layers whose outputs lie in host memory until heads read them.
-        tokens_together: Tokens that the MLP of a block runs at once.
-        images_together: Images that the patch embedding runs at once, of about as many tokens.
-        frames_together: Frames that heads run at once, or fewer if they ask for fewer.
+        tokens_together: Tokens that run together in the MLP of a block.
+        images_together: Images that run together in the patch embedding, of about as many tokens.
+        frames_together: Frames that run together in heads, or fewer if they ask for fewer.
         host_bytes: What is in host memory at the end of the aggregator.
         moments: Bytes alive on the device at the moments that may be the highest, by name.
     """
@@ -128,7 +128,7 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
 
     Outputs are offloaded only if they must be: as few layers as suffice, the earliest first, whose copies have the most
     time, and the last at the very end, as it costs nothing until the blocks are done. If that does not suffice, tokens
-    and frames at once are halved, together, up to four times.
+    and frames that run together are halved, both, up to four times.
 
     Raises:
         ValueError: If no plan fits; the message says what the least budget is.
@@ -160,14 +160,17 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     frames = sizes.samples * sizes.frames
     tokens = frames * sizes.tokens
     values = tokens * sizes.channels
-    residual, product, wide = values * sizes.residual, values * sizes.product, values * sizes.wide
+    residual, product = values * sizes.residual, values * sizes.product
     staying = [layer for layer in sizes.layers if layer not in offloaded]
-    images = 3 * frames * sizes.pixels * sizes.wide  # normalised ones, which the aggregator holds to its end
+    base = sizes.present + sizes.casts + WORKSPACE
 
-    # Of an MLP on some tokens: projection of attention, norm, hidden activations, sum. Of DINOv2: its stream twice.
+    # Of an MLP on some tokens: projection of attention, norm, hidden activations, sum.
     some = max(min(tokens, tokens_together), sizes.tokens) * sizes.channels
     of_mlp = 7 * some * sizes.product
-    of_embedding = 2 * some * sizes.wide + of_mlp
+    # Of some images: two copies, as they are normalised, and the stream of DINOv2 before and after a block.
+    images_together = max(1, tokens_together // sizes.tokens)
+    of_images = 2 * 3 * min(frames, images_together) * sizes.pixels * sizes.wide
+    of_embedding = of_images + 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
     attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
     # Beside it, as the last global block runs, the outputs that stay; of the last layer nothing but what enters.
@@ -177,17 +180,13 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     of_frame = len(sizes.layers) * 3 * 2 * sizes.tokens * sizes.channels * sizes.wide + BYTES_PER_PIXEL * sizes.pixels
     of_heads = sizes.samples * min(sizes.frames, frames_together) * of_frame
     returned = frames * sizes.pixels * OUTPUTS_PER_PIXEL * sizes.heads
-    base = sizes.present + sizes.casts + WORKSPACE
     moments = {
-        "images": base + 2 * images,
-        "patch embedding": base + images + wide + max(wide, of_embedding),
-        "first block": base + images + (wide if sizes.wide != sizes.residual else 0) + attention,
-        "last block": base + images + earlier + max(attention, 2 * residual + product + of_mlp),
+        "patch embedding": base + residual + of_embedding,
+        "last block": base + earlier + max(attention, 2 * residual + product + of_mlp),
         "heads": base + sizes.output * len(staying) + of_heads + returned,
     }
     if sizes.tokens_describe:
-        moments["graph"] = base + images + residual + 3 * product + 4 * values
-    images_together = max(1, tokens_together // sizes.tokens)
+        moments["graph"] = base + residual + 3 * product + 4 * values
     return Plan(offloaded, tokens_together, images_together, frames_together, sizes.output * len(offloaded), moments)
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from ..compiling import uncompiled
 from . import blocks, dpt, heads, memory, vggt
 from .layer_outputs import LayerOutputs
+from .report import InferenceReport
 from .settings import Settings, Snapshot, is_replaced, is_watched
 from .verification import Verification, verify
-from .within_frames import AttentionWithinFrames
+from .within_frames import AttentionWithinFrames, by_pytorch
 
-__all__ = ["InferenceReport", "Outputs", "OwnForward", "Precision"]
+__all__ = ["Outputs", "OwnForward", "Precision"]
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
@@ -31,45 +32,6 @@ PART = 0.4
 
 CAPTURED = "it was not verified before this CUDA graph was captured; run the model once, then capture"
 ON_THE_CPU = "on the CPU it gains nothing; patch(model, fused=True) runs it all the same"
-
-
-@dataclass(frozen=True)
-class InferenceReport:
-    """What the forward of our own did in the last forward.
-
-    Attributes:
-        reason: Why it did not run; None if it did.
-        verification: Its comparison with the model's own forward; None if there was none.
-        within_frames: What computed the attention within frames: names of backends, or "pytorch".
-        heads: The DPT heads, by name: None if the head ran fused, or why it did not.
-        layers_kept: The layers whose outputs are kept; None for all.
-        memory: How the forward kept to its budget; None without one.
-    """
-
-    reason: str | None
-    verification: Verification | None
-    within_frames: tuple[str, ...]
-    heads: dict[str, str | None]
-    layers_kept: tuple[int, ...] | None
-    memory: memory.Plan | None
-
-    def __str__(self) -> str:
-        if self.reason is not None:
-            return f"the model's own forward runs: {self.reason}"
-        lines = [f"fused forward, attention within frames by {' and '.join(self.within_frames) or 'none'}"]
-        if self.verification is not None:
-            found = self.verification
-            lines.append(
-                f"  verified: {found.ratio:.2f} of the error of the model's own forward, {found.seconds:.1f} s, "
-                f"{found.gib:.1f} GiB"
-            )
-        for name, reason in self.heads.items():
-            lines.append(f"  {name}: {'fused' if reason is None else f'runs as it is: {reason}'}")
-        if self.layers_kept is not None:
-            lines.append(f"  layer outputs kept: {', '.join(map(str, self.layers_kept))}")
-        if self.memory is not None:
-            lines.append(f"  memory: {self.memory}")
-        return "\n".join(lines)
 
 
 class Original(Protocol):
@@ -251,18 +213,30 @@ class OwnForward:
             )
         return memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
 
+    @uncompiled(recursive=False)
     def _run_aggregator(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
         """Run the aggregator by our own code where that may be."""
-        if self._attend is None:
-            return stand_in.original(*args, **kwargs)
+        ours = None if self._attend is None else self._aggregated(*args, **kwargs)
+        return stand_in.original(*args, **kwargs) if ours is None else ours
+
+    @uncompiled(recursive=True)
+    def _aggregated(self, *args: Any, **kwargs: Any) -> tuple[LayerOutputs, int] | None:
+        """Return what the aggregator returns, or None if it must run as it is."""
+        assert self._attend is not None
         images = [*args, *kwargs.values()][0] if len(args) + len(kwargs) == 1 else None
         reason, found = self._may_run(images)
         self.report = replace(self.report, reason=reason, verification=found)
+        if reason is not None and self._plan is not None:
+            raise ValueError(
+                f"memory_budget is kept by the fused forward, which cannot run: {reason}; mend that, or leave "
+                "memory_budget=None"
+            )
         if reason is not None:
-            return stand_in.original(*args, **kwargs)
+            return None
         assert isinstance(images, Tensor)
-        parts = vggt.Parts(memory.TOKENS_TOGETHER // 1024, memory.TOKENS_TOGETHER)
-        if self._plan is not None:
+        if self._plan is None:
+            parts = vggt.Parts.of(self.aggregator, images, memory.TOKENS_TOGETHER)
+        else:
             parts = vggt.Parts(self._plan.images_together, self._plan.tokens_together)
         own_dtype = None if self.dtype is None else self.aggregator.camera_token.dtype
         offloaded = () if self._plan is None else self._plan.offloaded
@@ -292,15 +266,14 @@ class OwnForward:
 
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
-            frames = some.shape[1]
-            tokens = int(PART * frames * (aggregator.patch_start_idx + some.shape[3] * some.shape[4] // 196))
+            tokens = int(PART * some.shape[1] * vggt.tokens_of_frame(aggregator, some))
             vggt.aggregate(
                 aggregator,
                 some,
                 outputs,
                 attend=_Dense(),
-                attend_within_frames=_attend_densely,
-                parts=vggt.Parts(max(1, frames - 1), max(1, tokens)),
+                attend_within_frames=by_pytorch,
+                parts=vggt.Parts.of(aggregator, some, tokens),
             )
             return outputs, aggregator.patch_start_idx
 
@@ -310,7 +283,7 @@ class OwnForward:
                 raise ValueError(f"it returns {len(layers)} layers with patches from {first}")
             return [layers[layer] for layer in sorted(self.layers or range(self.depth))]
 
-        found = self._verify(self.aggregator, own, read, (some,), images)
+        found = self._verify(self.aggregator, own, read, lambda: (some,), images)
         return (CAPTURED, None) if found is None else (found.reason, found)
 
     def _unsettled(self, module: nn.Module, obstacle: Callable[[Any], str | None]) -> str | None:
@@ -323,9 +296,17 @@ class OwnForward:
         return known[2]
 
     def _verify(
-        self, module: nn.Module, own: Callable[..., Any], read: Callable[[Any], Any], inputs: Any, images: Tensor
+        self,
+        module: nn.Module,
+        own: Callable[..., Any],
+        read: Callable[[Any], Any],
+        inputs: Callable[[], tuple[Any, ...]],
+        images: Tensor,
     ) -> Verification | None:
-        """Return the verification of a module for its settings, the size of images and dtypes; None while captured."""
+        """Return the verification of a module for its settings, the size of images and dtypes; None while captured.
+
+        `own`, `read` and what `inputs` returns are those of `verify`, which runs once.
+        """
         device = images.device.type
         key = (
             self._snapshots[module][1],
@@ -337,16 +318,35 @@ class OwnForward:
         if key not in self._verified:
             if images.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
-            self._verified[key] = verify(module, own, read, inputs)
+            self._verified[key] = verify(module, own, read, inputs())
         return self._verified[key]
 
+    @uncompiled(recursive=False)
     def _run_camera_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
-        """Run a camera head, which reads special tokens of the last layer; only those are brought together."""
+        """Run a camera head; if it reads special tokens of the last layer alone, only those are brought together."""
         outputs, *others = args or (kwargs.pop(heads.LAYERS, None),)
-        if not isinstance(outputs, LayerOutputs):
-            return stand_in.original(outputs, *others, **kwargs)
-        return stand_in.original([outputs.special_tokens(-1, self.aggregator.patch_start_idx)], *others, **kwargs)
+        if isinstance(outputs, LayerOutputs):
+            outputs = self._read_by_camera(stand_in.module, outputs)  # type: ignore[attr-defined]
+        return stand_in.original(outputs, *others, **kwargs)
 
+    @uncompiled(recursive=True)
+    def _read_by_camera(self, head: nn.Module, outputs: LayerOutputs) -> Sequence[Tensor]:
+        """Return the special tokens of the last layer if a camera head returns the same for these, or all layers."""
+        count = self.aggregator.patch_start_idx
+        special = outputs.special_tokens(-1, count)
+
+        def own(head: nn.Module, layers: list[Tensor]) -> Any:
+            return head([layers[-1][:, :, :count]])
+
+        def inputs() -> tuple[Any, ...]:
+            return (_first_frames(outputs, sorted(outputs.layers)),)
+
+        if self._unsettled(head, lambda _: None) is not None:
+            return outputs
+        found = self._verify(head, own, heads.tensors, inputs, special)
+        return outputs if found is None or found.reason is not None else [special]
+
+    @uncompiled(recursive=False)
     def _run_dpt_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
         """Run a DPT head on kept layer outputs, some frames at a time, fused where that may be."""
         head: Any = stand_in.module  # type: ignore[attr-defined]
@@ -355,21 +355,22 @@ class OwnForward:
         _, outputs, images, first_patch, frames = bound.arguments.values()
         if not isinstance(outputs, LayerOutputs):
             return stand_in.original(*args, **kwargs)
+        return self._run_on_kept(stand_in, head, outputs, images, first_patch, frames or images.shape[1])
+
+    @uncompiled(recursive=True)
+    def _run_on_kept(
+        self, stand_in: Original, head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int, frames: int
+    ) -> Any:
         reason = self._may_run_fused(head, outputs, images, first_patch)
         self.report = replace(self.report, heads=self.report.heads | {stand_in.name: reason})
         ready = None
         if reason is None:
-            tables = self._tables(head, images)
+            height, width = images.shape[-2:]
+            tables = self._positions.of(head, self._snapshots[head][1], (height, width), head.norm.weight)
             assert tables is not None
             ready = dpt.ReadyHead(head, tables, head.norm.weight.dtype)
         together = memory.FRAMES_TOGETHER if self._plan is None else self._plan.frames_together
-        return heads.run_dpt_head(
-            stand_in.original, ready, head, outputs, images, first_patch, min(frames or images.shape[1], together)
-        )
-
-    def _tables(self, head: Any, images: Tensor) -> Any:
-        height, width = images.shape[-2:]
-        return self._positions.of(head, self._snapshots[head][1], (height, width), head.norm.weight)
+        return heads.run_dpt_head(stand_in.original, ready, head, outputs, images, first_patch, min(frames, together))
 
     def _may_run_fused(self, head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int) -> str | None:
         reason = (
@@ -379,13 +380,18 @@ class OwnForward:
         )
         if reason is not None:
             return reason
-        if self._tables(head, images) is None:
-            return "what it adds to pixels is no sum over their columns and rows"
-        frames = min(FRAMES, images.shape[1])
-        (tokens,) = outputs.frames(head.intermediate_layer_idx, [slice(0, frames)])
-        inputs = heads.as_list({i: x[:1] for i, x in tokens.items()}, self.depth), images[:1, :frames], first_patch
+
+        def inputs() -> tuple[Any, ...]:
+            return _first_frames(outputs, head.intermediate_layer_idx), images[:1, :FRAMES], first_patch
+
         found = self._verify(head, heads.run_fused, heads.compared, inputs, images)
         return CAPTURED if found is None else found.reason
+
+
+def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:
+    """Return the outputs of some layers for the first frames of the first sample, in a list by layer."""
+    (tokens,) = outputs.frames(layers, [slice(FRAMES)])
+    return heads.as_list({layer: each[:1] for layer, each in tokens.items()}, len(outputs))
 
 
 class _Dense:
@@ -396,11 +402,7 @@ class _Dense:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attend."""
-        return _attend_densely(q, k, v, scale)
-
-
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return by_pytorch(q, k, v, scale)
 
 
 def _obstacle_of_call() -> str | None:

@@ -22,7 +22,7 @@ from . import blocks
 from .layer_outputs import LayerOutputs
 from .ops import layer_norm
 
-__all__ = ["Attend", "Parts", "aggregate", "obstacle"]
+__all__ = ["Attend", "Parts", "aggregate", "obstacle", "tokens_of_frame"]
 
 
 class Attend(Protocol):
@@ -54,6 +54,16 @@ class Parts:
 
     images: int
     tokens: int
+
+    @classmethod
+    def of(cls, aggregator: Any, images: Tensor, tokens: int) -> Parts:
+        """Return parts of about so many tokens, for images `[B, S, 3, H, W]`."""
+        return cls(max(1, tokens // tokens_of_frame(aggregator, images)), max(1, tokens))
+
+
+def tokens_of_frame(aggregator: Any, images: Tensor) -> int:
+    """Return about how many tokens a frame has: with patches of 14 pixels if the aggregator does not say."""
+    return aggregator.patch_start_idx + images.shape[3] * images.shape[4] // getattr(aggregator, "patch_size", 14) ** 2
 
 
 def obstacle(aggregator: Any) -> str | None:

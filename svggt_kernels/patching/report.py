@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..graph import GraphSummary
-from ..inference.own_forward import InferenceReport
+from ..inference.report import InferenceReport
 
 
 @dataclass(frozen=True)

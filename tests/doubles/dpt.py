@@ -126,3 +126,13 @@ class ConvolutionalHead(nn.Module):
         fused = self.scratch.refinenet3(fused, third, size=second.shape[2:])
         fused = self.scratch.refinenet2(fused, second, size=first.shape[2:])
         return self.scratch.output_conv1(self.scratch.refinenet1(fused, first))
+
+
+def random_head(dtype: torch.dtype = torch.float32, **options: object) -> ConvolutionalHead:
+    """Return a head of patches of 9 pixels and tokens of 64 channels, no part of which is too small to matter."""
+    torch.manual_seed(0)
+    head = ConvolutionalHead(**{"dim": 64, "patch_size": 9, **options}).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(1.5).add_(0.02 * torch.randn_like(parameter))
+    return head.to(dtype)
