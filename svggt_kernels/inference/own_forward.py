@@ -199,7 +199,9 @@ class OwnForward:
         """
         self._attend, self._plan = attend, None
         self._within_frames.ran.clear()
-        self.report = replace(self.report, reason=None, verification=None, within_frames=(), heads={}, memory=None)
+        self.report = replace(
+            self.report, reason=self._obstacle, verification=None, within_frames=(), heads={}, memory=None
+        )
         if self.budget is not None:
             self._plan = self._make_plan(images, tokens_per_frame, tokens_describe)
             self.report = replace(self.report, memory=self._plan)
@@ -306,6 +308,8 @@ class OwnForward:
 
         def read(result: Any) -> list[Tensor]:
             layers, first = result
+            if not isinstance(layers, (list, LayerOutputs)):
+                raise TypeError(f"it returns layers in a {type(layers).__name__}, not in a list")
             if first != self.aggregator.patch_start_idx or len(layers) != self.depth:
                 raise ValueError(f"it returns {len(layers)} layers with patches from {first}")
             return [layers[layer] for layer in sorted(self.layers or range(self.depth))]
@@ -337,7 +341,10 @@ class OwnForward:
         if key not in self._verified:
             if images.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
-            self._verified[key] = verify(module, own, read, inputs)
+            found = verify(module, own, read, inputs)
+            if not found.is_final:
+                return found
+            self._verified[key] = found
         return self._verified[key]
 
     def _run_camera_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
