@@ -124,7 +124,10 @@ class OwnForward:
         stated = heads.layers_read(model, self.depth) if self.depth else None
         self.layers = stated if keep == "read" else None
         self._dpt = {name: head for name, head in model.named_modules() if heads.is_dpt_head(head)}
-        self._cameras = [head for head in model.children() if heads.is_camera_head(head)]
+        self._cameras = {name: head for name, head in model.named_children() if heads.is_camera_head(head)}
+        self._name = (
+            next(name for name, module in model.named_modules() if module is aggregator) or type(model).__name__
+        )
         self._refuse_what_cannot_be(model, precision, keep)
         # A copy of the aggregator alone shall copy no more than heads.
         self._model = None if memory_budget is None else model
@@ -179,11 +182,11 @@ class OwnForward:
     def sites(self) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
         """Yield each module whose forward is stood in for, its name, and what runs around that forward."""
         if self._obstacle is None:
-            yield self.aggregator, "", self._run_aggregator
+            yield self.aggregator, self._name, self._run_aggregator
             for name, head in self._dpt.items():
                 yield head, name, self._run_dpt_head
-            for head in self._cameras:
-                yield head, "", self._run_camera_head
+            for name, head in self._cameras.items():
+                yield head, name, self._run_camera_head
 
     def begin(self, images: Any, tokens_per_frame: int | None, tokens_describe: bool, attend: vggt.Attend) -> None:
         """Begin a forward: make its plan.

@@ -158,8 +158,10 @@ def _compare(
         ours_wide = [x.float() for x in read(own(wider_copy(subject, torch.float64), *wide))]
         plain_single = [x.float() for x in read(single(*_converted(inputs, torch.float32)))]
     formula, formula_ratio = _within_budget(plain_single, ours_wide, exact, DOUBT)
+    if formula is not None:
+        return formula, formula_ratio
     reason, ratio = _within_budget(plain, ours, exact)
-    return formula or reason, max(formula_ratio, ratio)
+    return reason, max(formula_ratio, ratio) if reason is None else ratio
 
 
 def _within_budget(

@@ -125,7 +125,7 @@ class TestDepthAnything3:
 
     def test_half_precision(self, da3: nn.Module, photos: Tensor):
         with torch.autocast("cpu", torch.bfloat16):
-            with patch(da3, covisibility="all") as handle:
+            with patch(da3, covisibility="all"):
                 features = da3.backbone(photos)[0][-1][0]
             dense = da3.backbone(photos)[0][-1][0]
         exact = da3.backbone(photos)[0][-1][0]

@@ -1,0 +1,600 @@
+"""Models of VGGT's shape through `patch(fused=True)`: fused they are what they are without, or they run as they are."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from doubles import BAND, FAMILY, images
+from doubles.vggt import DIM, HEADS, VGGT, Aggregator, Attention, CameraHead
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
+
+import svggt_kernels
+from svggt_kernels.inference import own_forward, verification, within_frames
+from svggt_kernels.inference.own_forward import InferenceReport
+
+IMAGES = torch.rand(1, 6, 3, 28, 42, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> VGGT:
+    torch.manual_seed(0)
+    return VGGT().eval()
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    return [*network.aggregator.frame_blocks, *network.aggregator.global_blocks]
+
+
+def outputs(network: nn.Module, change=None, **options: object) -> tuple[dict[str, Tensor], InferenceReport]:
+    """Run a copy, changed after a first forward if there is a change, and return what it gives and the report."""
+    network = copy.deepcopy(network)
+    options = {"covisibility": "all", "fused": True, **options}
+    with torch.no_grad(), svggt_kernels.patch(network, **options) as handle:
+        if change is not None:
+            network(IMAGES)
+            change(network)
+        return network(IMAGES), handle.report().inference
+
+
+def as_without(network: nn.Module, change=None, **options: object) -> InferenceReport:
+    """Assert that a model gives what it gives with fused=False, and return its report."""
+    expected, _ = outputs(network, change, fused=False)
+    actual, report = outputs(network, change, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    return report
+
+
+# What runs fused
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("keep", ["read", "all"])
+def test_full_graph_is_the_unpatched_model(keep: str, cast: bool):
+    network = model()
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(IMAGES.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            plain = network(IMAGES)
+            with svggt_kernels.patch(network, covisibility="all", outputs=keep, fused=True) as handle:
+                fused = network(IMAGES)
+            again = network(IMAGES)
+    report = handle.report().inference
+    assert report.reason is None and report.verification.ratio <= 2
+    assert report.layers_kept == ((1, 3) if keep == "read" else None)
+    for name, expected in exact.items():
+        assert (fused[name].double() - expected).norm() <= 2 * (plain[name].double() - expected).norm(), name
+        assert torch.equal(again[name], plain[name]), name
+
+
+@pytest.mark.parametrize(
+    "covisibility", [svggt_kernels.CovisibilityGraph.sequential(6, 1), "tokens"], ids=["band", "tokens"]
+)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_sparse_graphs_are_those_of_the_attention_that_is_intercepted(covisibility, samples: int):
+    network, pictures, results = model(), torch.rand(samples, 6, 3, 28, 42), []
+    if covisibility == "tokens":
+        covisibility = svggt_kernels.TokenSimilarity(neighbours=2)
+    for fused in (True, False):
+        with torch.no_grad(), svggt_kernels.patch(network, covisibility=covisibility, fused=fused) as handle:
+            out = network(pictures)
+            results.append((out, [graph.to_dense() for graph in handle.graphs], handle.report().calls_last_forward))
+    assert results[0][2] == results[1][2] == 4
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
+    assert all(0 < graph.float().mean() < 1 for graph in results[0][1])
+
+
+def test_a_model_in_float64_runs_fused():
+    network = model().double()
+    with torch.no_grad():
+        expected = network(IMAGES.double())
+        with svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+            torch.testing.assert_close(network(IMAGES.double()), expected)
+    assert handle.report().inference.reason is None
+
+
+def test_bf16_residuals_and_outputs_stay_near():
+    network = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            plain = network(IMAGES)
+        actual, report = outputs(network, precision="bf16")
+    assert report.reason is None
+    for name, expected in plain.items():
+        assert actual[name].dtype == expected.dtype
+        assert (actual[name] - expected).norm() <= 0.05 * expected.norm(), name
+
+
+def test_a_layer_that_was_not_kept_says_so():
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True):
+        layers, _ = network.aggregator(IMAGES)
+        assert len(layers) == 4 and layers[1].shape == layers[3].shape
+        with pytest.raises(RuntimeError, match=r'layer 2 was not kept.*outputs="all"'):
+            layers[2]
+    with torch.no_grad(), svggt_kernels.patch(network.aggregator, covisibility="all", fused=True):
+        assert all(isinstance(layer, Tensor) for layer in network.aggregator(IMAGES)[0])
+
+
+def test_on_the_cpu_a_model_runs_as_it_is_if_not_asked():
+    report = as_without(model(), fused=None)
+    assert report.reason == own_forward.ON_THE_CPU
+
+
+def test_options_of_the_fused_forward_need_it():
+    network = model()
+    assert outputs(network, fused=False)[1] is None
+    with pytest.raises(ValueError, match="leave fused=None"):
+        svggt_kernels.patch(network, precision="bf16", fused=False)
+    with pytest.raises(ValueError, match="needs a model of VGGT's shape, and Pi3 is none"):
+        svggt_kernels.patch(FAMILY["pi3"].create(), covisibility="all", precision="bf16")
+    with pytest.raises(ValueError, match='precision must be "upstream" or "bf16"'):
+        svggt_kernels.patch(network, precision="fp8")
+
+
+# Attention within frames
+
+
+def test_frames_attend_by_pytorch_where_hopper_cannot_run():
+    _, report = outputs(model())
+    assert report.within_frames == ("pytorch",)
+    assert "attention within frames by pytorch" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("backend", "fewest", "runs"), [(None, 66, True), (None, 67, False), ("sdpa", 66, True), ("cpu", 66, False)]
+)
+def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
+    monkeypatch, backend: str | None, fewest: int, runs: bool
+):
+    """The reference backend stands in for Hopper's, which needs its GPU; six frames have 66 tokens."""
+    if backend == "cpu" and svggt_kernels.backends.load("cpu").unsupported(torch.device("cpu"), torch.float32, 64):
+        pytest.skip("the CPU kernels are not built")
+    network, layouts = model(), []
+    plain, _ = outputs(network)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, layout: svggt_kernels.BlockLayout, **options: object) -> Tensor:
+        layouts.append(layout)
+        return svggt_kernels.block_sparse_attention(q, k, v, layout, **options)
+
+    monkeypatch.setattr(within_frames, "FASTER", "sdpa")
+    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", fewest)
+    monkeypatch.setattr(within_frames, "block_sparse_attention", attention)
+    actual, report = outputs(network, backend=backend)
+    assert report.within_frames == (("sdpa",) if runs else ("pytorch",))
+    assert len(layouts) == (4 if runs else 0)
+    assert all(layout is layouts[0] and layout.num_tokens == 11 for layout in layouts)
+    torch.testing.assert_close(actual, plain)
+
+
+@pytest.mark.gpu
+def test_frames_attend_by_hopper_within_the_error_of_bf16(monkeypatch):
+    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", 0)
+    network = model().cuda()
+    device, pictures = torch.device("cuda"), IMAGES.cuda()
+    if (reason := svggt_kernels.backends.load("hopper").unsupported(device, torch.bfloat16, 64)) is not None:
+        pytest.skip(reason)
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(pictures.double())
+        with torch.autocast("cuda", torch.bfloat16), svggt_kernels.patch(network, covisibility="all") as handle:
+            fused = network(pictures)
+        with torch.autocast("cuda", torch.bfloat16):
+            plain = network(pictures)
+    assert handle.report().inference.within_frames == ("hopper",)
+    for name, expected in exact.items():
+        assert (fused[name].double() - expected).norm() <= 2 * (plain[name].double() - expected).norm(), name
+
+
+# What runs as it is
+
+
+class Tempered(Attention):
+    """Attention that other things have a say in, if they are there."""
+
+    temperature = 1.0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for name in ("adapter", "gate"):
+            if hasattr(self, name):
+                part = getattr(self, name)
+                v = part(v) if isinstance(part, nn.Module) else part * v
+        return super().attend(self.temperature * q, k, v)
+
+
+class Hotter(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(3 * q, k, v)
+
+
+class Halved(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class Int8(nn.Linear):
+    """A product with weights of 8 bits, which are parameters of a Linear layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        step = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / step).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("step", step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.step, self.bias)
+
+
+class KeepsADict(Aggregator):
+    """VGGT-X's: outputs by their index."""
+
+    def forward(self, images: Tensor) -> tuple[dict[int, Tensor], int]:
+        layers, first = super().forward(images)
+        return dict(enumerate(layers)), first
+
+
+class ReadsADict(CameraHead):
+    def forward(self, layers: dict[int, Tensor]) -> Tensor:
+        return self.pose(layers[3][:, :, 0])
+
+
+class Gated(Aggregator):
+    """What the gate admits is 0 until weights are loaded into it."""
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
+        layers, first = super().forward(images)
+        return [layer + self.gate * layer.sin() for layer in layers], first
+
+
+class Scaled(Aggregator):
+    """Its attributes have a say."""
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
+        layers, first = super().forward(images)
+        return [self.options["factor"] * layer for layer in layers], first
+
+
+class OfTwoArguments(Aggregator):
+    def forward(self, images: Tensor, prior: Tensor) -> tuple[list[Tensor], int]:
+        return super().forward(images + prior)
+
+
+class TwoArguments(VGGT):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        layers, _ = self.aggregator(images, torch.ones(1))
+        return {"pose": self.camera_head(layers)}
+
+
+def with_two_arguments(network: nn.Module) -> None:
+    network.__class__, network.aggregator.__class__ = TwoArguments, OfTwoArguments
+
+
+def with_a_dict(network: nn.Module) -> None:
+    network.aggregator.__class__ = KeepsADict
+    network.camera_head.__class__ = ReadsADict
+
+
+def with_a_gate(network: nn.Module) -> None:
+    network.aggregator.__class__, network.aggregator.gate = Gated, nn.Parameter(torch.zeros(1))
+
+
+def with_options(network: nn.Module) -> None:
+    network.aggregator.__class__, network.aggregator.options = Scaled, {"factor": 2.0}
+
+
+def heat(network: nn.Module) -> None:
+    for block in blocks_of(network):
+        block.attn.__class__ = Hotter
+
+
+def halve(network: nn.Module) -> None:
+    network.aggregator.frame_blocks[1].norm1 = Halved(DIM).eval()
+
+
+class LessTheMean(nn.Linear):
+    """An MLP that mixes the tokens of a sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(-2, keepdim=True))
+
+
+def mix_tokens(network: nn.Module) -> None:
+    torch.manual_seed(1)
+    for block in blocks_of(network):
+        block.mlp = LessTheMean(DIM, DIM).eval()
+
+
+def quantize(network: nn.Module) -> None:
+    for block in blocks_of(network)[1:6]:
+        block.attn.qkv = Int8(block.attn.qkv).eval()
+
+
+def compile_blocks(network: nn.Module) -> None:
+    network.aggregator.frame_blocks[1] = torch.compile(network.aggregator.frame_blocks[1], backend="eager")
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    network.aggregator.frame_blocks[1] = checkpoint_wrapper(network.aggregator.frame_blocks[1])
+
+
+def attention(name: str, value: object):
+    """Return what puts something into the attention of one frame block and one global block."""
+
+    def change(network: nn.Module) -> None:
+        for block in (network.aggregator.frame_blocks[2], network.aggregator.global_blocks[1]):
+            block.attn.__class__ = Tempered
+            setattr(block.attn, name, value)
+
+    return change
+
+
+def forward_put_on_a_block(network: nn.Module) -> None:
+    block = network.aggregator.frame_blocks[2]
+    block.forward = lambda *args, **kwargs: 1.5 * type(block).forward(block, *args, **kwargs)
+
+
+STRANGERS = {
+    "a temperature": (attention("temperature", 4.0), "attn holds temperature"),
+    "a gate": (attention("gate", nn.Parameter(torch.tensor(0.3))), "attn holds gate"),
+    "an adapter": (attention("adapter", nn.Linear(DIM // HEADS, DIM // HEADS).eval()), "attn holds adapter"),
+    "integer weights": (quantize, "floating-point weights"),
+    "a class of attention": (heat, "the model computes something else"),
+    "an MLP that mixes tokens": (mix_tokens, "the model computes something else"),
+    "a class of a norm": (halve, "norm1 and norm2 are not LayerNorm"),
+    "a compiled block": (compile_blocks, "which the fused block does not know"),
+    "a checkpointed block": (checkpoint_blocks, "which the fused block does not know"),
+    "a forward put on a block": (forward_put_on_a_block, "another forward was put on frame_blocks.2"),
+    "a hook": (
+        lambda x: blocks_of(x)[1].mlp.fc1.register_forward_hook(lambda *_: None),
+        "a hook on frame_blocks.1.mlp.fc1",
+    ),
+    "training mode": (lambda network: network.aggregator.frame_blocks[0].train(), "is in training mode"),
+    "a gate of the aggregator": (with_a_gate, "Gated holds gate"),
+    "an object of the aggregator": (
+        lambda network: setattr(network.aggregator, "plan", object()),
+        "Aggregator holds plan",
+    ),
+    "options of the aggregator": (with_options, "the model computes something else"),
+    "a dict of outputs": (with_a_dict, "it returns layers in a dict"),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["from the start", "after a forward"])
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_a_model_that_is_another_runs_as_it_is(kind: str, later: bool):
+    change, reason = STRANGERS[kind]
+    network = model()
+    if not later:
+        change(network)
+        change = None
+    assert reason in str(as_without(network, change).reason)
+
+
+def test_an_aggregator_that_requires_more_than_images_runs_as_it_is():
+    network = model()
+    assert as_without(network, with_two_arguments).reason == "its forward is given more than images [B, S, 3, H, W]"
+    with_two_arguments(network)
+    assert as_without(network).reason == "the forward of OfTwoArguments takes images, prior"
+
+
+@pytest.mark.parametrize("kind", ["pi3", "da3", "mapanything"])
+def test_models_of_another_shape_run_as_they_are(kind: str):
+    results = []
+    for fused in (True, False):
+        network = FAMILY[kind].create()
+        with torch.no_grad(), svggt_kernels.patch(network, covisibility=BAND, fused=fused) as handle:
+            results.append(network(images()))
+            report = handle.report().inference
+            if fused:
+                assert report.reason is not None and "the model's own forward runs: " in str(report)
+    assert torch.equal(*results)
+
+
+def test_a_class_that_is_changed_after_a_forward_is_seen(monkeypatch: pytest.MonkeyPatch):
+    network, attend = model(), Attention.attend
+
+    def change(_: nn.Module) -> None:
+        monkeypatch.setattr(Attention, "attend", lambda self, q, k, v: attend(self, 3 * q, k, v))
+
+    expected, _ = outputs(network, change, fused=False)
+    monkeypatch.undo()
+    actual, report = outputs(network, change)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert "something else" in report.reason
+
+
+def test_dropout_that_is_switched_on_later_is_not_left_out():
+    network = model()
+    for block in blocks_of(network):
+        block.mlp.drop = nn.Dropout(0.3)
+        block.mlp.act = nn.Sequential(nn.GELU(), block.mlp.drop)
+    network.eval()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+        before = network(IMAGES)["pose"]
+        assert handle.report().inference.reason is None and torch.equal(network(IMAGES)["pose"], before)
+        for block in blocks_of(network):
+            block.mlp.drop.train()
+        assert not torch.equal(network(IMAGES)["pose"], network(IMAGES)["pose"])
+        assert "in training mode" in handle.report().inference.reason
+
+
+def test_gradients_are_those_of_the_model_itself():
+    gradients = []
+    for fused in (False, True):
+        network = model()
+        with svggt_kernels.patch(network, covisibility="all", fused=fused) as handle:
+            network(IMAGES)["pose"].sum().backward()
+        gradients.append(network.aggregator.camera_token.grad)
+    assert torch.equal(*gradients) and handle.report().inference.reason == "gradients are on"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_model_runs_again_as_the_model_itself(reentrant: bool):
+    """A reentrant checkpoint turns gradients off, so in eval mode the first run is fused."""
+
+    def gradient(checkpointed: bool) -> Tensor:
+        network, pictures = model(), IMAGES.clone().requires_grad_()
+        graph = svggt_kernels.CovisibilityGraph.sequential(6, 1)
+        with svggt_kernels.patch(network, covisibility=graph, fused=True):
+
+            def run(x: Tensor) -> Tensor:
+                return network(x)["pose"]
+
+            pose = checkpoint(run, pictures, use_reentrant=reentrant) if checkpointed else run(pictures)
+            pose.square().mean().backward()
+        return pictures.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-7)
+
+
+def test_hooks_on_all_modules_see_all_modules():
+    def seen(fused: bool) -> Counter[str]:
+        names: Counter[str] = Counter()
+        network = model()
+        with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=fused) as handle:
+            network(IMAGES)
+            hook = register_module_forward_hook(lambda module, *_: names.update([type(module).__name__]))
+            try:
+                network(IMAGES)
+            finally:
+                hook.remove()
+            if fused:
+                assert handle.report().inference.reason == "there is a hook on all modules"
+        return names
+
+    assert seen(True) == seen(False)
+
+
+@pytest.mark.parametrize("inside", ["attn.qkv", "mlp", "mlp.act", "attn.proj"])
+def test_a_hook_sees_what_it_sees_without_a_patch(inside: str):
+    network, seen = model(), []
+    for block in network.aggregator.global_blocks:
+        block.get_submodule(inside).register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        network(IMAGES)
+        with svggt_kernels.patch(network, covisibility="all", fused=True):
+            network(IMAGES)
+    assert len(seen) == 8
+    for plain, patched in zip(seen[:4], seen[4:], strict=True):
+        torch.testing.assert_close(patched, plain)
+
+
+def test_a_hook_on_the_aggregator_itself_runs_around_it():
+    network, seen = model(), []
+    network.aggregator.register_forward_hook(lambda module, inputs, out: seen.append(out[0][3].shape))
+    _, report = outputs(network)
+    assert report.reason is None and seen == [(1, 6, 11, 2 * DIM)]
+
+
+# Verifications
+
+
+def test_equal_settings_are_verified_once_for_each_size(monkeypatch: pytest.MonkeyPatch):
+    verified = []
+
+    def counted(module: nn.Module, *given: object) -> verification.Verification:
+        verified.append(type(module).__name__)
+        return verification.verify(module, *given)
+
+    monkeypatch.setattr(own_forward, "verify", counted)
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True):
+        for pictures in (IMAGES, IMAGES, IMAGES[:, :4], IMAGES.repeat(2, 1, 1, 1, 1)):
+            network(pictures)
+        assert verified.count("Aggregator") == 1
+        network(IMAGES[..., :28])
+        network(IMAGES)
+        assert verified.count("Aggregator") == 2
+        with torch.autocast("cpu", torch.bfloat16):
+            network(IMAGES)
+        assert verified.count("Aggregator") == 3
+        network.load_state_dict(network.state_dict())
+        network.aggregator.frame_blocks[0].norm1 = nn.LayerNorm(DIM).eval()
+        network(IMAGES)
+        assert verified.count("Aggregator") == 3
+        network.aggregator.frame_blocks[0].norm1 = nn.LayerNorm(DIM, eps=1e-3).eval()
+        network(IMAGES)
+        assert verified.count("Aggregator") == 4
+        pickle.loads(pickle.dumps(network))(IMAGES)
+        assert verified.count("Aggregator") == 5
+
+
+def test_tokens_that_are_not_finite_say_nothing_of_the_next():
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+        assert network(torch.full_like(IMAGES, math.nan))["pose"].isnan().all()
+        assert handle.report().inference.reason == verification.NOT_FINITE
+        network(IMAGES)
+        assert handle.report().inference.reason is None
+
+
+def test_nothing_is_verified_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch):
+    class OnCuda:
+        """Images whose device is said to be CUDA."""
+
+        is_cuda, shape, dtype, device = True, IMAGES.shape, torch.float32, torch.device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    network = model()
+    with svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+        own = handle._own
+        assert own._unsettled(network.aggregator, lambda _: None) is None
+        assert own._verify(network.aggregator, None, None, (), OnCuda()) is None
+
+
+# Traces
+
+
+def test_undo_leaves_no_trace():
+    network = model()
+
+    def contents() -> list[dict[str, object]]:
+        return [
+            {**vars(module), **{name: dict(x) for name, x in vars(module).items() if isinstance(x, dict)}}
+            for module in network.modules()
+        ]
+
+    before = contents()
+    values = {name: each.clone() for name, each in network.state_dict().items()}
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True):
+        network(IMAGES)
+    assert contents() == before
+    for name, each in network.state_dict().items():
+        assert torch.equal(each, values[name]), name
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"]
+)
+def test_a_copy_runs_fused_with_its_own_weights(duplicate):
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True):
+        expected = network(IMAGES)["pose"]
+        twin = duplicate(network)
+        handle = svggt_kernels.Patch.of(twin)
+        assert handle.report().inference is None
+        assert torch.equal(twin(IMAGES)["pose"], expected) and handle.report().inference.reason is None
+        twin.camera_head.pose.weight.zero_()
+        twin.aggregator.camera_token.zero_()
+        assert not torch.equal(twin(IMAGES)["pose"], expected)
+        assert torch.equal(network(IMAGES)["pose"], expected)
+        handle.undo()
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in twin.modules())
+
+
+def test_a_forward_that_was_replaced_is_named():
+    network = model()
+    handle = svggt_kernels.patch(network, covisibility="all", fused=True)
+    before, network.camera_head.forward = network.camera_head.forward, lambda layers: layers
+    with pytest.raises(RuntimeError, match="the forward of camera_head was replaced"):
+        handle.undo()
+    network.camera_head.forward = before
+    handle.undo()
