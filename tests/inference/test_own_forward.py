@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doubles import BAND, FAMILY, images
-from doubles.vggt import DIM, HEADS, VGGT, Aggregator, Attention, CameraHead
+from doubles.vggt import DIM, HEADS, PATCH, VGGT, Aggregator, Attention, CameraHead, Mlp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.module import register_module_forward_hook
@@ -138,6 +138,86 @@ def test_options_of_the_fused_forward_need_it():
         svggt_kernels.patch(FAMILY["pi3"].create(), covisibility="all", precision="bf16")
     with pytest.raises(ValueError, match='precision must be "upstream" or "bf16"'):
         svggt_kernels.patch(network, precision="fp8")
+
+
+ENCODED: list[torch.Size] = []
+"""Images that an encoder's own forward was given."""
+
+
+class EncoderAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = HEADS, nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+        self.attn, self.mlp = EncoderAttention(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """DINOv2's names and formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_register_tokens = 2
+        self.cls_token = nn.Parameter(torch.randn(1, 1, DIM))
+        self.register_tokens = nn.Parameter(torch.randn(1, 2, DIM))
+        self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
+        self.blocks, self.norm = nn.ModuleList(EncoderBlock() for _ in range(2)), nn.LayerNorm(DIM)
+
+    def prepare_tokens_with_masks(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(images).flatten(2).mT
+        special = torch.cat([self.cls_token, self.register_tokens], 1).expand(len(patches), -1, -1)
+        return torch.cat([special, patches], 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        ENCODED.append(images.shape)
+        x = self.prepare_tokens_with_masks(images)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        if hasattr(self, "gate"):
+            x = x + self.gate
+        return {"x_norm_patchtokens": x[:, 1 + self.num_register_tokens :]}
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_encoder_runs_fused_if_all_that_it_holds_is_known(gated: bool, cast: bool):
+    """A gate of 0 has no effect yet, so the comparison does not tell."""
+    network = model()
+    network.aggregator.patch_embed = Encoder().eval()
+    if gated:
+        network.aggregator.patch_embed.gate = nn.Parameter(torch.zeros(1))
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(IMAGES.double())["pose"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            plain = network(IMAGES)["pose"]
+            with svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+                network(IMAGES)
+                ENCODED.clear()
+                actual = network(IMAGES)["pose"]
+    assert handle.report().inference.reason is None and len(ENCODED) == gated
+    assert (actual.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+
+
+def test_the_former_name_of_the_option_is_told():
+    network = model()
+    with pytest.warns(DeprecationWarning, match="is called fused"):
+        handle = svggt_kernels.patch(network, covisibility="all", lean=False)
+    assert handle.report().inference is None and handle._own is None
+    handle.undo()
 
 
 # Attention within frames
