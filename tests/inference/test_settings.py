@@ -46,7 +46,7 @@ CHANGES = {
     "a submodule": put("mlp.act", nn.SiLU().eval()),
     "a new submodule": put("attn.adapter", nn.Linear(2, 2).eval()),
     "a parameter of another shape": put("norm1.weight", nn.Parameter(torch.ones(1))),
-    "dtypes": lambda block: block.half(),
+    "dtypes": lambda block: block.attn.half(),
     "a buffer": put("offset", torch.zeros(4)),
     "training mode": lambda block: block.mlp.train(),
     "a hook": lambda block: block.mlp.register_forward_hook(lambda *_: None),
