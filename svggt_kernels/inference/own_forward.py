@@ -86,7 +86,10 @@ class OwnForward:
         stated = heads.layers_read(model, self.depth) if self.depth else None
         self.layers = stated if keep == "read" else None
         self._dpt = {name: head for name, head in model.named_modules() if heads.is_dpt_head(head)}
-        self._cameras = [head for head in model.children() if heads.is_camera_head(head)]
+        self._cameras = {name: head for name, head in model.named_children() if heads.is_camera_head(head)}
+        self._name = (
+            next(name for name, module in model.named_modules() if module is aggregator) or type(model).__name__
+        )
         self._refuse_what_cannot_be(model, precision, keep)
         # A copy of the aggregator alone shall copy no more than heads.
         self._model = None if memory_budget is None else model
@@ -141,11 +144,11 @@ class OwnForward:
     def sites(self) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
         """Yield each module whose forward is stood in for, its name, and what runs around that forward."""
         if self._obstacle is None:
-            yield self.aggregator, "", self._run_aggregator
+            yield self.aggregator, self._name, self._run_aggregator
             for name, head in self._dpt.items():
                 yield head, name, self._run_dpt_head
-            for head in self._cameras:
-                yield head, "", self._run_camera_head
+            for name, head in self._cameras.items():
+                yield head, name, self._run_camera_head
 
     def begin(self, images: Any, tokens_per_frame: int | None, tokens_describe: bool, attend: vggt.Attend) -> None:
         """Begin a forward: make its plan.
@@ -161,7 +164,9 @@ class OwnForward:
         """
         self._attend, self._plan = attend, None
         self._within_frames.ran.clear()
-        self.report = replace(self.report, reason=None, verification=None, within_frames=(), heads={}, memory=None)
+        self.report = replace(
+            self.report, reason=self._obstacle, verification=None, within_frames=(), heads={}, memory=None
+        )
         if self.budget is not None:
             self._plan = self._make_plan(images, tokens_per_frame, tokens_describe)
             self.report = replace(self.report, memory=self._plan)
@@ -279,6 +284,8 @@ class OwnForward:
 
         def read(result: Any) -> list[Tensor]:
             layers, first = result
+            if not isinstance(layers, (list, LayerOutputs)):
+                raise TypeError(f"it returns layers in a {type(layers).__name__}, not in a list")
             if first != self.aggregator.patch_start_idx or len(layers) != self.depth:
                 raise ValueError(f"it returns {len(layers)} layers with patches from {first}")
             return [layers[layer] for layer in sorted(self.layers or range(self.depth))]
@@ -318,7 +325,10 @@ class OwnForward:
         if key not in self._verified:
             if images.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
-            self._verified[key] = verify(module, own, read, inputs())
+            found = verify(module, own, read, inputs())
+            if not found.is_final:
+                return found
+            self._verified[key] = found
         return self._verified[key]
 
     @uncompiled(recursive=False)

@@ -8,7 +8,6 @@ whether anything was put in the place of something else.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
 from typing import Any
 
@@ -89,16 +88,20 @@ class _Object:
 
 
 def _setting(value: object) -> Hashable:
-    """Return what stands for an attribute: a plain value, sequences of these, or the identity of an object."""
+    """Return what stands for an attribute: a plain value, containers of these, or the identity of an object."""
     if type(value) in _PLAIN:
         return value
     if isinstance(value, (tuple, list)):
         return type(value), *map(_setting, value)
+    if isinstance(value, dict):
+        return type(value), *((_setting(name), _setting(each)) for name, each in value.items())
     return _Object(value)
 
 
 def is_plain(value: object) -> bool:
     """Whether an attribute has no more to it than what its settings say."""
+    if isinstance(value, dict):
+        return all(map(is_plain, (*value, *value.values())))
     return type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(map(is_plain, value)))
 
 
@@ -127,13 +130,13 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._held = [(inner, _held(inner), _dtypes(inner)) for inner in module.modules()]
+        kinds = {base for inner in module.modules() for base in type(inner).__mro__ if base not in (nn.Module, object)}
         self._containers = [
-            (value, copy.deepcopy(value))
-            for inner in module.modules()
-            for name, value in vars(inner).items()
+            (value, _setting(value))
+            for owner in (*module.modules(), *kinds)
+            for name, value in vars(owner).items()
             if isinstance(value, (list, dict)) and name not in TABLES | CACHES
         ]
-        kinds = {base for inner in module.modules() for base in type(inner).__mro__ if base not in (nn.Module, object)}
         self._classes = [(kind, dict(vars(kind))) for kind in kinds]
 
     def holds(self) -> bool:
@@ -142,9 +145,9 @@ class Snapshot:
             return (
                 all(_held(inner) == held and _dtypes(inner) == dtypes for inner, held, dtypes in self._held)
                 and all(dict(vars(kind)) == content for kind, content in self._classes)
-                and all(now == then for now, then in self._containers)
+                and all(_setting(value) == then for value, then in self._containers)
             )
-        except RuntimeError:  # other tensors, which do not compare as a whole
+        except (RuntimeError, ValueError):  # other tensors or arrays, which do not compare as a whole
             return False
 
 

@@ -118,10 +118,9 @@ class TestDepthAnything3:
 
     def test_half_precision(self, da3: nn.Module, photos: Tensor):
         with torch.autocast("cpu", torch.bfloat16):
-            with patch(da3, covisibility="all") as handle:
+            with patch(da3, covisibility="all"):
                 features = da3.backbone(photos)[0][-1][0]
             dense = da3.backbone(photos)[0][-1][0]
-        assert handle.report().lean_blocks == 12 and handle.report().not_lean == {}
         exact = da3.backbone(photos)[0][-1][0]
         assert (features - exact).norm() <= 2 * (dense - exact).norm()
 
@@ -198,9 +197,6 @@ class TestUniCeption:
         dense = self.run(model, per_view, trailing)
         with patch(model, covisibility="all") as handle:
             torch.testing.assert_close(self.run(model, per_view, trailing), dense)
-        wrapped = type(model.self_attention_blocks[0]).__name__ == "_CheckpointingWrapper"
-        assert handle.report().lean_blocks == (0 if wrapped else 4)
-        assert list(handle.report().not_lean) == (["_CheckpointingWrapper"] if wrapped else [])
         assert handle.modules == ("self_attention_blocks.0.attn", "self_attention_blocks.2.attn")
         assert handle.layout.num_tokens == 5 * (12 + per_view) + trailing
         special = 5 * per_view + trailing

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doubles import FAMILY, images
-from doubles import vggt as vggt_double
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -71,32 +70,6 @@ def test_same_images_with_other_graphs(kind: str, together: bool, graphs: tuple[
     expected = gradients(None, graphs, together=False)
     assert not torch.allclose(gradients(None, graphs[::-1], together=False), expected)
     torch.testing.assert_close(gradients(kind, graphs, together=together), expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_blocks_that_run_lean_are_run_again(reentrant: bool):
-    """A reentrant checkpoint turns gradients off, so in eval mode its blocks run lean."""
-
-    def run(checkpointed: bool) -> Tensor:
-        torch.manual_seed(0)
-        model = vggt_double.VGGT().eval()
-        if checkpointed:
-            process = model.aggregator._process_global_attention
-
-            def again(tokens: Tensor, *sizes: int, pos: Tensor) -> tuple[Tensor, int, list[Tensor]]:
-                out = checkpoint(lambda x: process(x, *sizes, pos=pos)[0], tokens, use_reentrant=reentrant)
-                return out, sizes[-1] + 1, [out.view(*sizes[:4])]
-
-            model.aggregator._process_global_attention = again
-        queue = [CovisibilityGraph.all_visible(4), CovisibilityGraph.sequential(4, 1)]
-        pictures = torch.rand(1, 4, 3, 28, 28)
-        with patch(model, covisibility=lambda _: queue.pop(0), outputs="all"):
-            for _ in range(2):
-                model(pictures.clone().requires_grad_())["pose"].square().mean().backward()
-        return torch.cat([p.grad.flatten() for p in model.aggregator.parameters() if p.grad is not None])
-
-    expected = run(False)
-    assert (run(True) - expected).norm() <= 1e-4 * expected.norm()
 
 
 class OwnCheckpoint(nn.Module):
