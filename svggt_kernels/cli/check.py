@@ -13,7 +13,8 @@ import torch
 from .. import backends
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..proof_of_backends import BUDGET, QUANTITIES, error_ratios, within_budget
+from ..proof import BUDGET, QUANTITIES, within_budget
+from ..proof_of_backends import error_ratios
 from .environment import (
     DTYPES,
     backend_answers,
