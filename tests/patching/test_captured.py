@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from svggt_kernels.models import ForwardInputs, stated_record
 
 from svggt_kernels import CovisibilityGraph, patch
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
-from svggt_kernels.models import ForwardInputs, stated_record
 from svggt_kernels.patching.planning import LAYOUTS_KEPT, Forward, Planner
 
 FRAMES = 6
