@@ -1,11 +1,12 @@
-"""The error budget: how far a result may be from plain attention in float64, without tuned tolerances.
+"""The one rule against float64: an error may be at most `BUDGET` times that of a plain computation in the same dtype.
 
-The error against float64 may be at most twice the error that a plain implementation makes in the same dtype. So a
-tolerance is never a number that somebody chose.
+So no tolerance is a number that somebody chose. `error_ratio` applies the rule to any result, `error_ratios_of` to
+attention.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -69,17 +70,23 @@ def error_ratios_of(
     heads: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return the errors of `attend` as `verify.error_ratios` does those of a backend.
+    """Return the error of attention against float64 as a multiple of the error of plain attention in the same dtype.
+
+    Inputs are normal random numbers, q, k and v views of one packed tensor as models have them. For the gradients of q
+    and k the plain error counts as at least the float32 rounding of the terms whose difference they are.
 
     Args:
         attend: Takes q, k, v and the gradients of output and LSE; returns output, LSE and the gradients of q, k, v.
-        layout: As in `verify.error_ratios`, like all that follow.
-        dtype: Likewise.
-        head_size: Likewise.
-        scale: Likewise.
-        batch: Likewise.
-        heads: Likewise.
-        seed: Likewise.
+        layout: Which key tokens each query token sees; attention runs on its device. Small: its dense mask is formed.
+        dtype: Dtype of the inputs.
+        head_size: D.
+        scale: As in `block_sparse_attention`.
+        batch: B.
+        heads: H; by default enough of them for 1000 rows or more, so that one row does not decide.
+        seed: Seed of the inputs.
+
+    Returns:
+        `error_ratio` of each of `QUANTITIES`.
     """
     if heads is None:
         heads = max(2, 1000 // min(layout.num_tokens, layout.num_key_tokens))
@@ -90,22 +97,41 @@ def error_ratios_of(
     # A row that sees nothing has LSE -inf, which has no gradient.
     inputs[4].masked_fill_(~mask.any(-1).to(layout.device), 0)
 
-    ours = [x.detach().to(device).double() for x in attend(*inputs)]
+    results = [x.detach().to(device) for x in attend(*inputs)]
     q, k, v, grad_out, grad_lse = (x.to(device) for x in inputs)
-    plain = [x.double() for x in plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)]
+    plain = plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)
     q, k, v, grad_out, grad_lse = (x.double() for x in (q, k, v, grad_out, grad_lse))
     exact = plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)
     floors = _cancellation(q, k, v, mask, grad_out, exact[0], exact[1], scale)
-    ratios = {}
-    for name, actual, low, reference in zip(QUANTITIES, ours, plain, exact, strict=True):
-        finite = reference.isfinite()
-        rounded = reference.to(torch.float32 if name == "lse" else dtype).double()
-        allowed = max(_rms((low - reference)[finite]), _rms((rounded - reference)[finite]), floors.get(name, 0.0))
-        error = _rms((actual - reference)[finite])
-        same_infinities = bool((actual[~finite] == reference[~finite]).all())
-        ratio = error / allowed if allowed else float("inf")
-        ratios[name] = (ratio if error else 0.0) if same_infinities else float("nan")
-    return ratios
+    named = zip(QUANTITIES, results, plain, exact, strict=True)
+    return {name: error_ratio(*tensors, floor=floors.get(name, 0.0)) for name, *tensors in named}
+
+
+def error_ratio(result: Tensor, plain: Tensor, exact: Tensor, *, floor: float = 0.0) -> float:
+    """Return the error of a result as a multiple of the error of a plain computation; at most `BUDGET` is right.
+
+    Errors are root mean squares over the whole tensor. The plain error counts as at least that of rounding the exact
+    result once to the dtype of `result`.
+
+    Args:
+        result: What is judged, in the dtype in which it comes.
+        plain: The same as it is usually computed with such inputs, of the same shape.
+        exact: The same computed in float64.
+        floor: What the plain error counts as at least, too.
+
+    Returns:
+        The ratio. NaN, which is never right, where a result is not finite but should be, or the other way round, or the
+        plain error is not finite, which proves nothing.
+    """
+    finite = exact.isfinite()
+    right, unbounded = exact[finite], exact[~finite]
+    error, plain_error, rounding = (_rms(x.double()[finite] - right) for x in (result, plain, exact.to(result.dtype)))
+    allowed = max(plain_error, rounding, floor)
+    if not math.isfinite(plain_error) or not bool((result.double()[~finite] == unbounded).all()):
+        return math.nan
+    if error == 0:
+        return 0.0
+    return error / allowed if allowed else math.inf
 
 
 def within_budget(ratios: dict[str, float]) -> bool:

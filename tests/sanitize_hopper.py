@@ -60,7 +60,10 @@ def main() -> None:
     parser.add_argument("--every-lane", action="store_true", help="compile the kernels with EVERY_LANE_ARRIVES")
     if parser.parse_args().every_lane:
         compile_to_cubin = runtime.compile_to_cubin
-        runtime.compile_to_cubin = lambda file, defines: compile_to_cubin(file, {**defines, "EVERY_LANE_ARRIVES": 1})
+        every_lane = {"EVERY_LANE_ARRIVES": 1}
+        runtime.compile_to_cubin = lambda source, target, defines: compile_to_cubin(
+            source, target, defines | every_lane
+        )
     torch.manual_seed(0)
     for case in CASES:
         print(*case, flush=True)

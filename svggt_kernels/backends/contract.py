@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
+
+_IN_PACKAGE = Path(__file__).parents[1] / "csrc"
+_IN_CHECKOUT = Path(__file__).parents[2] / "csrc"
+SOURCES = _IN_PACKAGE if _IN_PACKAGE.is_dir() else _IN_CHECKOUT
+"""The sources of kernels that are compiled at run time: inside the installed package, or at the top of a checkout."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from .. import backends
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..measure.machine import DTYPES, backend_answers, by_reason, device_name, dtype_name, versions
-from ..proof_of_backends import BUDGET, QUANTITIES, error_ratios, within_budget
+from ..proof import BUDGET, QUANTITIES, within_budget
+from ..proof_of_backends import error_ratios
 from .device import pick_device
 from .text import table
 

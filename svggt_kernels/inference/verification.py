@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..proof import BUDGET
+from ..proof import BUDGET, error_ratio
 from .settings import TABLES, is_plain
 
 __all__ = ["Verification", "unpatched_copy", "verify", "wider_copy"]
@@ -184,14 +184,12 @@ def _within_budget(
         if our.shape != their.shape or our.dtype != their.dtype:
             what = f"{our.dtype} {list(our.shape)}, not {their.dtype} {list(their.shape)}"
             return f"its output {index} is {what}", float("nan")
-        their_error, error = ((x.double() - reference).norm() for x in (their, our))
-        rounding = (reference.to(their.dtype).double() - reference).norm()
-        allowed = torch.maximum(their_error, rounding)
-        if not (reference.isfinite().all() and their_error.isfinite()):
+        if not (reference.isfinite().all() and their.isfinite().all()):
             return NOT_FINITE, float("nan")
-        if their_error > doubt * reference.norm() + rounding:
+        rounding = (reference.to(their.dtype).double() - reference).norm()
+        if (their.double() - reference).norm() > doubt * reference.norm() + rounding:
             return ANOTHER, float("nan")
-        ratio = float(error / allowed) if allowed > 0 else (0.0 if error == 0 else float("inf"))
+        ratio = error_ratio(our, their, reference)
         worst = max(worst, ratio)
         if not ratio <= BUDGET:
             return (

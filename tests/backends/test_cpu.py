@@ -11,7 +11,8 @@ from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.backends import cpu
-from svggt_kernels.proof_of_backends import error_ratios, plain_gradients, within_budget
+from svggt_kernels.proof import plain_gradients, within_budget
+from svggt_kernels.proof_of_backends import error_ratios
 
 CPU = torch.device("cpu")
 try:

@@ -21,7 +21,8 @@ from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.backends import _nvrtc as runtime
 from svggt_kernels.backends import hopper
 from svggt_kernels.backends.hopper import forward_pass
-from svggt_kernels.proof_of_backends import BUDGET, error_ratios, plain_attention, within_budget
+from svggt_kernels.proof import BUDGET, plain_attention, within_budget
+from svggt_kernels.proof_of_backends import error_ratios
 
 NEEDED = hopper.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, 64)
 

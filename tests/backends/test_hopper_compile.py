@@ -12,6 +12,7 @@ import torch
 from tiers import every
 
 from svggt_kernels.backends import _nvrtc as runtime
+from svggt_kernels.backends.contract import SOURCES
 from svggt_kernels.backends.hopper import backward_pass, forward_pass
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
@@ -43,7 +44,7 @@ def name(kernel: runtime.Kernel) -> str:
 @pytest.mark.parametrize("kernel", every(3, [*FORWARD, *BACKWARD]), ids=name)
 def test_compiles_without_spills_and_without_a_warning(kernel: runtime.Kernel, extra: dict[str, int], tmp_path: Path):
     cubin = tmp_path / "kernel.cubin"
-    code, log = runtime.compile_to_cubin(kernel.file, {**dict(kernel.defines), **extra})
+    code, log = runtime.compile_to_cubin(kernel.source, kernel.architecture, {**dict(kernel.defines), **extra})
     assert log == ""
     cubin.write_bytes(code)
     report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
@@ -56,15 +57,14 @@ def test_compiles_without_spills_and_without_a_warning(kernel: runtime.Kernel, e
 
 @pytest.mark.parametrize("with_lse", [False, True], ids=["output alone", "with LSE"])
 def test_the_log_says_that_products_are_serialized(with_lse: bool, tmp_path: Path, monkeypatch):
-    sources = shutil.copytree(runtime.SOURCES, tmp_path / "hopper")
+    sources = shutil.copytree(SOURCES / "hopper", tmp_path / "hopper")
     source = (sources / "forward.cu").read_text()
     assert "if (takes_sums) state.take_sums();" in source
     (sources / "forward.cu").write_text(source.replace("if (takes_sums) state.take_sums();", "state.take_sums();"))
-    monkeypatch.setattr(runtime, "SOURCES", sources)
     kernel = forward_pass.kernel(torch.bfloat16, 64, "bounded", with_lse)
-    assert "serialized" in runtime.compile_to_cubin(kernel.file, dict(kernel.defines))[1]
+    assert "serialized" in runtime.compile_to_cubin(sources / "forward.cu", "sm_90a", dict(kernel.defines))[1]
 
 
 def test_a_source_that_does_not_compile_says_why():
     with pytest.raises(RuntimeError, match=r"forward.cu did not compile with .*error"):
-        runtime.compile_to_cubin("forward.cu", {"HEAD_SIZE": 64})
+        runtime.compile_to_cubin(SOURCES / "hopper" / "forward.cu", "sm_90a", {"HEAD_SIZE": 64})

@@ -11,7 +11,8 @@ from tiers import every
 
 import svggt_kernels.backends.triton as backend
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
-from svggt_kernels.proof_of_backends import BUDGET, error_ratios, within_budget
+from svggt_kernels.proof import BUDGET, within_budget
+from svggt_kernels.proof_of_backends import error_ratios
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...layout import BlockLayout
-from .._nvrtc import TensorMap, tensor_map
+from .operands import TensorMap, tensor_map
 
 PIECE = 8
 """Tokens that the copy engine loads at a time where a tile spans runs."""
