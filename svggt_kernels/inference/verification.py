@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..proof import BUDGET, error_ratio
-from .settings import TABLES, is_plain
+from .settings import TABLES
 
 __all__ = ["Verification", "unpatched_copy", "verify", "wider_copy"]
 
@@ -60,7 +60,7 @@ def _unpatched(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Modul
         if name in ("_parameters", "_buffers"):
             duplicate.__dict__[name].update(value)
         elif name not in TABLES and name != "forward":
-            duplicate.__dict__[name] = value if is_plain(value) else copy.deepcopy(value)
+            duplicate.__dict__[name] = copy.deepcopy(value)
     for name, inner in module._modules.items():
         duplicate._modules[name] = None if inner is None else _unpatched(inner, known)
     return duplicate

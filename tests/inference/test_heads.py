@@ -284,7 +284,7 @@ def adapt(head: nn.Module) -> None:
         (strength("tensor"), "it holds strength of Tensor"),
         (adapt, "adapter holds weight, bias, running_mean, running_var, num_batches_tracked, which the fused head"),
         (lambda head: setattr(head, "adapter", nn.Softplus()), "adapter holds a Softplus, which the fused head"),
-        (lambda head: setattr(head, "table", {}), "it holds table of dict"),
+        (lambda head: setattr(head, "table", {0: object()}), "it holds table of dict"),
         (lambda head: setattr(head, "_forward_impl", head._forward_impl), "one of its methods was replaced"),
         (lambda head: setattr(head, "activation", "linear"), "its activation is 'linear'"),
         (lambda head: head.scratch.train(), "scratch is in training mode"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -196,7 +197,7 @@ def test_frames_attend_by_pytorch_where_hopper_cannot_run():
 
 
 @pytest.mark.parametrize(
-    ("backend", "fewest", "runs"), [(None, 66, True), (None, 67, False), ("sdpa", 66, True), ("cpu", 66, False)]
+    ("backend", "fewest", "runs"), [(None, 66, True), (None, 67, False), ("reference", 66, True), ("cpu", 66, False)]
 )
 def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
     monkeypatch, backend: str | None, fewest: int, runs: bool
@@ -211,11 +212,11 @@ def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
         layouts.append(layout)
         return svggt_kernels.block_sparse_attention(q, k, v, layout, **options)
 
-    monkeypatch.setattr(within_frames, "FASTER", "sdpa")
-    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", fewest)
+    reference = svggt_kernels.backends.load("reference")
+    monkeypatch.setattr(reference, "TRAITS", dataclasses.replace(reference.TRAITS, beats_dense_from=fewest))
     monkeypatch.setattr(within_frames, "block_sparse_attention", attention)
     actual, report = outputs(network, backend=backend)
-    assert report.within_frames == (("sdpa",) if runs else ("pytorch",))
+    assert report.within_frames == (("reference",) if runs else ("pytorch",))
     assert len(layouts) == (4 if runs else 0)
     assert all(layout is layouts[0] and layout.num_tokens == 11 for layout in layouts)
     torch.testing.assert_close(actual, plain)
@@ -223,10 +224,11 @@ def test_frames_attend_by_the_operator_where_the_faster_backend_runs(
 
 @pytest.mark.gpu
 def test_frames_attend_by_hopper_within_the_error_of_bf16(monkeypatch):
-    monkeypatch.setattr(within_frames, "FEWEST_TOKENS", 0)
+    hopper = svggt_kernels.backends.load("hopper")
+    monkeypatch.setattr(hopper, "TRAITS", dataclasses.replace(hopper.TRAITS, beats_dense_from=0))
     network = model().cuda()
     device, pictures = torch.device("cuda"), IMAGES.cuda()
-    if (reason := svggt_kernels.backends.load("hopper").unsupported(device, torch.bfloat16, 64)) is not None:
+    if (reason := hopper.unsupported(device, torch.bfloat16, 64)) is not None:
         pytest.skip(reason)
     with torch.no_grad():
         exact = copy.deepcopy(network).double()(pictures.double())
