@@ -258,9 +258,8 @@ class ModelRunner:
             report = handle.report()
         peak, budget = line.get("peak_gib"), options.get("memory_budget")
         if peak is not None and budget is not None and peak > budget:
-            raise RuntimeError(
-                f"the peak must be within the budget of {budget} GiB, got {peak:.2f}; {report.inference and report.inference.memory}"
-            )
+            plan = None if report.inference is None else report.inference.memory
+            raise RuntimeError(f"the peak must be within the budget of {budget} GiB, got {peak:.2f}; {plan}")
         edges = sum(summary.edges for summary in report.graphs)
         if report.calls_last_forward != len(report.modules) or edges != graph.num_edges:
             raise RuntimeError(

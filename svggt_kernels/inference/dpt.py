@@ -1,7 +1,7 @@
 """VGGT's DPT heads (arXiv 2103.13413), run with the modules' own parameters but few passes over their maps.
 
 The tokens of four layers become maps, which are fused from the coarsest to the finest, up to the size of the image.
-What is computed is upstream's, up to rounding, at inference only. Three things make it leaner:
+What is computed is upstream's, up to rounding, at inference only. Three things make it cheaper:
 
 - Biases, ReLUs and sums go with the convolutions and the upsampling.
 - The 1x1 convolution after each fusion runs before the upsampling, on a quarter of the pixels. They commute, as the

@@ -77,8 +77,8 @@ class Comparison:
         dense: Cost of the whole model as it is.
         sparse: Cost of the whole patched model, by one patch for all runs.
         first_dense_ms: Wall time of the first dense run, ms. First runs are not among those of `dense` and `sparse`.
-        first_sparse_ms: Wall time of `patch` and the first sparse run, ms: with what happens once, the proof of lean
-            blocks and heads, MegaLoc, graph and layout, tables, kernels compiled on first use.
+        first_sparse_ms: Wall time of `patch` and the first sparse run, ms: with what happens once, the verification of
+            the fused forward, MegaLoc, graph and layout, tables, kernels compiled on first use.
         kept_mib: Memory that patch and MegaLoc hold from run to run, MiB; None where it cannot be measured.
         attention: Cost of one global attention.
         deviations: For each output, how far sparse is from dense.

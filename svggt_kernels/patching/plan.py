@@ -15,6 +15,7 @@ from ..layout import BlockLayout
 from ..models import ForwardInputs, ModelRecord
 from ..sources import SOURCES, Covisibility, GivenGraphs, Scene, Source, as_source
 from ..sources.cache import LRUCache
+from ..sources.fingerprint import word_sums
 from .forwards import Forward
 from .order import Order, as_images_lie, earlier_frames_only, frame_order, in_order
 
@@ -83,6 +84,10 @@ class Planner:
                 "images beforehand and give CovisibilityGraph.from_descriptors(MegaLoc.from_pretrained().describe("
                 "images))"
             )
+        elif getattr(self._source, "reads_fingerprints", False):
+            # Begun before the model runs, it is there when the first global attention asks for it.
+            with forward.step("look-up"):
+                forward.word_sums = [word_sums(sample) for sample in images]
 
     def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: Callable[[], tuple[Any, ...]]) -> None:
         """Find the graphs of a forward at its first global attention and lay them over its tokens.
@@ -109,6 +114,7 @@ class Planner:
                 images_are_normalised=self.record.images_are_normalised,
                 tokens=lambda: as_images_lie(tokens()[sample], orders()[sample]),
                 reference_frame=lambda: self._reference_image(orders()[sample]),
+                word_sums=forward.word_sums[sample] if forward.word_sums else None,
                 sample=(sample, batch),
                 step=forward.step,
             )

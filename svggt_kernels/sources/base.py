@@ -24,6 +24,8 @@ class Scene:
         images_are_normalised: Whether they come with ImageNet's mean and deviation taken out.
         tokens: The patch tokens that enter the first global attention, `[S, P, C]`, or a function that returns them.
         reference_frame: The model's reference frame, None if it has none, or a function that returns either.
+        word_sums: What `fingerprint.word_sums` returned of the images, if it was called before; for sources that have
+            `reads_fingerprints`.
         sample: Which sample this is, and of how many.
         step: Times what is done inside its context under a name.
         progress: Whether what takes long may show a bar on stderr.
@@ -37,6 +39,7 @@ class Scene:
         images_are_normalised: bool = False,
         tokens: Tensor | Callable[[], Tensor] | None = None,
         reference_frame: int | Callable[[], int | None] | None = None,
+        word_sums: Tensor | None = None,
         sample: tuple[int, int] = (0, 1),
         step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         progress: bool = False,
@@ -44,6 +47,7 @@ class Scene:
         self.num_frames = num_frames
         self.images = images
         self.images_are_normalised = images_are_normalised
+        self.word_sums = word_sums
         self.sample = sample
         self.step = step
         self.progress = progress

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..graph import CovisibilityGraph
 from .base import Scene
 from .cache import LRUCache
-from .fingerprint import known_fingerprint
+from .fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Similarity:
 class ImageSimilarity(Similarity):
     """A similarity of images; images of the same content give the same graph object again, described once."""
 
-    _fingerprints: LRUCache[bytes] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
     _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     needs: ClassVar[Literal["images"]] = "images"
+    reads_fingerprints: ClassVar[bool] = True
 
     def opened(self) -> ImageSimilarity:
         """Return the same source with a cache of its own."""
@@ -114,7 +114,7 @@ class ImageSimilarity(Similarity):
         if scene.images is None:
             raise ValueError(f"{self.by} compares images, but the scene has none")
         with scene.step("look-up"):
-            key = (known_fingerprint(scene.images, self._fingerprints), scene.images_are_normalised, reference_frame)
+            key = (fingerprint(scene.images, scene.word_sums), scene.images_are_normalised, reference_frame)
         return self._graphs.get(key, new_graph)
 
 

@@ -90,7 +90,7 @@ for signed, values in ((False, 1), (True, 3)):
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=full)])
-def test_kernels_of_lean_blocks_and_heads_compile(capability: int):
+def test_kernels_of_fused_blocks_and_heads_compile(capability: int):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", LEAN, str(capability)], cwd=ROOT, env=environment, capture_output=True, text=True

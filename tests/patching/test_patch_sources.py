@@ -12,7 +12,8 @@ from doubles import BAND, FAMILY, images
 from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph, patch
-from svggt_kernels.sources import SOURCES, Scene, Source, ThumbnailSimilarity, fingerprint
+from svggt_kernels.patching import plan
+from svggt_kernels.sources import SOURCES, Scene, Source, fingerprint, similarity
 from svggt_kernels.sources.base import IMAGENET_DEVIATION, IMAGENET_MEAN
 from svggt_kernels.sources.cache import LRUCache
 from svggt_kernels.sources.thumbnails import thumbnails
@@ -104,69 +105,45 @@ def test_thumbnails_is_a_word():
         assert torch.equal(handle.graph.to_dense(), expected.to_dense())
 
 
-@pytest.fixture
-def fingerprinted(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was read from a device on which reading means waiting, call after call."""
-    read: list[Tensor] = []
-    original = fingerprint.fingerprint
-    monkeypatch.setattr(fingerprint, "is_waited_for", lambda device: True)
-    monkeypatch.setattr(fingerprint, "fingerprint", lambda images: read.append(images) or original(images))
-    return read
-
-
-def test_a_second_forward_on_the_same_images_reads_nothing(fingerprinted: list[Tensor]):
+def test_fingerprints_are_begun_before_the_model_runs(monkeypatch: pytest.MonkeyPatch):
+    """So what the host waits for at the first global attention is done by then."""
+    happened: list[str] = []
+    sums, read = plan.word_sums, similarity.fingerprint
+    monkeypatch.setattr(plan, "word_sums", lambda images: happened.append("sums") or sums(images))
+    monkeypatch.setattr(similarity, "fingerprint", lambda *given: happened.append("read") or read(*given))
     model, pictures = FAMILY["vggt"].create(), images(batch=2)
+    model.aggregator.patch_embed.register_forward_pre_hook(lambda *_: happened.append("model"))
     with patch(model, covisibility="thumbnails") as handle:
-        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-            with mode():
-                model(pictures)
-        assert len(fingerprinted) == 2  # one for each sample
+        model(pictures)
+        assert happened == ["sums", "sums", "model", "read", "read"]
         graphs = handle.graphs
         model(pictures.clone())
-        assert len(fingerprinted) == 4
         assert handle.graphs == graphs
 
 
 @pytest.mark.gpu
-def test_unchanged_images_on_a_gpu_are_not_waited_for():
-    source, pictures = ThumbnailSimilarity().opened(), images(24)[0].cuda()
-    graph = source.graph(Scene(24, images=pictures))
+def test_fingerprints_are_begun_without_waiting():
+    pictures = images(24)[0].cuda()
+    plan.word_sums(pictures)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert source.graph(Scene(24, images=pictures[None][0])) is graph
+        sums = plan.word_sums(pictures)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    pictures[3] *= 0.5
-    assert source.graph(Scene(24, images=pictures)) is not graph
+    assert fingerprint.fingerprint(pictures, sums) == fingerprint.fingerprint(pictures)
 
 
-def test_images_changed_in_place_are_read_again(fingerprinted: list[Tensor]):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_images_changed_in_place_are_read_again(mode):
     model, pictures = FAMILY["vggt"].create(), images(24)
-    with patch(model, covisibility="thumbnails") as handle:
-        model(pictures[0])
+    with mode(), patch(model, covisibility="thumbnails") as handle:
+        model(pictures)
         before = handle.graph
-        changes = (
-            lambda: pictures.copy_(images(24, seed=1)),
-            lambda: pictures[0, 3].mul_(0.5),
-            lambda: pictures.set_(images(24, seed=2)),  # type: ignore[call-overload]
-        )
-        for number, change in enumerate(changes, start=2):
+        for change in (lambda: pictures.copy_(images(24, seed=1)), lambda: pictures.data[0, 3].mul_(0.5)):
             change()
-            model(pictures[0])
-            assert len(fingerprinted) == number
+            model(pictures)
             assert handle.graph is not before
             before = handle.graph
-
-
-def test_tensors_whose_writes_nobody_counts_are_read_each_time(fingerprinted: list[Tensor]):
-    model = FAMILY["vggt"].create()
-    with torch.inference_mode():
-        pictures = images()
-        with patch(model, covisibility="thumbnails"):
-            model(pictures)
-            pictures.mul_(0.5)
-            model(pictures)
-    assert len(fingerprinted) == 2
 
 
 def test_memory_shared_with_numpy_is_read_each_time():
