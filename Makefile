@@ -22,7 +22,7 @@ test-all: $(VENV)/.ready  ## every test that this machine can run
 	$(BIN)/python -m pytest $(PARALLEL) --full
 
 test-native: $(VENV)/.ready  ## the C++ of the CPU backend under address, undefined-behaviour and thread sanitizers
-	$(BIN)/python -m pytest tests/test_cpu_sanitizers.py --full
+	$(BIN)/python -m pytest tests/backends/test_cpu_sanitizers.py --full
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import torch
 
 from svggt_kernels.backends import BACKENDS
 
-from . import attention, model_report, models, repeat, report
+from . import attention, attention_report, model_report, models, repeat
 from .cases import GROUPS, WORK, Case, select
 from .peers import PEERS, backend, names
 from .record import RESULTS, Line, provenance, table, write
@@ -69,7 +69,8 @@ def _lines_of(command: str, device_type: str) -> Path:
 def _report(options: argparse.Namespace) -> int:
     try:
         if options.command == "report":
-            files = report.write(report.read(options.results, options.run), options.output, options.direction)
+            lines = attention_report.read(options.results, options.run)
+            files = attention_report.write(lines, options.output, options.direction)
         else:
             files = model_report.write(model_report.read(options.results), options.output)
     except ImportError as error:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from svggt_kernels.measure.cost import MIB, Cost, allocated_mib, repeated
+from svggt_kernels.measure.machine import dtype_name
+
 from .cases import Case
 from .check import check_forward, check_gradients
 from .peers import Contender
 from .record import Line
-from .timing import MIB, Timing, allocated_mib, measure
 
 KEYS = (
     "case",
@@ -99,7 +101,7 @@ class Runner:
                     self._run_one(case, contender, direction)
 
     def _run_one(self, case: Case, contender: Contender, direction: str) -> None:
-        reason = timing = extra = None
+        reason = cost = extra = None
         try:
             q, k, v, grad = inputs(case, self.device, self.dtype, contender.storage)
             for x in (q, k, v):
@@ -112,11 +114,11 @@ class Runner:
             print(f"{contender.name} on {case.name}, {direction} ...", file=sys.stderr, flush=True)
             reason = self._wrong(case, contender, direction, (q, k, v, grad))
             if reason is None:
-                timing, extra = self._time(case, contender, direction, (q, k, v, grad))
+                cost, extra = self._time(case, contender, direction, (q, k, v, grad))
         except Exception as error:  # whatever a contender raises, the others still run, and the line says what it was
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._add(case, contender, direction, timing, extra, reason)
+        self._add(case, contender, direction, cost, extra, reason)
 
     def _wrong(self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]) -> str | None:
         q, k, v, grad = tensors
@@ -129,7 +131,7 @@ class Runner:
 
     def _time(
         self, case: Case, contender: Contender, direction: str, tensors: tuple[Tensor, ...]
-    ) -> tuple[Timing, float | None]:
+    ) -> tuple[Cost, float | None]:
         """Return the times, and the memory in MiB beyond the inputs and what any contender needs."""
         q, k, v, grad = tensors
         before = allocated_mib(self.device)
@@ -137,30 +139,30 @@ class Runner:
             call = contender.prepare(case, q, k, v)
             if direction == "fwd":
                 with torch.no_grad():
-                    timing = measure(call, self.device, self.seconds)
+                    cost = repeated(call, self.device, self.seconds)
             elif direction == "bwd":
                 backward = _backward(call(), (q, k, v), grad)
-                timing = measure(backward, self.device, self.seconds)
+                cost = repeated(backward, self.device, self.seconds)
             else:
-                timing = measure(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
+                cost = repeated(lambda: torch.autograd.grad(call(), (q, k, v), grad), self.device, self.seconds)
         after = allocated_mib(self.device)
-        if timing.peak_mib is None or before is None or after is None:
-            return timing, None
+        if cost.peak_mib is None or before is None or after is None:
+            return cost, None
         needed = RESULTS_HELD[direction] * q.numel() * q.element_size() / MIB
-        return timing, timing.peak_mib + after - before - needed
+        return cost, cost.peak_mib + after - before - needed
 
     def _add(
         self,
         case: Case,
         contender: Contender,
         direction: str,
-        timing: Timing | None,
+        cost: Cost | None,
         extra: float | None,
         reason: str | None,
     ) -> None:
         tflops = fraction = None
-        if timing is not None:
-            tflops = case.useful_flops(direction) / timing.median / 1e9
+        if cost is not None:
+            tflops = case.useful_flops(direction) / cost.median_ms / 1e9
             problem = contender.name, direction, case.shape, case.log2
             if case.is_dense:
                 self._dense_tflops[problem] = tflops
@@ -169,18 +171,18 @@ class Runner:
         line = {
             "case": case.name,
             "direction": direction,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": list(case.shape),
             "density": case.density,
-            "ms_median": timing and timing.median,
-            "ms_spread": timing and [timing.low, timing.high],
+            "ms_median": cost and cost.median_ms,
+            "ms_spread": cost and [cost.low_ms, cost.high_ms],
             "useful_tflops": tflops,
             "fraction_of_ideal": fraction,
-            "peak_mib": timing and timing.peak_mib,
+            "peak_mib": cost and cost.peak_mib,
             "check": "passed" if reason is None else "failed",
             **contender.labels(self.dtype, direction),
             "edges": case.edges,
-            "ms_per_edge": timing and timing.median / case.edges,
+            "ms_per_edge": cost and cost.median_ms / case.edges,
             "extra_mib": extra,
             **self.provenance,
         }

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, TokenSimilarity, patch
-from svggt_kernels.cli.models import load_model
-from svggt_kernels.cli.options import thumbnails
-from svggt_kernels.cli.truth import read_pairs
-from svggt_kernels.covisibility.colmap import shared_features
-from svggt_kernels.covisibility.megaloc import SIZE
-from svggt_kernels.covisibility.poses import frustum_overlap
-from svggt_kernels.photos import find_photos, load_photos
+from svggt_kernels.io.photos import find_photos, load_photos
+from svggt_kernels.measure.cost import PeakMemory, timed
+from svggt_kernels.measure.truth import read_pairs
+from svggt_kernels.models.loading import load_model
+from svggt_kernels.sources.colmap import shared_features
+from svggt_kernels.sources.megaloc.network import SIZE
+from svggt_kernels.sources.poses import frustum_overlap
+from svggt_kernels.sources.thumbnails import thumbnails
 
 from .record import RESULTS, Line, provenance, write
-from .timing import synchronize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHANNELS = 8448
@@ -64,7 +62,7 @@ def time_graph(options: argparse.Namespace) -> Iterator[Line]:
     CovisibilityGraph.from_descriptors(clustered(2 * FRAMES_PER_PLACE, device))
     for frames in options.frames:
         descriptors = clustered(frames, device)
-        cost, graph = timed(lambda given=descriptors: CovisibilityGraph.from_descriptors(given), device)
+        cost, graph = costing(lambda given=descriptors: CovisibilityGraph.from_descriptors(given), device)
         bridges = 0 if graph.origin is None else len(graph.origin.bridges)
         sizes = {"frames": frames, "channels": CHANNELS, "edges": graph.num_edges, "bridges": bridges}
         yield checked({"case": "graph", **sizes, **cost}, fault_of_graph(graph, descriptors))
@@ -103,7 +101,7 @@ def time_describe(options: argparse.Namespace) -> Iterator[Line]:
         return model.describe(given, size=options.size, batch_size=options.batch_size)
 
     describe(images[: options.batch_size])
-    cost, described = timed(describe, device)
+    cost, described = costing(describe, device)
     sizes = {"images": options.images, "size": options.size, "dtype": options.dtype, "batch_size": options.batch_size}
     sample = torch.linspace(0, len(images) - 1, min(8, len(images))).long()
     yield checked({"case": "describe", **sizes, **cost}, fault_of_descriptors(model, images[sample], described[sample]))
@@ -138,7 +136,7 @@ def checked(line: Line, fault: str | None) -> Line:
 def time_decode(options: argparse.Namespace) -> Iterator[Line]:
     """Time reading photos into frames of MegaLoc's size, by as many threads as `load_photos` takes."""
     photos = find_photos(options.photos)
-    cost, frames = timed(lambda: load_photos(photos, long_side=SIZE), torch.device("cpu"))
+    cost, frames = costing(lambda: load_photos(photos, long_side=SIZE), torch.device("cpu"))
     height, width = frames.shape[-2:]
     yield {"case": "decode", "photos": len(photos), "height": height, "width": width, "seconds": cost["seconds"]}
 
@@ -241,21 +239,12 @@ def clustered(frames: int, device: torch.device) -> Tensor:
     return descriptors
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Line, Any]:
-    """Return what one call costs, and what it returns.
-
-    The peak is that of the allocator on CUDA, what was held before included; else that of the process so far.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else held
-    return {"seconds": seconds, "peak_gib": peak / GIB}, result
+def costing(call: Callable[[], Any], device: torch.device) -> tuple[Line, Any]:
+    """Return the seconds and the peak of memory of one call, what was held before included, and what it returns."""
+    memory = PeakMemory(device)
+    result, elapsed_ms = timed(call, device)
+    peak_mib = memory.highest_mib
+    return {"seconds": elapsed_ms / 1000, "peak_gib": None if peak_mib is None else peak_mib / 1024}, result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

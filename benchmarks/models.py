@@ -5,7 +5,7 @@ neighbours are the five frames before and after; with the suffix `-random` each 
 sees those and the frames that drew it, ten on average. With `-8a` behind the neighbours all frames also see 8 anchors,
 evenly spread.
 
-Models have random weights: time and memory do not depend on them. `vggt-1b` is the upstream code, importable as `vggt`,
+Models have random weights: time and memory do not depend on them. `vggt-1b` is the model `vggt` of the package's table,
 at 518 x 392 pixels (1041 tokens a frame); `toy` is the package's own small model, at 154 x 112 pixels (93 tokens).
 """
 
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import re
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,18 +25,23 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, patch
-from svggt_kernels.toy import ToyMultiViewTransformer
+from svggt_kernels.measure.cost import PeakMemory, timed
+from svggt_kernels.measure.machine import dtype_name
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.models.loading import build
 
 from .record import Line
-from .timing import synchronize
 
 NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(?:-(\d+)a)?(-random)?")
 PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
 """Height and width of the images of each model."""
 
+KINDS = {"toy": RUNNABLE["toy"], "vggt-1b": RUNNABLE["vggt"]}
+"""How to build, feed and read each model."""
+
 SYSTEMS: dict[str, dict[str, Any]] = {
     "upstream": {},
-    "svggt-attention": {"lean": False},
+    "svggt-attention": {"fused": False},
     "svggt": {},
     "svggt-bf16": {"precision": "bf16"},
     "svggt-40gib": {"memory_budget": 40},
@@ -52,7 +55,6 @@ FASTVGGT: dict[str, int | None] = {"pruned-dense": None, "fastvggt": 0}
 calls itself `vggt` too, so a process has either."""
 
 CHECKED_FRAMES = 4
-GIB = 2**30
 
 KEYS = (
     "case",
@@ -213,13 +215,9 @@ class ModelRunner:
         try:
             model = self._model(case.model)
         except ImportError as error:
-            self.not_run.append(
-                f"{case.name}: not run: {error}; "
-                "pip install --no-deps git+https://github.com/facebookresearch/vggt && "
-                "pip install einops huggingface_hub safetensors"
-            )
+            self.not_run.append(f"{case.name}: not run: {error}")
             return
-        is_fastvggt = hasattr(getattr(model, "aggregator", None), "merging")
+        is_fastvggt = _is_fastvggt(model)
         for system in systems:
             if is_fastvggt != (system in FASTVGGT):
                 package = "FastVGGT's" if system in FASTVGGT else "upstream's"
@@ -260,7 +258,8 @@ class ModelRunner:
             report = handle.report()
         peak, budget = line.get("peak_gib"), options.get("memory_budget")
         if peak is not None and budget is not None and peak > budget:
-            raise RuntimeError(f"the peak must be within the budget of {budget} GiB, got {peak:.2f}; {report.memory}")
+            plan = None if report.inference is None else report.inference.memory
+            raise RuntimeError(f"the peak must be within the budget of {budget} GiB, got {peak:.2f}; {plan}")
         edges = sum(summary.edges for summary in report.graphs)
         if report.calls_last_forward != len(report.modules) or edges != graph.num_edges:
             raise RuntimeError(
@@ -272,27 +271,19 @@ class ModelRunner:
         line["density"] = report.token_density
 
     def _measure(self, case: ModelCase, model: nn.Module, line: Line) -> None:
-        images = self._images(case.model, case.frames)
+        images = KINDS[case.model].feed(self._images(case.model, case.frames))
         with self._inference():
             if hasattr(model, "aggregator"):
-                line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images[None]))
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+                line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images))
+            memory = PeakMemory(self.device)
             line["seconds_full"] = self._seconds(lambda: model(images))
             if self.device.type == "cuda":
-                line["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+                line["peak_gib"] = memory.highest_mib / 1024
         line["measured"] = True
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(1 + self.repeats):
-            synchronize(self.device)
-            started = time.perf_counter()
-            result = call()
-            synchronize(self.device)
-            times.append(time.perf_counter() - started)
-            del result
-        return statistics.median(times[1:])
+        times_ms = [timed(call, self.device)[1] for _ in range(1 + self.repeats)]
+        return statistics.median(times_ms[1:]) / 1000
 
     def _deviation(self, case: ModelCase, model: nn.Module, options: dict[str, Any]) -> tuple[float, str | None]:
         """Return how far the output strays when patched with the full graph, and why that is too far, or None.
@@ -300,16 +291,17 @@ class ModelRunner:
         The budget is that of the operator: the error against higher precision may be at most twice that of the
         unpatched model, for each output.
         """
-        images = self._images(case.model, CHECKED_FRAMES)
+        kind = KINDS[case.model]
+        images = kind.feed(self._images(case.model, CHECKED_FRAMES))
         with self._inference():
-            plain = dict(_tensors(model(images)))
+            plain = kind.outputs(model(images))
             with patch(model, covisibility="all", **options):
-                patched = dict(_tensors(model(images)))
+                patched = kind.outputs(model(images))
         with torch.no_grad():
             if self.dtype == torch.float32:
-                exact = dict(_tensors(copy.deepcopy(model).double()(images.double())))
+                exact = kind.outputs(copy.deepcopy(model).double()(images.double()))
             else:
-                exact = dict(_tensors(model(images)))
+                exact = kind.outputs(model(images))
         deviation, reason = 0.0, None
         for name, expected in exact.items():
             error, allowed = (float((x.double() - expected.double()).norm()) for x in (patched[name], plain[name]))
@@ -336,7 +328,11 @@ class ModelRunner:
     def _model(self, name: str) -> nn.Module:
         if name not in self._models:
             self._models.clear()
-            self._models[name] = _build(name, self.device)
+            model: Any = build(KINDS[name], self.device)
+            if _is_fastvggt(model):
+                model.to(torch.bfloat16)
+                model.update_patch_dimensions(*(side // 14 for side in reversed(PIXELS[name])))
+            self._models[name] = model
         return self._models[name]
 
     def _add(self, case: ModelCase, system: str, line: Line) -> None:
@@ -344,7 +340,7 @@ class ModelRunner:
         line |= {
             "case": case.name,
             "system": system,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": [case.frames, 3, height, width],
             **self.provenance,
         }
@@ -355,31 +351,5 @@ class ModelRunner:
         self.write(ordered)
 
 
-def _build(name: str, device: torch.device) -> nn.Module:
-    if name == "toy":
-        return ToyMultiViewTransformer.create().to(device)
-    from vggt.models.vggt import VGGT
-
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.device(device):
-        torch.manual_seed(0)
-        if "merging" in inspect.signature(VGGT.__init__).parameters:
-            model = VGGT(enable_point=True).eval().to(device, torch.bfloat16)
-            model.update_patch_dimensions(*(side // 14 for side in reversed(PIXELS[name])))
-            return model
-        # Its image statistics are made by a constructor that does not know the context.
-        return VGGT().eval().to(device)
-
-
-def _tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors of nested dicts and lists, each with its path; the images are no output."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield name, output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            if key != "images":
-                yield from _tensors(value, f"{name}.{key}")
-    elif isinstance(output, list | tuple):
-        for index, value in enumerate(output):
-            yield from _tensors(value, f"{name}.{index}")
+def _is_fastvggt(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "aggregator", None), "merging")

@@ -13,11 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import block_sparse_attention, prepare
-    from .covisibility import CovisibilityGraph, MegaLoc
+    from .graph import CovisibilityGraph
     from .layout import BlockLayout
-    from .patching import MegaLocSimilarity, Patch, PatchReport, TokenSimilarity, patch
+    from .patching import Patch, PatchReport, patch
+    from .sources import MegaLoc, MegaLocSimilarity, TokenSimilarity
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BlockLayout": "layout",
+    "CovisibilityGraph": "graph",
+    "MegaLoc": "sources",
+    "MegaLocSimilarity": "sources",
+    "Patch": "patching",
+    "PatchReport": "patching",
+    "TokenSimilarity": "sources",
+    "block_sparse_attention": "attention",
+    "patch": "patching",
+    "prepare": "attention",
+}
 
 __all__ = [
     "BlockLayout",
@@ -32,16 +46,11 @@ __all__ = [
     "prepare",
 ]
 
-_HOMES = ("attention", "covisibility", "layout", "patching")
-
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for home in _HOMES:
-            module = import_module(f".{home}", __name__)
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

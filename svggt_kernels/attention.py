@@ -34,7 +34,7 @@ def block_sparse_attention(
     defined.
 
     Args:
-        q: Queries `[B, H, N, D]`; any strides. float16, bfloat16 or float32, with the sdpa backend also float64.
+        q: Queries `[B, H, N, D]`; any strides. float16, bfloat16 or float32, with the reference backend also float64.
         k: Keys `[B, H, N', D]`, same dtype and device; N' = N unless the layout is rectangular.
         v: Values `[B, H, N', D]`, likewise.
         layout: Who sees whom, on the device of q.
@@ -43,8 +43,8 @@ def block_sparse_attention(
             where q is computed anyway and can be multiplied by `D ** -0.5 * log2(e)` before it is rounded. The LSE
             stays in natural logarithm.
         return_lse: If True also return the log-sum-exp of the scaled scores over the visible keys.
-        backend: "hopper", "triton", "metal", "cpu", "sdpa", or None for the first of them that can run these inputs (on
-            Apple's GPUs the faster one). A named backend runs or raises.
+        backend: "hopper", "triton", "metal", "cpu", "reference", or None for the first of them that can run these
+            inputs (on Apple's GPUs the faster one). A named backend runs or raises.
 
     Returns:
         The output `[B, H, N, D]` in the dtype of q; its memory lies as `[B, N, H, D]`, so that merging the heads
@@ -69,7 +69,7 @@ def block_sparse_attention(
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tables, backward_tables = _tables(layout, name, q.dtype, q.shape[-1], training)
-    need_lse = return_lse or (training and backends.load(name).SAVES_LSE)
+    need_lse = return_lse or (training and backends.load(name).TRAITS.saves_lse)
     out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, backward_tables, float(scale), need_lse, name)
     return (out, lse) if return_lse else out
 
@@ -142,10 +142,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, bac
         TypeError: If no backend can.
     """
     if backend is not None:
-        reason = backends.load(backend).unsupported(device, dtype, head_size)
+        kernels = backends.load(backend)
+        reason = kernels.unsupported(device, dtype, head_size)
         if reason is not None:
             raise ValueError(f"backend {backend} cannot run this: {reason}; choose another backend or backend=None")
-        return backend
+        return kernels.NAME
     why = backends.reasons(device, dtype, head_size, unnamed=True)
     for name, reason in why.items():
         if reason is None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .covisibility.graph import CovisibilityGraph
+from .graph.graph import CovisibilityGraph
 from .streams import StreamOrder
 
 
@@ -60,40 +60,26 @@ class FrameTokens:
         return np.concatenate([np.concatenate([leading, closing], axis=1).ravel(), trailing])
 
 
-class Runs(NamedTuple):
-    """Runs of visible tokens, one group of rows per frame and a last group for the dense rows; int32 tensors.
+DENSE = -(2**31)
+"""The highest bit of an int32: a run with it starts at a place among the dense columns, not at a token."""
 
-    Rows of group `g < S` are the ordinary tokens `row_start[g] : row_start[g] + row_length[g]`. They see the columns
-    `start[r] : start[r] + length[r]` for `r` in `offsets[g] : offsets[g + 1]`, and `dense_columns`.
-    Rows of group `S` are `dense_rows`; their one run is all columns. Entries of `start` and `length` behind the last
-    offset mean nothing: their number is an upper bound that needs no value from the device.
+
+class Runs(NamedTuple):
+    """Runs of visible columns, one group of rows per frame and a last group for the dense rows; int32 tensors.
+
+    Rows of group `g < S` are the ordinary tokens `row_start[g] : row_start[g] + row_length[g]`. They see the runs `r`
+    of `offsets[g] : offsets[g + 1]`: first, ascending, those of tokens, `start[r] : start[r] + length[r]`, then, with
+    `start[r]` below 0, those of the dense columns `dense_columns[start[r] - DENSE :][: length[r]]`.
+    Rows of group `S` are `dense_rows`; their one run is all tokens. Behind the last offset `length` is 0: there are as
+    many places as could be needed, so that no value is read from the device.
     """
 
     row_start: Tensor  # [S + 1]
     row_length: Tensor  # [S + 1]
     offsets: Tensor  # [S + 2]
-    start: Tensor  # [<= E + 1]
-    length: Tensor  # [<= E + 1]
+    start: Tensor
+    length: Tensor
     columns: Tensor  # [S + 1], how many columns a group sees, dense ones included
-    dense_rows: Tensor  # [M]
-    dense_columns: Tensor  # [M']
-
-
-class Tiles(NamedTuple):
-    """The runs cut into tiles, in the order in which kernels should launch them; int32 tensors.
-
-    `rows[t]` is (group, start, length) of row tile `t`; start counts tokens, or entries of `dense_rows` for the dense
-    group. A group sees its full tiles (`full_start`, each of the column block), its tails (`tail_start` and
-    `tail_length`, the rest of each run in pieces of at most the tail block), and, unless it is the dense group,
-    `dense_columns`.
-    """
-
-    rows: Tensor  # [T, 3]
-    full_offsets: Tensor  # [S + 2]
-    full_start: Tensor
-    tail_offsets: Tensor  # [S + 2]
-    tail_start: Tensor
-    tail_length: Tensor
     dense_rows: Tensor  # [M]
     dense_columns: Tensor  # [M']
 
@@ -104,7 +90,7 @@ class BlockLayout:
 
     Ordinary tokens of frame i see the ordinary tokens of every frame j with an edge (i, j); dense tokens (special
     tokens with `dense_special`, trailing tokens always) see everything and are seen by everything. Build it with
-    `from_graph`. The runs and tiles that kernels walk are made on the graph's device, without a host sync, when first
+    `from_graph`. The runs that backends cut into tiles are made on the graph's device, without a host sync, when first
     used, and kept; their size follows the number of edges.
 
     Attributes:
@@ -263,45 +249,77 @@ class BlockLayout:
 
     @cached_property
     def runs(self) -> Runs:
-        """The runs of every frame: adjacent visible frames whose tokens touch merge into one."""
+        """The runs of every group; adjacent visible frames whose ordinary tokens touch merge into one."""
+        return self.find_runs(through_dense=False)
+
+    def find_runs(self, *, through_dense: bool) -> Runs:
+        """Return the runs of every group on the graph's device, without a host sync.
+
+        Args:
+            through_dense: If True a run goes on through the dense tokens between two adjacent frames that are both
+                seen, and the runs of dense columns leave those out. If False it ends at them.
+        """
         if self.device.type == "mps":  # its integer operations have gaps
-            return Runs(*(table.to(self.device) for table in self.to("cpu").runs))
+            host = self.to("cpu").find_runs(through_dense=through_dense)
+            return Runs(*(table.to(self.device) for table in host))
         # Tables made under inference mode could not be saved for a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            return self._find_runs()
+            return self._find_runs(through_dense)
 
-    def _find_runs(self) -> Runs:
-        device, graph = self.device, self.graph
-        row_start, row_length = (on_device(a, device) for a in self.queries.ordinary)
-        frame_start, frame_length = (on_device(a, device) for a in self.keys.ordinary)
-        num_dense = len(self.queries.dense)
+    def _find_runs(self, through_dense: bool) -> Runs:
+        device, graph, keys = self.device, self.graph, self.keys
+        num_edges, num_dense, num_dense_rows = len(graph.indices), len(keys.dense), len(self.queries.dense)
+        starts, lengths = keys.ordinary
+        # Of the key frame of each edge: its ordinary tokens, and how many dense columns come before them.
+        first, stop, before = (
+            on_device(x, device)[graph.indices] for x in (starts, starts + lengths, starts - lengths.cumsum() + lengths)
+        )
+        row, edge = graph.rows.long(), torch.arange(num_edges, device=device)
+        begins = torch.ones(num_edges + 1, dtype=torch.bool, device=device)
+        begins[1:-1] = (row[1:] != row[:-1]) | (graph.indices[1:] != graph.indices[:-1] + 1)
+        if not through_dense:
+            begins[1:-1] |= before[1:] != before[:-1]
+        begins, ends = begins[:-1], begins[1:]
+        left_out = before[torch.where(begins, edge, 0).cummax(0).values]  # the first that an edge's run goes through
+        goes_through = ends & (before > left_out)
 
-        start, length = frame_start[graph.indices], frame_length[graph.indices]
-        begins = torch.ones_like(start, dtype=torch.bool)
-        begins[1:] = start[1:] != start[:-1] + length[:-1]
-        begins = _first_of_row(graph.indptr, begins)
-        run_start = _compact(begins, start)
-        run_length = torch.zeros_like(run_start).scatter_add_(0, begins.cumsum(0) - 1, length)
-        runs_before = torch.nn.functional.pad(begins.cumsum(0), (1, 0))
-        offsets = runs_before[graph.indptr]
-        # The dense group's run takes the next place; there is one, as _compact leaves one more than edges.
-        run_start.scatter_(0, offsets[-1:], 0)
-        run_length.scatter_(0, offsets[-1:], self.num_key_tokens if num_dense else 0)
+        # A group has its runs of tokens, then, as each of them that goes through dense columns parts these, one run of
+        # dense columns more than there are such.
+        runs, parting = begins.cumsum(0), goes_through.cumsum(0)
+        runs_before, parting_before = (torch.nn.functional.pad(x, (1, 0))[graph.indptr] for x in (runs, parting))
+        own_dense = min(num_dense, 1)
+        dense_before = torch.arange(graph.num_frames + 1, device=device) * own_dense
+        offsets = torch.nn.functional.pad(runs_before + parting_before + dense_before, (0, 1))
+        offsets[-1] = offsets[-2] + 1  # the dense group's one run
+        unused = (1 + through_dense) * num_edges + graph.num_frames * own_dense + 1
+        start, end = torch.zeros(2, unused + 1, dtype=torch.int64, device=device)
 
-        length_before = torch.nn.functional.pad(run_length.cumsum(0), (1, 0))
-        group_offsets = torch.cat([offsets, offsets[-1:] + 1])
-        columns = length_before[group_offsets].diff()
-        columns[:-1] += len(self.keys.dense)
+        def put(table: Tensor, values: Tensor, at: Tensor, where: Tensor) -> None:
+            table.scatter_(0, torch.where(where, at, unused), values)
 
+        at = runs - 1 + (parting_before + dense_before)[row]
+        put(start, first, at, begins)
+        put(end, stop, at, ends)
+        if num_dense:
+            at = runs_before[row + 1] + dense_before[row] + parting
+            put(start, DENSE + before, at, goes_through)
+            put(end, DENSE + left_out, at - 1, goes_through)
+            start.scatter_(0, runs_before[1:] + parting_before[:-1] + dense_before[:-1], DENSE)
+            end.scatter_(0, offsets[1:-1] - 1, DENSE + num_dense)
+        start.scatter_(0, offsets[-2:-1], 0)
+        end.scatter_(0, offsets[-2:-1], self.num_key_tokens if num_dense_rows else 0)
+
+        length = (end - start)[:unused]
+        row_start, row_length = (on_device(x, device) for x in self.queries.ordinary)
         return Runs(
             row_start=torch.nn.functional.pad(row_start, (0, 1)).int(),
-            row_length=torch.nn.functional.pad(row_length, (0, 1), value=num_dense).int(),
-            offsets=group_offsets.int(),
-            start=run_start.int(),
-            length=run_length.int(),
-            columns=columns.int(),
+            row_length=torch.nn.functional.pad(row_length, (0, 1), value=num_dense_rows).int(),
+            offsets=offsets.int(),
+            start=start[:unused].int(),
+            length=length.int(),
+            columns=torch.nn.functional.pad(length.cumsum(0), (1, 0))[offsets].diff().int(),
             dense_rows=on_device(self.queries.dense, device).int(),
-            dense_columns=on_device(self.keys.dense, device).int(),
+            dense_columns=on_device(keys.dense, device).int(),
         )
 
     def row_tiles(self, row_block: int) -> Tensor:
@@ -326,7 +344,7 @@ class BlockLayout:
         row_length, row_tiles = (on_device(x, self.device) for x in (lengths, counts))
         group_order = torch.nn.functional.pad(torch.cat([by_columns[:num_first], others]), (1, 0), value=num_frames)
         total = int(counts.sum())
-        owner, first = _owners(row_tiles[group_order], total)
+        owner, first = owners(row_tiles[group_order], total)
         group = group_order[owner]
         begin = (torch.arange(total, device=self.device) - first[owner]) * row_block
         length = (row_length[group] - begin).clamp(max=row_block)
@@ -348,50 +366,6 @@ class BlockLayout:
         first = none.scatter_reduce(0, graph.rows.long(), place[indices], "amin", include_self=False)
         return frame[first % graph.num_key_frames]
 
-    def tiles(self, row_block: int, column_block: int, tail_block: int) -> Tiles:
-        """Return the runs cut into tiles of `row_block` x `column_block` tokens, and their rests into tails.
-
-        Raises:
-            ValueError: If there could be 2^31 tiles or more.
-        """
-        runs, num_frames = self.runs, self.graph.num_frames
-        num_full, rest = runs.length // column_block, runs.length % column_block
-        # Runs behind the last offset have length 0, so they add nothing.
-        num_tails = (rest + tail_block - 1) // tail_block
-        full_before, tail_before = (torch.nn.functional.pad(count.cumsum(0), (1, 0)) for count in (num_full, num_tails))
-        full_offsets, tail_offsets = full_before[runs.offsets], tail_before[runs.offsets]
-
-        num_edges, num_runs = len(self.graph.indices), len(runs.start)
-        # At most this many tokens at the ends of the edges: each key frame, the longest first, seen by all it can be.
-        longest_first = np.sort(self.keys.ordinary[1])[::-1]
-        seen_by = np.clip(num_edges - num_frames * np.arange(len(longest_first)), 0, num_frames)
-        most_full = (int((longest_first * seen_by).sum()) + self.num_key_tokens) // column_block
-        if most_full >= 2**31:
-            raise ValueError(
-                f"a layout may have fewer than 2^31 tiles of {column_block} tokens, this one needs up to {most_full}; "
-                "split the query frames over several layouts"
-            )
-        # Of the long tables every pass counts: place i of a run starts at start + (i - first) * block.
-        run, first = _owners(num_full, most_full)
-        full_start = (runs.start - first * column_block)[run]
-        full_start += torch.arange(0, most_full * column_block, column_block, device=self.device)
-        most_tails = num_runs * (-(-(column_block - 1) // tail_block))
-        run, first = _owners(num_tails, most_tails)
-        before = (torch.arange(most_tails, device=self.device) - first[run]) * tail_block
-        tail_start = (runs.start + num_full * column_block)[run] + before
-        tail_length = (rest[run] - before).clamp(max=tail_block)
-
-        return Tiles(
-            rows=self.row_tiles(row_block),
-            full_offsets=full_offsets.int(),
-            full_start=full_start.int(),
-            tail_offsets=tail_offsets.int(),
-            tail_start=tail_start.int(),
-            tail_length=tail_length.int(),
-            dense_rows=runs.dense_rows,
-            dense_columns=runs.dense_columns,
-        )
-
     def __repr__(self) -> str:
         return (
             f"BlockLayout(frames={self.graph.num_frames}, tokens={self.num_tokens}, key_tokens={self.num_key_tokens}, "
@@ -399,7 +373,7 @@ class BlockLayout:
         )
 
 
-def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Return the owner of each place, `[total]`, and the first place of each owner, if owner i has `counts[i]` places.
 
     `total` may exceed the sum of the counts; what is said of the places beyond means nothing. No host sync.
@@ -411,22 +385,10 @@ def _owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return marks[:total].cumsum(0), first
 
 
-def _compact(keep: Tensor, values: Tensor) -> Tensor:
-    """Return the kept values in order at the front of `[n + 1]` places; what is behind means nothing. No host sync."""
-    place = torch.where(keep, keep.cumsum(0) - 1, len(keep))
-    return torch.zeros(len(keep) + 1, dtype=values.dtype, device=values.device).scatter_(0, place, values)
-
-
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:
     """Return host values on the device, on a CPU the same memory. A GPU is not waited for: it reads pinned memory."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _first_of_row(indptr: Tensor, begins: Tensor) -> Tensor:
-    """Mark the first edge of every row in `begins`, bool `[E]`; empty rows mark nothing."""
-    marks = torch.nn.functional.pad(begins, (0, 1))
-    return marks.index_fill_(0, indptr[:-1].long(), True)[:-1]
 
 
 def _as_int(name: str, value: object) -> int:

@@ -17,8 +17,8 @@ import math
 import torch
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels.backends import _nvrtc as runtime
 from svggt_kernels.backends import hopper
-from svggt_kernels.backends.hopper import runtime
 
 # Tokens of a frame, special ones of them, head size, dtype, scale. Row tiles: 330 tokens are 192 and 138, 216 ordinary
 # ones 192 and 24, 300 192 and 108, rests of three, one and two warpgroups. 6 x 50 special tokens are more than a tile.
@@ -60,7 +60,10 @@ def main() -> None:
     parser.add_argument("--every-lane", action="store_true", help="compile the kernels with EVERY_LANE_ARRIVES")
     if parser.parse_args().every_lane:
         compile_to_cubin = runtime.compile_to_cubin
-        runtime.compile_to_cubin = lambda file, defines: compile_to_cubin(file, {**defines, "EVERY_LANE_ARRIVES": 1})
+        every_lane = {"EVERY_LANE_ARRIVES": 1}
+        runtime.compile_to_cubin = lambda source, target, defines: compile_to_cubin(
+            source, target, defines | every_lane
+        )
     torch.manual_seed(0)
     for case in CASES:
         print(*case, flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,8 +29,8 @@ class Contender:
         storage: How q, k, v `[B, H, N, D]` should lie in memory, "bhnd" or "bnhd": each contender gets what it likes.
         lse: `lse(case, q, k, v)` returns the log-sum-exp `[B, H, N]` in nats, where the contender offers one.
         variant_of: What the results call it, where that is not its name.
-        softmax: `softmax(dtype)` returns which softmax it computes, where its backend has several.
-        gradients: Which gradients it computes, where its backend has several.
+        choices: `choices(dtype)` returns which "softmax" and "gradients" it computes, where its backend has several;
+            called inside `chosen()`.
         context: `context()` makes its choice among what its backend has; whoever runs it, forward or backward, does so
             inside `chosen()`, which enters it.
     """
@@ -42,8 +42,7 @@ class Contender:
     storage: str = "bhnd"
     lse: Callable[[Case, Tensor, Tensor, Tensor], Tensor] | None = None
     variant_of: str | None = None
-    softmax: Callable[[torch.dtype], str] | None = None
-    gradients: str | None = None
+    choices: Callable[[torch.dtype], Mapping[str, str]] = lambda dtype: {}
     context: Callable[[], AbstractContextManager[None]] | None = None
 
     def labels(self, dtype: torch.dtype, direction: str) -> dict[str, str | None]:
@@ -51,10 +50,12 @@ class Contender:
 
         There are no gradients in direction "fwd".
         """
+        with self.chosen():
+            choices = self.choices(dtype)
         return {
             "backend": self.variant_of or self.name,
-            "softmax": self.softmax and self.softmax(dtype),
-            "gradients": None if direction == "fwd" else self.gradients,
+            "softmax": choices.get("softmax"),
+            "gradients": None if direction == "fwd" else choices.get("gradients"),
         }
 
     def chosen(self) -> AbstractContextManager[None]:

@@ -1,87 +1,59 @@
-"""The backends of svggt_kernels as contenders."""
+"""The backends of svggt_kernels and their variants as contenders; a variant's lines carry its backend's name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from svggt_kernels import backends, block_sparse_attention
-from svggt_kernels.backends import hopper
 
 from ..cases import Case
 from .contender import Contender
 
-ONLINE = "hopper-online"
-"""Backend hopper with the textbook's online softmax in place of its bounded one."""
-
-ACCUMULATED = "hopper-accumulated"
-"""Backend hopper with the gradient of q added up in no fixed order in place of its deterministic one."""
-
 
 def names() -> list[str]:
-    """Return the names that `backend` knows, best backend first."""
-    return [*backends.BACKENDS, ONLINE, ACCUMULATED]
+    """Return the names that `backend` knows, best backend first, then the variants, as hopper-online."""
+    kinds = backends.BACKENDS.items()
+    return [*backends.BACKENDS, *(f"{name}-{variant}" for name, each in kinds for variant in each.TRAITS.variants)]
 
 
 def backend(name: str) -> Contender:
     """Return the backend of svggt_kernels called `name`, or its variant, as a contender."""
-    if name == ONLINE:
-        return _online(backend("hopper"))
-    if name == ACCUMULATED:
-        return _accumulated(backend("hopper"))
+    stem, _, variant = name.partition("-")
+    kernels = backends.load(stem)
 
     def unsupported(case: Case, q: Tensor) -> str | None:
-        return backends.reasons(q.device, q.dtype, q.shape[-1])[name]
+        return backends.reasons(q.device, q.dtype, q.shape[-1])[kernels.NAME]
 
     def prepare(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         layout = case.layout(q.device)
-        return lambda: block_sparse_attention(q, k, v, layout, scale=case.scale, backend=name)
+        return lambda: block_sparse_attention(q, k, v, layout, scale=case.scale, backend=kernels.NAME)
 
     def lse(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layout = case.layout(q.device)
-        return block_sparse_attention(q, k, v, layout, scale=case.scale, backend=name, return_lse=True)[1]
+        return block_sparse_attention(q, k, v, layout, scale=case.scale, backend=kernels.NAME, return_lse=True)[1]
 
-    contender = Contender(name, f"svggt_kernels, backend {name}", unsupported, prepare, lse=lse)
-    return replace(contender, softmax=_softmax, gradients="deterministic") if name == hopper.NAME else contender
-
-
-def _softmax(dtype: torch.dtype) -> str:
-    return "bounded" if dtype == torch.bfloat16 else "online"
+    about = f"svggt_kernels, backend {kernels.NAME}"
+    contender = Contender(kernels.NAME, about, unsupported, prepare, lse=lse, choices=kernels.TRAITS.choices)
+    return _varied(contender, variant, kernels.TRAITS.variants[variant]) if variant else contender
 
 
-def _online(bounded: Contender) -> Contender:
+def _varied(usual: Contender, variant: str, context: Callable[[], AbstractContextManager[None]]) -> Contender:
     def unsupported(case: Case, q: Tensor) -> str | None:
-        if q.dtype != torch.bfloat16:
-            return f"only bfloat16 has a choice of softmax, got {q.dtype}; name {bounded.name}"
-        return bounded.unsupported(case, q)
+        direction = "bwd" if q.requires_grad else "fwd"
+        if varied.labels(q.dtype, direction) == usual.labels(q.dtype, direction):
+            return f"it computes what {usual.name} computes in {q.dtype}, direction {direction}; name {usual.name}"
+        return usual.unsupported(case, q)
 
-    return replace(
-        bounded,
-        name=ONLINE,
-        about=f"{bounded.about}, online softmax",
+    varied = replace(
+        usual,
+        name=f"{usual.name}-{variant}",
+        about=f"{usual.about}, {variant}",
         unsupported=unsupported,
-        variant_of=bounded.name,
-        softmax=lambda dtype: "online",
-        context=partial(hopper.softmax, "online"),
+        variant_of=usual.name,
+        context=context,
     )
-
-
-def _accumulated(deterministic: Contender) -> Contender:
-    def unsupported(case: Case, q: Tensor) -> str | None:
-        if not q.requires_grad:
-            return f"only the backward pass has a choice of gradients, got direction fwd; name {deterministic.name}"
-        return deterministic.unsupported(case, q)
-
-    return replace(
-        deterministic,
-        name=ACCUMULATED,
-        about=f"{deterministic.about}, accumulated gradients",
-        unsupported=unsupported,
-        variant_of=deterministic.name,
-        gradients="accumulated",
-        context=partial(hopper.gradients, "accumulated"),
-    )
+    return varied

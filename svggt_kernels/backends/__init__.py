@@ -1,71 +1,39 @@
 """The table of backends in order of preference, and the choice among them.
 
-A backend is a module with one kernel family: `NAME`, `unsupported`, `tables`, `forward` and `backward`, as `Backend`
-states them; adding one is one line in `BACKENDS`. They never import one another, and what they need beyond torch they
-import when they first run.
+A backend is a module as `contract.Backend` states it; adding one is one line in `BACKENDS`. No name of a backend stands
+above this folder. Backends never import one another, and what they need beyond torch they import when they first run.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+import warnings
+from typing import cast
 
 import torch
-from torch import Tensor
 
-from ..layout import BlockLayout
-from . import cpu, hopper, metal, sdpa, triton
+from . import cpu, hopper, metal, reference, triton
+from .contract import Backend
 
+BACKENDS: dict[str, Backend] = {
+    module.NAME: cast(Backend, module) for module in (hopper, triton, metal, cpu, reference)
+}
 
-class Backend(Protocol):
-    """What a backend module offers."""
-
-    NAME: str
-    SAVES_LSE: bool  # whether `backward` reads the LSE
-
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        """Return why this backend cannot run such q, k, v, as the end of "... cannot run this: "; None if it can."""
-
-    def tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-        """Return the tables of the layout that `forward` walks."""
-
-    def backward_tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
-        """Return the tables of the layout that `backward` walks."""
-
-    def forward(
-        self,
-        q: Tensor,  # [B, H, N, D]
-        k: Tensor,  # [B, H, N', D]
-        v: Tensor,  # [B, H, N', D]
-        tables: list[Tensor],
-        scale: float,
-        need_lse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE, float32 `[B, H, N]` (`[0]` if unneeded)."""
-
-    def backward(
-        self,
-        grad_out: Tensor,  # [B, H, N, D]
-        grad_lse: Tensor | None,  # [B, H, N]
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tables: list[Tensor],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v, `[B, H, N, D]`, laid out as `[B, N, H, D]`."""
-
-
-BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (hopper, triton, metal, cpu, sdpa)}
+RENAMED = {"sdpa": reference.NAME}
+"""Names that backends had, with those that they have."""
 
 
 def load(name: str) -> Backend:
-    """Return the backend module called `name`.
+    """Return the backend module called `name`; warn if it has another name now.
 
     Raises:
         ValueError: If there is no such backend.
     """
+    if name in RENAMED:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f'backend="{name}" is called "{RENAMED[name]}" now; use that name', DeprecationWarning, stacklevel=2
+            )
+        name = RENAMED[name]
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
     return BACKENDS[name]
@@ -79,6 +47,45 @@ def reasons(
     With `unnamed` also why one that can run is passed over where no backend is named.
     """
     why = {name: backend.unsupported(device, dtype, head_size) for name, backend in BACKENDS.items()}
-    if unnamed and why[metal.NAME] is None:
-        why[metal.NAME] = metal.slower(device, dtype, head_size)
+    if unnamed:
+        for name, backend in BACKENDS.items():
+            why[name] = why[name] or backend.TRAITS.unpreferred(device, dtype, head_size)
     return why
+
+
+def passed_over(device: torch.device, dtype: torch.dtype, head_size: int, chosen: str, named: bool) -> dict[str, str]:
+    """Return what would be better than what runs such q, k, v, and why it does not: backends, then the chosen's notes.
+
+    Args:
+        device: Of q, k, v.
+        dtype: Likewise.
+        head_size: D.
+        chosen: The backend that runs them.
+        named: Whether it was named.
+    """
+    why = reasons(device, dtype, head_size, unnamed=not named)
+    better = list(why)[: list(why).index(chosen)]
+    notes = BACKENDS[chosen].TRAITS.notes(dtype)
+    return {name: why[name] or f"backend={chosen!r} was asked for" for name in better} | {
+        name: reason for name, reason in notes.items() if reason is not None
+    }
+
+
+def faster_than_dense(
+    device: torch.device, dtype: torch.dtype, head_size: int, tokens: int, named: str | None = None
+) -> str | None:
+    """Return the backend that beats PyTorch's attention where every token of a sample sees every other; None if none.
+
+    Args:
+        device: Of q, k, v.
+        dtype: Likewise.
+        head_size: D.
+        tokens: Of all samples together.
+        named: The one backend that may be returned; by default any.
+    """
+    for name, backend in BACKENDS.items():
+        fewest = backend.TRAITS.beats_dense_from
+        wanted = named in (None, name) and fewest is not None and tokens >= fewest
+        if wanted and backend.unsupported(device, dtype, head_size) is None:
+            return name
+    return None

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import metal
-from ..covisibility import CovisibilityGraph
+from .. import backends
+from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
-from ..verify import BUDGET, QUANTITIES, error_ratios, within_budget
-from .environment import DTYPES, backend_answers, by_reason, device_name, dtype_name, pick_device, versions
+from ..measure.machine import DTYPES, backend_answers, by_reason, device_name, dtype_name, versions
+from ..proof import BUDGET, QUANTITIES, within_budget
+from ..proof_of_backends import error_ratios
+from .device import pick_device
 from .text import table
 
 HEAD_SIZE = 64
@@ -61,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print(table(rows))
     print("Every backend that can run here is within the budget." if passed else "At least one backend is WRONG here.")
-    if device.type == "mps":
-        print("No Mac was at hand when the Metal kernels were written. Please paste this line into an issue:")
-        print(json.dumps(report_of_mac(device, verdicts)))
+    if trials := [trial for backend in backends.BACKENDS.values() for trial in backend.TRAITS.trials(device)]:
+        print("No such device was at hand when these kernels were written. Please paste this line into an issue:")
+        print(json.dumps(report_for_issue(device, trials, verdicts)))
     return 0 if passed else 1
 
 
@@ -79,21 +81,15 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
     return Verdict(worst)
 
 
-def report_of_mac(device: torch.device, verdicts: dict[str, dict[str, Verdict]]) -> dict[str, object]:
-    """Return what is to know of the Metal kernels on this Mac, as plain data: errors, failures and times."""
-    kernels = []
-    for dtype in DTYPES:
-        for head_size in metal.HEAD_SIZES:
-            failure = metal.unsupported(device, dtype, head_size)
-            times = None if failure else metal.milliseconds(device, dtype, head_size)
-            kernels.append(
-                {"dtype": dtype_name(dtype), "head_size": head_size, "failure": failure, "milliseconds": times}
-            )
+def report_for_issue(
+    device: torch.device, trials: list[dict[str, object]], verdicts: dict[str, dict[str, Verdict]]
+) -> dict[str, object]:
+    """Return what is to know of kernels on a device that nobody had, as plain data: errors, failures and times."""
     return {
         "chip": device_name(device),
         "macos": platform.mac_ver()[0],
         "versions": versions(),
-        "kernels": kernels,
+        "kernels": trials,
         "errors": {
             backend: {
                 dtype: verdict.failure or {name: round(ratio, 3) for name, ratio in verdict.ratios.items()}

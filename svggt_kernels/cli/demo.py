@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from ..covisibility import CovisibilityGraph
-from ..covisibility.evaluation import chance_recall, edge_recall
+from ..demo.walk import walk
+from ..graph import CovisibilityGraph
+from ..graph.recall import chance_recall, edge_recall
 from ..layout import BlockLayout
-from ..scenes import walk
-from .compare import write_results
-from .comparison import compare
-from .environment import pick_device
+from ..measure.compare import compare
+from ..measure.pictures import require_matplotlib
+from ..measure.wording import count, percent, times
+from .device import pick_device
+from .errors import refusals
 from .models import load_model
-from .pictures import require_matplotlib
-from .report import as_text
-from .text import count, percent, stage, times
+from .results import as_text, write_results
+from .text import stage
 
 HEIGHT, WIDTH = 196, 252
 SHARED = 0.05
@@ -22,13 +23,14 @@ SHARED = 0.05
 
 def run(arguments: argparse.Namespace) -> int:
     """Render, compare, tell the story, and write report and pictures; return the exit code."""
-    require_matplotlib()
+    with refusals():
+        require_matplotlib()
     device = pick_device(arguments.device)
     with stage(f"rendering {count(arguments.frames, 'frame')}"):
         scene = walk(arguments.frames, HEIGHT, WIDTH)
     model = load_model("toy", None, device)
     comparison, outputs = compare(
-        model, scene.images.to(device), "tokens", described="10 neighbours by similar tokens of the model"
+        model, scene.images.to(device), "tokens", described="10 neighbours by similar tokens of the model", stage=stage
     )
     pairs = scene.covisible_pairs(SHARED)
     exact = CovisibilityGraph.from_pairs(arguments.frames, pairs)

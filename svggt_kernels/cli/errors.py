@@ -29,15 +29,9 @@ def enough_memory() -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory() from error
-    except RuntimeError as error:
-        if CPU_ALLOCATOR not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and CPU_ALLOCATOR not in str(error):
             raise
-        raise _out_of_memory() from error
-
-
-def _out_of_memory() -> CommandError:
-    return CommandError(
-        "memory ran out; use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)"
-    )
+        raise CommandError(
+            "memory ran out; use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)"
+        ) from error

@@ -7,8 +7,8 @@ import json
 
 import torch
 
-from .environment import backend_answers, by_reason, devices, instruction_sets, versions
-from .packages import installed
+from ..measure.machine import backend_answers, by_reason, devices, instruction_sets, versions
+from ..packages import installed
 from .text import table
 
 OPTIONAL_PACKAGES = {
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         )
     if sets := instruction_sets():
-        print("\nInstruction sets of the cpu backend")
+        print("\nInstruction sets of the CPU")
         print(table([(name, "used" if why is None else f"not used: {why}") for name, why in sets.items()]))
     print("\nOptional packages")
     print(table([(package, version, f"for {OPTIONAL_PACKAGES[package]}") for package, version in optional.items()]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,34 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..covisibility import CovisibilityGraph, CovisibilityReport, GraphSummary
+from ..graph import CovisibilityGraph, CovisibilityReport, GraphSummary
+from ..io.photos import find_photos, is_photo, load_photos
+from ..io.video import load_video
 from ..layout import BlockLayout
+from ..measure.pictures import draw_graph, draw_neighbours, require_matplotlib
+from ..measure.truth import read_pairs
+from ..measure.wording import count, percent, times
+from ..models import RUNNABLE
 from ..patching import patch
-from ..photos import find_photos, is_photo, load_photos
-from ..video import load_video
-from .environment import pick_device
+from ..sources import SOURCES, Scene, Source
+from .device import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
-from .models import KINDS, load_model
-from .options import covisibility, describe, from_images
+from .models import load_model
+from .options import source
 from .parser import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
-from .pictures import draw_graph, draw_neighbours, require_matplotlib
-from .report import against_truth, as_json
-from .text import count, percent, stage, times
-from .truth import read_pairs
+from .results import against_truth, as_json
+from .text import stage
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
-    if not arguments.json:
-        require_matplotlib()
-    kind = KINDS[arguments.model or "toy"] if arguments.covisibility == "tokens" else None
+    kind = RUNNABLE[arguments.model or "toy"] if SOURCES[arguments.covisibility].needs == "tokens" else None
     with refusals():
+        if not arguments.json:
+            require_matplotlib()
         # Whatever its name, a file that is no photo is given to FFmpeg.
         is_video = arguments.folder.is_file() and not is_photo(arguments.folder)
         photos = [] if is_video else find_photos(arguments.folder)
     device = pick_device(arguments.device)
-    graph_of = None if kind else from_images(arguments)
+    covisibility = source(arguments)
     size = {
         "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
         "patch_size": kind.patch_size if kind else arguments.patch_size or PATCH_SIZE,
@@ -58,10 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
         pairs = pairs[(pairs < len(photos)).all(dim=1)]
         if not len(pairs):
             raise CommandError(f"--truth names no pair among the first {count(len(photos), noun)}; raise --max-frames")
-    if graph_of is None:
-        layout, note = _from_model(arguments, frames, device)
+    if kind:
+        layout, note = _from_model(arguments, frames, device, covisibility)
     else:
-        layout, note = _from_photos(arguments, frames, graph_of), None
+        layout, note = _from_photos(arguments, frames, covisibility), None
 
     judged = CovisibilityReport.of(layout.graph, pairs)
     report: dict[str, Any] = {
@@ -70,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         "height": frames.shape[-2],
         "width": frames.shape[-1],
         "tokens_per_frame": layout.queries.lengths[0],
-        "covisibility": describe(arguments),
+        "covisibility": covisibility.label,
         "note": note,
         "graph": asdict(judged.summary),
         "token_density": layout.density,
@@ -83,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(text, end="")
     else:
         print(_as_text(report, judged.summary, noun))
-        files = _pictures(arguments, layout.graph, frames, report["photos"], pairs) | files
+        files = _pictures(covisibility.label, layout.graph, frames, report["photos"], pairs) | files
     write_files(arguments.output, files)
     if not arguments.json:
         *pictures, written = (arguments.output / name for name in files)
@@ -92,9 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _pictures(
-    arguments: argparse.Namespace, graph: CovisibilityGraph, frames: Tensor, names: Sequence[str], pairs: Tensor | None
+    label: str, graph: CovisibilityGraph, frames: Tensor, names: Sequence[str], pairs: Tensor | None
 ) -> dict[str, bytes]:
-    title = f"{count(len(names), 'frame')}, {describe(arguments)}"
+    title = f"{count(len(names), 'frame')}, {label}"
     truth = None if pairs is None else CovisibilityGraph.from_pairs(len(names), pairs)
     return {
         "graph.png": draw_graph(graph, title, truth),
@@ -123,11 +127,10 @@ def _as_text(report: dict[str, Any], summary: GraphSummary, noun: str) -> str:
     return "\n".join(lines)
 
 
-def _from_photos(
-    arguments: argparse.Namespace, frames: Tensor, graph_of: Callable[[Tensor], list[CovisibilityGraph]]
-) -> BlockLayout:
-    with refusals(), stage(describe(arguments)):
-        [graph] = graph_of(frames[None])
+def _from_photos(arguments: argparse.Namespace, frames: Tensor, covisibility: Source) -> BlockLayout:
+    scene = Scene(len(frames), images=frames, reference_frame=0, progress=sys.stderr.isatty())
+    with refusals(), stage(covisibility.label):
+        graph = covisibility.graph(scene).to("cpu")
     patch_size = arguments.patch_size or PATCH_SIZE
     patches = (frames.shape[-2] // patch_size) * (frames.shape[-1] // patch_size)
     special = SPECIAL_TOKENS if arguments.special_tokens is None else arguments.special_tokens
@@ -135,10 +138,12 @@ def _from_photos(
         return BlockLayout.from_graph(graph, patches + special, special_tokens=special)
 
 
-def _from_model(arguments: argparse.Namespace, frames: Tensor, device: torch.device) -> tuple[BlockLayout, str | None]:
+def _from_model(
+    arguments: argparse.Namespace, frames: Tensor, device: torch.device, covisibility: Source
+) -> tuple[BlockLayout, str | None]:
     """Run the patched model once, because its tokens decide; the graph is over the photos in their order."""
     model = load_model(arguments.model or "toy", arguments.weights, device)
-    with refusals(), patch(model.module, covisibility=covisibility(arguments)) as handle:
+    with refusals(), patch(model.module, covisibility=covisibility) as handle:
         with stage(f"running {model.name}"):
             model(frames.to(device))
         inside, graph = handle.layout, handle.graph

@@ -11,11 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..packages import installed
 from .errors import CommandError
-from .packages import installed
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
-BACKENDS = ("hopper", "triton", "metal", "cpu", "sdpa")
 COVISIBILITY = ("megaloc", "tokens", "thumbnails", "sequential", "all")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
@@ -175,7 +174,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
     )
     _add_device(parser)
-    parser.add_argument("--backend", choices=BACKENDS, help="the backend that must run (default: the best that can)")
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="the backend that must run, of those that info lists (default: the best that can)",
+    )
     parser.add_argument(
         "--repeats",
         type=positive,

@@ -8,9 +8,8 @@ global attention, and shared by all.
 
 from __future__ import annotations
 
-from .graphs import MegaLocSimilarity, TokenSimilarity
-from .handle import Patch, patch
-from .planning import SEQUENTIAL_WINDOW
+from .api import patch
+from .handle import Patch
 from .report import PatchReport
 
-__all__ = ["SEQUENTIAL_WINDOW", "MegaLocSimilarity", "Patch", "PatchReport", "TokenSimilarity", "patch"]
+__all__ = ["Patch", "PatchReport", "patch"]

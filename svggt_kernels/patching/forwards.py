@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..compiling import uncompiled
-from ..covisibility import CovisibilityGraph
+from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs
 from .masks import Masks
@@ -46,6 +46,7 @@ class Forward:
         kind: Device, dtype and head size of those calls.
         before: Some values of each frame's tokens before the model reordered its frames.
         after: The same values after.
+        word_sums: Sums that tell the content of each sample's images, where a graph is kept for it.
         masks: The masks of its attention.
         awaiting: Names of modules that ran without gradients though these were on: backward will run them again.
         nodes: Numbers of the autograd nodes made in it.
@@ -65,6 +66,7 @@ class Forward:
     kind: tuple[torch.device, torch.dtype, int] | None = None
     before: Tensor | None = None
     after: Tensor | None = None
+    word_sums: list[Tensor] = field(default_factory=list)
     masks: Masks = field(default_factory=Masks)
     awaiting: set[str] = field(default_factory=set)
     nodes: range = range(0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..covisibility import GraphSummary
-from ..lean import memory
+from ..graph import GraphSummary
+from ..inference.report import InferenceReport
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,7 @@ class PatchReport:
         passed_over: Each better backend, or instruction set of the CPU, and why it did not run.
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
             "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
-        lean_blocks: Blocks run lean in the last forward.
-        within_frames: What computed the attention within frames of those blocks: "hopper" where that backend can,
-            else "pytorch".
-        not_lean: Why blocks did not, by name of their class.
-        lean_heads: Names of the DPT heads that ran lean since the last forward began.
-        heads_not_lean: Why others did not, by name.
-        layers_kept: The layers whose outputs are kept; None for all.
-        memory: How the last forward kept to its budget; None without one.
+        inference: What the fused forward did; None if the patch was made without.
     """
 
     model: str
@@ -49,13 +42,7 @@ class PatchReport:
     backend: str | None
     passed_over: dict[str, str]
     step_seconds: dict[str, float]
-    lean_blocks: int
-    within_frames: tuple[str, ...]
-    not_lean: dict[str, str]
-    lean_heads: tuple[str, ...]
-    heads_not_lean: dict[str, str]
-    layers_kept: tuple[int, ...] | None
-    memory: memory.Plan | None
+    inference: InferenceReport | None
 
     @property
     def planning_seconds(self) -> float:
@@ -87,16 +74,8 @@ class PatchReport:
             lines.append(f"dense over all frames, not patched: {', '.join(self.dense_modules)}")
         steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
         lines.append(f"graph and layout: {1e3 * self.planning_seconds:.1f} ms ({steps})")
-        within = f", attention within frames by {' and '.join(self.within_frames)}" if self.within_frames else ""
-        lines.append(f"lean blocks: {self.lean_blocks}{within}")
-        lines.extend(f"  class {name} runs as it is: {reason}" for name, reason in self.not_lean.items())
-        if self.lean_heads or self.heads_not_lean:
-            lines.append(f"lean heads: {', '.join(self.lean_heads) or 'none'}")
-            lines.extend(f"  {name} runs as it is: {reason}" for name, reason in self.heads_not_lean.items())
-        if self.layers_kept is not None:
-            lines.append(f"layer outputs kept: {', '.join(map(str, self.layers_kept))}")
-        if self.memory is not None:
-            lines.append(f"memory: {self.memory}")
+        if self.inference is not None:
+            lines.append(str(self.inference))
         lines.append(f"backend: {self.backend}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
         return "\n".join(lines)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
+from ..contract import Traits
 from .tables import walk
 
 NAME = "cpu"
-SAVES_LSE = True
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -50,6 +50,14 @@ def passed_over() -> dict[str, str]:
     """Return better instruction sets that this CPU has and the kernels cannot use here, and why not."""
     why = extension().why_amx_is_unused()
     return {"amx_bf16": why} if why else {}
+
+
+def notes(dtype: torch.dtype) -> dict[str, str | None]:
+    """Return the instruction set that the kernels use, and for bfloat16 those of `passed_over`."""
+    return {instruction_set(): None, **(passed_over() if dtype == torch.bfloat16 else {})}
+
+
+TRAITS = Traits(notes=notes)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

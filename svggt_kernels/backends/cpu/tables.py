@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout
+from ...layout import DENSE, BlockLayout
 
 PAD = 16  # tokens of a packed tile are padded to a multiple of this
 
@@ -30,34 +31,33 @@ class Walk(NamedTuple):
 
 def walk(layout: BlockLayout, most_rows: int, most_columns: int) -> Walk:
     """Return the tables of a layout on the CPU, with tiles of at most `most_rows` x `most_columns` tokens."""
-    runs = {name: table.numpy().astype(np.int64) for name, table in layout.runs._asdict().items()}
-    num_groups, num_dense = len(runs["row_start"]), len(runs["dense_columns"])
-    group, start, end = _ranges(layout, runs)
-    cuts = np.unique(np.concatenate([start, end]))
-    first, last = np.searchsorted(cuts, start), np.searchsorted(cuts, end)
+    runs = SimpleNamespace(**{name: table.numpy().astype(np.int64) for name, table in layout.runs._asdict().items()})
+    num_groups, num_dense = len(runs.row_start), len(runs.dense_columns)
+    group, start, length = _walked(layout, runs)
+    is_dense = start < 0
+    token_start, token_end = start[~is_dense], (start + length)[~is_dense]
+    cuts = np.unique(np.concatenate([token_start, token_end]))
+    first, last = np.searchsorted(cuts, token_start), np.searchsorted(cuts, token_end)
 
     pieces = np.diff(cuts)
     seen = np.cumsum(np.bincount(first, minlength=len(cuts)) - np.bincount(last, minlength=len(cuts)))[:-1] > 0
     tiles, tiles_before = _cut(cuts[:-1], np.where(seen, pieces, 0), most_columns)
     dense_tiles, _ = _cut(np.zeros(1, np.int64), np.array([num_dense]), most_columns)
-    ranges = np.stack([tiles_before[first], tiles_before[last]], axis=1)
-    if len(dense_tiles):
-        everyone = np.tile([len(tiles), len(tiles) + len(dense_tiles)], (num_groups, 1))
-        group, ranges = np.concatenate([group, np.arange(num_groups)]), np.concatenate([ranges, everyone])
-    order = np.argsort(group, kind="stable")
     column_tiles = np.concatenate(
         [np.pad(tiles, ((0, 0), (0, 1))), np.pad(dense_tiles, ((0, 0), (0, 1)), constant_values=1)]
     )
+    ranges = np.tile([len(tiles), len(column_tiles)], (len(group), 1))
+    ranges[~is_dense] = np.stack([tiles_before[first], tiles_before[last]], axis=1)
 
     row_tiles = layout.row_tiles(most_rows).numpy().astype(np.int64)
-    cost = row_tiles[:, 2] * runs["columns"][row_tiles[:, 0]]
+    cost = row_tiles[:, 2] * runs.columns[row_tiles[:, 0]]
     return Walk(
         row_tiles=_tensor(row_tiles[np.argsort(-cost, kind="stable")]),
         offsets=_tensor(np.pad(np.cumsum(np.bincount(group, minlength=num_groups)), (1, 0))),
-        runs=_tensor(ranges[order]),
+        runs=_tensor(ranges),
         column_tiles=_tensor(column_tiles),
-        dense_rows=_tensor(runs["dense_rows"]),
-        dense_columns=_tensor(runs["dense_columns"]),
+        dense_rows=_tensor(runs.dense_rows),
+        dense_columns=_tensor(runs.dense_columns),
     )
 
 
@@ -65,18 +65,19 @@ def _tensor(table: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int64))
 
 
-def _ranges(layout: BlockLayout, runs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return group, start and end of every range of ordinary columns that a group sees."""
-    dense_group = len(runs["row_start"]) - 1
-    degree = np.diff(runs["offsets"][: dense_group + 1])
-    group = np.repeat(np.arange(dense_group), degree)
-    start, length = runs["start"][: len(group)], runs["length"][: len(group)]
-    if len(runs["dense_rows"]):
+def _walked(layout: BlockLayout, runs: SimpleNamespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return group, start and length of every run that is not empty; the dense group has one for each key frame."""
+    dense_group = len(runs.row_start) - 1
+    group = np.repeat(np.arange(dense_group), np.diff(runs.offsets[:-1]))
+    start, length = runs.start[: len(group)], runs.length[: len(group)]
+    if len(runs.dense_rows):
+        # As the frames have, so that nothing new is cut; the dense columns come last.
         frame_start, frame_length = layout.keys.ordinary
-        group = np.concatenate([group, np.full(len(frame_start), dense_group)])
-        start, length = np.concatenate([start, frame_start]), np.concatenate([length, frame_length])
+        group = np.append(group, np.full(len(frame_start) + 1, dense_group))
+        start = np.concatenate([start, frame_start, [DENSE]])
+        length = np.concatenate([length, frame_length, [len(runs.dense_columns)]])
     visible = length > 0
-    return group[visible], start[visible], (start + length)[visible]
+    return group[visible], start[visible], length[visible]
 
 
 def _cut(start: np.ndarray, length: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

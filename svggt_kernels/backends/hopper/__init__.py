@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from . import backward_pass, forward_pass, runtime
+from .. import _nvrtc as runtime
+from ..contract import Traits
+from . import backward_pass, forward_pass
 from .tables import Tables, make_tables
 
 NAME = "hopper"
-SAVES_LSE = True
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 128)
@@ -114,6 +115,19 @@ def _choose(what: str, kind: str) -> Iterator[None]:
         _chosen[what] = before
 
 
+def choices(dtype: torch.dtype) -> Mapping[str, str]:
+    """Return the softmax and the gradients that are chosen now."""
+    return _chosen | ({} if dtype == torch.bfloat16 else {"softmax": "online"})
+
+
+TRAITS = Traits(
+    # With fewer the host takes longer to launch the operator than the device to run PyTorch's attention.
+    beats_dense_from=2**15,
+    choices=choices,
+    variants={"online": partial(softmax, "online"), "accumulated": partial(gradients, "accumulated")},
+)
+
+
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
     """Return the row tiles of the layout and its runs; on a CUDA device also load the kernels that walk them.
 
@@ -154,7 +168,7 @@ def _load(kernels: Iterable[runtime.Kernel], device: torch.device) -> None:
 
 
 def _is_bounded(dtype: torch.dtype) -> bool:
-    return _chosen["softmax"] == "bounded" and dtype == torch.bfloat16
+    return choices(dtype)["softmax"] == "bounded"
 
 
 def _accumulates() -> bool:

@@ -7,7 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .runtime import Kernel, Tensor4, TensorMap, defines, launch, multiprocessors, tensor_map
+from .._nvrtc import Kernel, launch, multiprocessors
+from . import operands
+from .operands import Tensor4, TensorMap, defines, tensor_map
 from .tables import Layout, Tables
 
 LOG2_E = 1.4426950408889634
@@ -74,14 +76,14 @@ def kernel(name: str, dtype: torch.dtype, head_size: int, accumulate: bool = Fal
     """Return `backward_keys` (with `accumulate` it also adds to dQ) or `backward_queries`."""
     shared_bytes = SHARED_BYTES[name, accumulate][head_size]
     macros = defines(dtype, head_size, Parameters, shared_bytes) + ((("ACCUMULATE_QUERIES", 1),) if accumulate else ())
-    return Kernel(f"{name}.cu", name, 384, shared_bytes, macros)
+    return operands.kernel(f"{name}.cu", name, 384, shared_bytes, macros)
 
 
 def token_kernel(name: str, dtype: torch.dtype, head_size: int) -> Kernel:
     """Return `backward_inner` or `backward_convert`."""
     parameters = InnerParameters if name == "backward_inner" else ConvertParameters
     macros = (*defines(dtype, head_size, parameters, 0), (name.upper(), 1))
-    return Kernel("backward_tokens.cu", name, 256, 0, macros)
+    return operands.kernel("backward_tokens.cu", name, 256, 0, macros)
 
 
 def kernels(dtype: torch.dtype, head_size: int, accumulate: bool) -> list[Kernel]:

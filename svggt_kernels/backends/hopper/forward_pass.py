@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .runtime import Kernel, Tensor4, defines, launch, multiprocessors
+from .._nvrtc import Kernel, launch, multiprocessors
+from . import operands
+from .operands import Tensor4, defines
 from .tables import ColumnMaps, Layout, Tables
 
 LOG2_E = 1.4426950408889634
@@ -70,7 +72,7 @@ def kernel(dtype: torch.dtype, head_size: int, variant: str, with_lse: bool) -> 
     macros += tuple((name.upper(), value) for name, value in CONFIGS[head_size]._asdict().items())
     macros += {"bounded": (), "bounded-unit": (("UNIT_SCALE", 1),), "online": (("ONLINE", 1),)}[variant]
     macros += (("WITH_LSE", 1),) if with_lse else ()
-    return Kernel("forward.cu", "forward", 128 * (CONSUMERS + 1), SHARED_BYTES[head_size], macros)
+    return operands.kernel("forward.cu", "forward", 128 * (CONSUMERS + 1), SHARED_BYTES[head_size], macros)
 
 
 def forward(

@@ -5,17 +5,13 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ...layout import BlockLayout, on_device
-from .runtime import TensorMap, tensor_map
+from ...layout import BlockLayout
+from .operands import TensorMap, tensor_map
 
 PIECE = 8
 """Tokens that the copy engine loads at a time where a tile spans runs."""
-
-DENSE = -(2**31)
-"""The highest bit: a run with it starts at a place among the dense columns, not at a token."""
 
 
 class Tables(NamedTuple):
@@ -24,66 +20,22 @@ class Tables(NamedTuple):
     rows: Tensor  # [T, 3], see BlockLayout.row_tiles
     columns: Tensor  # [S + 1], how many a group sees
     run_offsets: Tensor  # [S + 2]
-    run_start: Tensor  # a token, or a place among the dense columns, see `DENSE`
+    run_start: Tensor  # as in Runs, like all that follow
     run_length: Tensor
-    dense_rows: Tensor  # as in Runs, as are the dense columns
+    dense_rows: Tensor
     dense_columns: Tensor
 
 
 def make_tables(layout: BlockLayout, row_block: int) -> Tables:
-    """Return the tables for such row tiles as `BlockLayout.row_tiles` makes."""
-    rows, runs = layout.row_tiles(row_block), layout.runs
-    return Tables(rows, runs.columns, *_runs(layout), runs.dense_rows, runs.dense_columns)
+    """Return the tables for such row tiles as `BlockLayout.row_tiles` makes. No host sync.
 
-
-def _runs(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Return offsets, start and length of the runs of each group: of tokens, then of dense columns. No host sync.
-
-    Other than in `BlockLayout.runs` a run goes on through the dense tokens between two frames that are both seen, and
-    the runs of dense columns leave those out. So fewer tiles of columns span runs.
+    Runs go through dense columns, so that fewer tiles of columns span runs.
     """
-    graph, keys, device = layout.graph, layout.keys, layout.device
-    if len(keys.dense) == 0:
-        return layout.runs.offsets, layout.runs.start, layout.runs.length
-    starts, lengths = keys.ordinary
-    # Of the key frame of each edge: its tokens, and how many dense columns come before them.
-    first, end, before = (
-        on_device(x, device)[graph.indices] for x in (starts, starts + lengths, starts - lengths.cumsum() + lengths)
-    )
-    num_edges, row = len(graph.indices), graph.rows.long()
-    edge = torch.arange(num_edges, device=device)
-    begins = torch.ones(num_edges + 1, dtype=torch.bool, device=device)
-    begins[1:-1] = (row[1:] != row[:-1]) | (graph.indices[1:] != graph.indices[:-1] + 1)
-    begins, ends = begins[:-1], begins[1:]
-    left_out = before[torch.where(begins, edge, 0).cummax(0).values]  # the first that the run of an edge goes through
-    goes_through = ends & (before > left_out)
-
-    # A group has its runs of tokens, then, as each run that goes through dense columns parts them, one run more than
-    # such runs of dense columns.
-    runs, parting = begins.cumsum(0), goes_through.cumsum(0)
-    runs_before, parting_before = (torch.nn.functional.pad(x, (1, 0))[graph.indptr] for x in (runs, parting))
-    group = torch.arange(graph.num_frames + 1, device=device)
-    offsets = torch.nn.functional.pad(runs_before + parting_before + group, (0, 1))
-    offsets[-1] = offsets[-2] + 1  # the dense group's one run
-    start, stop = torch.zeros(2, 2 * num_edges + len(offsets), dtype=torch.int64, device=device)
-    unused = len(start) - 1
-
-    def put(table: Tensor, values: Tensor, at: Tensor, where: Tensor | None = None) -> None:
-        table.scatter_(0, at if where is None else torch.where(where, at, unused), values)
-
-    at = runs - 1 + parting_before[row] + row
-    put(start, first, at, begins)
-    put(stop, end, at, ends)
-    first_dense = runs_before[1:] + parting_before[:-1] + group[:-1]
-    put(start, torch.full_like(first_dense, DENSE), first_dense)
-    put(stop, torch.full_like(first_dense, DENSE + len(keys.dense)), offsets[1:-1] - 1)
-    at = runs_before[row + 1] + row + parting
-    put(start, DENSE + before, at, goes_through)
-    put(stop, DENSE + left_out, at - 1, goes_through)
-    last = offsets[-2:-1]
-    put(start, torch.zeros_like(last), last)
-    put(stop, torch.full_like(last, layout.num_key_tokens if len(layout.queries.dense) else 0), last)
-    return offsets.int(), start.int(), (stop - start).int()
+    runs = layout.find_runs(through_dense=True)
+    return Tables(
+        layout.row_tiles(row_block), runs.columns, runs.offsets, runs.start, runs.length, runs.dense_rows,
+        runs.dense_columns,
+    )  # fmt: skip
 
 
 class ColumnMaps(ctypes.Structure):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
+from ..contract import Traits
 from . import shader, trial
 from .work import Work, make_work
 
 NAME = "metal"
-SAVES_LSE = True
 
 DTYPES = tuple(shader.ELEMENTS)
 HEAD_SIZES = shader.HEAD_SIZES
@@ -38,9 +40,23 @@ def slower(device: torch.device, dtype: torch.dtype, head_size: int) -> str | No
     return None if torch.compiler.is_compiling() else trial.slower(_forward, device, dtype, head_size)
 
 
-def milliseconds(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, float]:
-    """Return how long the shader and PyTorch's attention took in a trial, "metal" and "sdpa"."""
-    return trial.milliseconds(_forward, device, dtype, head_size)
+def trials(device: torch.device) -> list[dict[str, object]]:
+    """Return for every dtype and head size what fails on an Apple GPU, or else the times of a trial."""
+    if device.type != DEVICE:
+        return []
+    failures = {kind: unsupported(device, *kind) for kind in product(DTYPES, HEAD_SIZES)}
+    return [
+        {
+            "dtype": str(dtype).removeprefix("torch."),
+            "head_size": head_size,
+            "failure": failure,
+            "milliseconds": None if failure else trial.milliseconds(_forward, device, dtype, head_size),
+        }
+        for (dtype, head_size), failure in failures.items()
+    ]
+
+
+TRAITS = Traits(unpreferred=slower, trials=trials)
 
 
 def _forward(layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

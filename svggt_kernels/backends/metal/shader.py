@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contract import SOURCES
 from .work import ROWS, Work, pieces
 
-_IN_PACKAGE = Path(__file__).parents[2] / "csrc"
-_IN_CHECKOUT = Path(__file__).parents[3] / "csrc"
-SOURCE = (_IN_PACKAGE if _IN_PACKAGE.is_dir() else _IN_CHECKOUT) / "metal" / "block_sparse_attention.metal"
-"""The shader: inside the installed package, or at the top of a checkout."""
+SOURCE = SOURCES / "metal" / "block_sparse_attention.metal"
 
 ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
 HEAD_SIZES = (64, 128)

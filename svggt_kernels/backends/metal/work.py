@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout
+from ...layout import DENSE, BlockLayout
 
 ROWS = 32
 
@@ -28,12 +28,8 @@ def make_work(layout: BlockLayout, device: torch.device) -> Work:
     """Return the work of a layout, which is on the CPU, on a device."""
     runs, num_frames = layout.runs, layout.graph.num_frames
     group, start, count = layout.row_tiles(ROWS).numpy().T
-    offsets = runs.offsets.numpy()
-    spans = np.stack([runs.start.numpy(), runs.length.numpy()], axis=1)[: offsets[-1]]
-    if len(runs.dense_columns):
-        # The dense columns are one more run of every frame; the dense rows see all columns anyway.
-        spans = np.insert(spans, offsets[1:-1], (~0, len(runs.dense_columns)), axis=0)
-        offsets = offsets + np.append(np.arange(num_frames + 1), num_frames)
+    offsets, first = runs.offsets.numpy(), runs.start.numpy().astype(np.int64)
+    spans = np.stack([np.where(first < 0, ~(first - DENSE), first), runs.length.numpy()], axis=1)[: offsets[-1]]
     tiles = np.stack([np.where(group == num_frames, ~start, start), count, offsets[group], offsets[group + 1]], axis=1)
     tables = (tiles, spans, runs.dense_rows.numpy(), runs.dense_columns.numpy())
     columns = runs.columns[torch.from_numpy(group).long()]

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout, Tiles
+from ...layout import BlockLayout
+from ..contract import Traits
+from .tiles import Tiles, make_tiles
 
 NAME = "triton"
-SAVES_LSE = True
+TRAITS = Traits()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_SIZES = (32, 64, 128)
@@ -94,7 +96,7 @@ def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> 
 
 
 def _tiles(layout: BlockLayout, config: Config, tail: int) -> list[Tensor]:
-    return list(layout.tiles(config.rows, config.columns, tail))
+    return list(make_tiles(layout, config.rows, config.columns, tail))
 
 
 def forward(

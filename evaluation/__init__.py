@@ -1,0 +1,1 @@
+"""Accuracy on rendered flats: scenes with exact geometry, a model for them, and its training."""

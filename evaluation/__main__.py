@@ -1,0 +1,27 @@
+"""The command line: `python -m evaluation train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 for a wrong request."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m evaluation", description="Accuracy on rendered flats.")
+    train.add_parser(parser.add_subparsers(required=True, metavar="command"))
+    options = parser.parse_args(arguments)
+    options.arguments = arguments
+    try:
+        return options.run_command(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

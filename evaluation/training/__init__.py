@@ -1,0 +1,1 @@
+"""What trains the small model: scenes from easy to hard, targets, losses, optimisers, and the loop."""

@@ -1,0 +1,87 @@
+"""What a backend is: a module with one kernel family, and what the rest of the package may ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+
+_IN_PACKAGE = Path(__file__).parents[1] / "csrc"
+_IN_CHECKOUT = Path(__file__).parents[2] / "csrc"
+SOURCES = _IN_PACKAGE if _IN_PACKAGE.is_dir() else _IN_CHECKOUT
+"""The sources of kernels that are compiled at run time: inside the installed package, or at the top of a checkout."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What backends may differ in; most need only the defaults.
+
+    Attributes:
+        saves_lse: Whether `backward` reads the LSE.
+        beats_dense_from: The fewest tokens, of all samples together, from which the backend is faster than PyTorch's
+            attention even where every token of a sample sees every other; None if it never is.
+        unpreferred: `unpreferred(device, dtype, head_size)` returns why a backend that can run such q, k, v is passed
+            over where nobody names it, or None.
+        notes: `notes(dtype)` returns what the backend uses of this machine for such inputs, with None, and what better
+            the machine has, with why it is not used. Asked only where the backend can run.
+        trials: `trials(device)` returns what people without such a device want to know of the kernels there, as plain
+            data; empty where it is known.
+        choices: `choices(dtype)` returns which of several ways to compute the backend takes now, by what they concern.
+        variants: Contexts in which it takes another way than by default, by name.
+    """
+
+    saves_lse: bool = True
+    beats_dense_from: int | None = None
+    unpreferred: Callable[[torch.device, torch.dtype, int], str | None] = lambda device, dtype, head_size: None
+    notes: Callable[[torch.dtype], Mapping[str, str | None]] = lambda dtype: {}
+    trials: Callable[[torch.device], list[dict[str, object]]] = lambda device: []
+    choices: Callable[[torch.dtype], Mapping[str, str]] = lambda dtype: {}
+    variants: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    NAME: str
+    TRAITS: Traits
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        """Return why this backend cannot run such q, k, v, as the end of "... cannot run this: "; None if it can."""
+
+    def tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+        """Return the tables of the layout that `forward` walks."""
+
+    def backward_tables(self, layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+        """Return the tables of the layout that `backward` walks."""
+
+    def forward(
+        self,
+        q: Tensor,  # [B, H, N, D]
+        k: Tensor,  # [B, H, N', D]
+        v: Tensor,  # [B, H, N', D]
+        tables: list[Tensor],
+        scale: float,
+        need_lse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE, float32 `[B, H, N]` (`[0]` if unneeded)."""
+
+    def backward(
+        self,
+        grad_out: Tensor,  # [B, H, N, D]
+        grad_lse: Tensor | None,  # [B, H, N]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tables: list[Tensor],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v, `[B, H, N, D]`, laid out as `[B, N, H, D]`."""

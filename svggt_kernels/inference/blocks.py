@@ -1,0 +1,251 @@
+"""Transformer blocks of VGGT's kind, run with the modules' own parameters but few passes over memory.
+
+A block is `x + gamma1 attention(norm1(x))`, then `x + gamma2 mlp(norm2(x))`. Blocks may differ in whether queries and
+keys are normalised or rotated, whether there are gammas, and in their MLP, which must take each token by itself;
+`anatomy` says how. What is computed is upstream's, up to rounding, at inference only: products as the modules compute
+them, under autocast in its dtype, and everything else in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import (
+    add_scaled,
+    add_scaled_and_normalise,
+    gelu_,
+    layer_norm,
+    normalise_and_rotate_,
+)
+from .settings import CACHES, TABLES, is_plain
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""Attention of q, k and v `[B, H, N, D]` with a scale."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+
+OF_COMPILE = frozenset({"_compiled_call_impl", "_is_torch_compile"})
+"""What torch.compile puts on a module that it wraps."""
+
+KNOWN_OF_BLOCK = frozenset({"norm1", "norm2", "ls1", "ls2", "attn", "mlp", "sample_drop_ratio"}) | OF_COMPILE
+KNOWN_OF_ATTENTION = frozenset(
+    {"qkv", "proj", "q_norm", "k_norm", "rope", "num_heads", "head_dim", "scale", "fused_attn"}
+)
+KNOWN_OF_SCALE = frozenset({"gamma", "dim", "init_values", "inplace"})
+KNOWN_OF_ROTATION = CACHES | {"base_frequency", "scaling_factor"}
+"""What the formula reads, and what in known models has no effect on it: names of what modules may hold."""
+
+
+def obstacle(block: Any) -> str | None:
+    """Return why a module is not a block that `run` can run, or None if it is.
+
+    A block, its attention, rotation and scales may hold nothing but what the formula reads, as what else they hold may
+    matter to more tokens than a proof sees: no other parameters, buffers or submodules, and other attributes only if
+    these are None or False.
+    """
+    if not all(isinstance(getattr(block, name, None), nn.Module) for name in ("attn", "mlp")):
+        return "it has no attn and mlp"
+    attn: Any = block.attn
+    if not all(_is_affine(getattr(block, name, None)) for name in ("norm1", "norm2")):
+        return "norm1 and norm2 are not LayerNorm with weight and bias"
+    if not all(_is_scale(getattr(block, name, None)) for name in ("ls1", "ls2")):
+        return "ls1 and ls2 are not LayerScale"
+    if not all(_is_linear(getattr(attn, name, None)) for name in ("qkv", "proj")):
+        return "attn.qkv and attn.proj are not Linear with floating-point weights"
+    if not isinstance(getattr(attn, "num_heads", None), int) or attn.qkv.out_features != 3 * attn.qkv.in_features:
+        return "attn does not say its num_heads, or its qkv is not three times as wide as its tokens"
+    return (
+        _obstacle_of_scale(attn) or _obstacle_of_embedding(attn) or _stranger_in(block) or _obstacle_of_mlp(block.mlp)
+    )
+
+
+def _obstacle_of_scale(attn: Any) -> str | None:
+    head_size = attn.qkv.in_features // attn.num_heads
+    if getattr(attn, "head_dim", head_size) != head_size:
+        return f"attn.head_dim is {attn.head_dim}, not {head_size}"
+    scale = getattr(attn, "scale", head_size**-0.5)
+    if not isinstance(scale, float) or not math.isclose(scale, head_size**-0.5):
+        return f"attn.scale is {scale}, not {head_size} ** -0.5"
+    return None
+
+
+def _obstacle_of_embedding(attn: Any) -> str | None:
+    head_size = attn.qkv.in_features // attn.num_heads
+    norms: list[Any] = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+    rotation = _rotation(attn)
+    if all(norm is None or isinstance(norm, nn.Identity) for norm in norms):
+        if rotation is None:
+            return None
+    elif not all(_is_affine(norm) and norm.normalized_shape == (head_size,) for norm in norms):
+        return "attn.q_norm and attn.k_norm are not LayerNorm over a head"
+    if rotation is not None and _base(rotation) is None:
+        return "its rotation is of another kind: attn.rope has no base_frequency"
+    if head_size % 4 or (head_size // 4) & (head_size // 4 - 1):
+        return f"a head of {head_size} cannot be rotated in two dimensions by a power of 2 of frequencies"
+    return None
+
+
+def _stranger_in(block: Any) -> str | None:
+    """Return what a block holds that the formula does not read."""
+    rotation = _rotation(block.attn)
+    parts = [("the block", block, KNOWN_OF_BLOCK), ("attn", block.attn, KNOWN_OF_ATTENTION)]
+    parts += [(name, getattr(block, name, None), KNOWN_OF_SCALE) for name in ("ls1", "ls2")]
+    parts += [("its rotation", rotation, KNOWN_OF_ROTATION)]
+    for where, part, known in parts:
+        if part is not None and (name := _stranger(part, known)) is not None:
+            return f"{where} holds {name}, which the fused block does not know"
+    return None
+
+
+def _stranger(module: nn.Module, known: frozenset[str]) -> str | None:
+    """Return an attribute, parameter, buffer or submodule that is neither known nor without effect, or None."""
+    state = module.__dict__
+    attributes = {name: value for name, value in state.items() if name not in TABLES}
+    for table in (attributes, state["_parameters"], state["_buffers"], state["_modules"]):
+        for name, value in table.items():
+            is_known = name in known or name in ("training", "forward")
+            if not (is_known or value is None or value is False or _passes_through(value)):
+                return name
+    return None
+
+
+def _passes_through(module: object) -> bool:
+    """Whether a module returns what it is given, in evaluation mode."""
+    return isinstance(module, nn.Module) and (
+        type(module) in (nn.Identity, nn.Dropout) or type(module).__name__ == "DropPath"
+    )
+
+
+def _obstacle_of_mlp(mlp: nn.Module) -> str | None:
+    """Return why an MLP, which runs by itself on some tokens at a time, may depend on more than them."""
+    for path, module in mlp.named_modules(prefix="mlp"):
+        for name, value in vars(module).items():
+            if name not in TABLES and name != "forward" and not (is_plain(value) or isinstance(value, FUNCTIONS)):
+                return f"{path}.{name} is of {type(value).__name__}, in which anything may be"
+    return None
+
+
+def run(
+    block: Any,
+    x: Tensor,
+    pos: Tensor | None,
+    attend: Attend,
+    dtype: torch.dtype | None,
+    tokens_together: int,
+) -> Tensor:
+    """Run a block, for which `obstacle` is None.
+
+    Args:
+        block: The block.
+        x: Tokens `[B, N, C]`; not changed.
+        pos: Positions of the tokens `[B, N, 2]`, which a block that does not rotate leaves aside.
+        attend: The attention.
+        dtype: Dtype of the residual stream, or None for upstream's.
+        tokens_together: Tokens that go through what follows the attention at once.
+
+    Returns:
+        New tokens `[B, N, C]` in `dtype`.
+    """
+    attn, (B, N, C) = block.attn, x.shape
+    gamma1, gamma2 = _gamma(block, "ls1"), _gamma(block, "ls2")
+    kind = torch.float64 if x.dtype == torch.float64 else compute_dtype(block)
+    x = x.to(stream_dtype(block, x) if dtype is None else dtype)
+    qkv = attn.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, attn.num_heads, C // attn.num_heads)
+    scale = qkv.shape[-1] ** -0.5
+    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
+    pos = None if rotation is None else pos
+    if q_norm is not None or rotation is not None:
+        # Scores in units of log2 spare the kernels a multiplication, and queries are rounded once even so.
+        factor, scale = scale / math.log(2), math.log(2)
+        base = None if rotation is None else _base(rotation)
+        normalise_and_rotate_(qkv, pos, q_norm, k_norm, base, factor)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    attended = attend(q, k, v, scale).transpose(1, 2).reshape(B * N, C)
+    del q, k, v, qkv
+    # From here on every token is on its own: some at a time, so that what is between is small and stays in the cache.
+    out = torch.empty((B * N, C), dtype=x.dtype, device=x.device)
+    parts = (rows.split(tokens_together) for rows in (x.reshape(B * N, C), attended, out))
+    for before, some, after in zip(*parts, strict=True):
+        normed = add_scaled_and_normalise(before, attn.proj(some), gamma1, block.norm2, kind, after)
+        add_scaled(after, _mlp(block.mlp, normed), gamma2, after)
+    return out.view(B, N, C)
+
+
+def entering(block: Any, x: Tensor) -> Tensor:
+    """Return the tokens that enter a block's attention, `[B, N, C]`, in float32."""
+    return layer_norm(x, block.norm1, torch.float32)
+
+
+def compute_dtype(block: Any) -> torch.dtype:
+    """Return the dtype in which a block's products are computed: autocast's, or that of its weights."""
+    weight = block.attn.qkv.weight
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def stream_dtype(block: Any, x: Tensor) -> torch.dtype:
+    """Return the dtype that upstream's sums have, for tokens x."""
+    dtype = torch.promote_types(x.dtype, compute_dtype(block))
+    for gamma in (_gamma(block, "ls1"), _gamma(block, "ls2")):
+        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+    return dtype
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Run an MLP; where it is two products with GELU between them, without a second tensor for its hidden values."""
+    fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
+    if (
+        _is_linear(fc1)
+        and _is_linear(fc2)
+        and type(act) is nn.GELU
+        and act.approximate == "none"
+        and _stranger(mlp, frozenset({"fc1", "act", "fc2"})) is None
+    ):
+        return fc2(gelu_(fc1(x)))  # type: ignore[misc]
+    return mlp(x)
+
+
+def _is_affine(norm: Any) -> bool:
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and _has_floats(norm)
+
+
+def _is_linear(module: object) -> bool:
+    return type(module) is nn.Linear and _has_floats(module)
+
+
+def _has_floats(module: nn.Module) -> bool:
+    """Whether the parameters of a module are ordinary ones, of floating-point numbers."""
+    return all(type(each) is nn.Parameter and each.dtype in FLOATS for each in module.parameters(recurse=False))
+
+
+def _is_scale(module: object) -> bool:
+    if module is None or isinstance(module, nn.Identity):
+        return True
+    return type(module).__name__ == "LayerScale" and type(getattr(module, "gamma", None)) is nn.Parameter
+
+
+def _gamma(block: Any, name: str) -> Tensor | None:
+    return getattr(getattr(block, name, None), "gamma", None)
+
+
+def _norm(attn: Any, name: str) -> nn.LayerNorm | None:
+    norm = getattr(attn, name, None)
+    return norm if isinstance(norm, nn.LayerNorm) else None
+
+
+def _rotation(attn: Any) -> Any:
+    """Return what rotates queries and keys, or None."""
+    return getattr(attn, "rope", None)
+
+
+def _base(rotation: Any) -> float | None:
+    """Return the base of the frequencies of VGGT's rotary embedding."""
+    base = getattr(rotation, "base_frequency", None)
+    return float(base) if isinstance(base, (int, float)) else None

@@ -1,0 +1,234 @@
+"""VGGT's DPT heads (arXiv 2103.13413), run with the modules' own parameters but few passes over their maps.
+
+The tokens of four layers become maps, which are fused from the coarsest to the finest, up to the size of the image.
+What is computed is upstream's, up to rounding, at inference only. Three things make it cheaper:
+
+- Biases, ReLUs and sums go with the convolutions and the upsampling.
+- The 1x1 convolution after each fusion runs before the upsampling, on a quarter of the pixels. They commute, as the
+  weights of an interpolation sum to 1.
+- Maps of a finer layer are made when the coarser ones are done.
+
+A residual unit adds max(0, x) to what it computes, not x: upstream's ReLU works in place on what is added later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import convolve_relu, layer_norm, predict, upsample
+from .settings import TABLES, is_plain
+
+LEVELS = 4
+SIGNED = {"exp": False, "inv_log": True}
+"""Activations of the values that are known, and whether such values have a sign."""
+
+CONFIDENCE = "expp1"
+METHODS = ("_forward_impl", "_apply_pos_embed", "scratch_forward")
+LEAVES = (nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.ReLU, nn.Identity)
+MOST_VALUES = 2**31 - 1
+"""Of the last map that is convolved: PyTorch splits a convolution of more, but not one with its ReLU."""
+
+Size = tuple[int, int]
+
+
+def obstacle(head: Any) -> str | None:
+    """Return why a module is not a head that `ReadyHead` can run, or None if it may be: verification tells.
+
+    What a head holds must be of types that the formula knows, and have no more to it than what its settings say.
+    """
+    if getattr(head, "feature_only", False):
+        return "it returns feature maps, no values"
+    for name, known in (("activation", tuple(SIGNED)), ("conf_activation", (CONFIDENCE,))):
+        if (value := getattr(head, name, None)) not in known:
+            return f"its {name} is {value!r}, not {' or '.join(map(repr, known))}"
+    if type(getattr(head, "norm", None)) is not nn.LayerNorm or head.norm.weight is None or head.norm.bias is None:
+        return "its norm is not LayerNorm with weight and bias"
+    if not isinstance(getattr(head, "patch_size", None), int):
+        return "it does not say its patch_size"
+    if any(name in vars(head) for name in METHODS):
+        return "one of its methods was replaced"
+    for path, module in head.named_modules():
+        where, has_tensors = path or "it", bool(module._parameters or module._buffers)
+        if type(module) not in LEAVES and (has_tensors or not module._modules):
+            what = ", ".join([*module._parameters, *module._buffers]) or "a " + type(module).__name__
+            return f"{where} holds {what}, which the fused head does not know"
+        for name, value in vars(module).items():
+            if name not in TABLES and name != "forward" and not is_plain(value):
+                return f"{where} holds {name} of {type(value).__name__}, in which anything may be"
+    return None
+
+
+Table = tuple[Tensor, Tensor]
+"""What is added to each column of a map, `[W, C]`, and to each row, `[H, C]`."""
+
+
+class Positions:
+    """What heads add to the pixels of their maps by where these are, for images of the last size.
+
+    Upstream computes it anew for every few frames; here the head's own method computes it once. It depends on a pixel's
+    column in some channels and on its row in the others, so that two small tables hold it.
+    """
+
+    def __init__(self) -> None:
+        self._image: Size | None = None
+        self._tables: dict[Hashable, list[Table] | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_image": None, "_tables": {}}
+
+    def of(self, head: Any, kind: Hashable, image: Size, like: Tensor) -> list[Table] | None:
+        """Return the tables of a head's projected layers, and of its last map; None if what it adds is no such sum.
+
+        Args:
+            head: A head for which `obstacle` is None.
+            kind: Its settings.
+            image: H and W of the images.
+            like: A tensor of the tables' dtype, on their device.
+        """
+        if self._image != image:
+            self._image, self._tables = image, {}
+        grid, size = _grid(head, image), _size(head, image)
+        maps = [(project.out_channels, *grid) for project in head.projects]
+        maps.append((head.scratch.output_conv1.out_channels, *size))
+        key = (kind, tuple(maps), like.dtype, like.device)
+        if key not in self._tables:
+            tables = [self._table(head, image, like.new_zeros(1, *each)) for each in maps]
+            self._tables[key] = None if None in tables else tables  # type: ignore[assignment]
+        return self._tables[key]
+
+    @staticmethod
+    def _table(head: Any, image: Size, nothing: Tensor) -> Table | None:
+        height, width = image
+        added = (head._apply_pos_embed(nothing, width, height) if head.pos_embed else nothing)[0]
+        of_row = (added == added[:, :, :1]).all(1).all(1)
+        of_column = (added == added[:, :1]).all(1).all(1)
+        if not (of_row | of_column).all():
+            return None
+        return (added[:, 0].mT * ~of_row).contiguous(), (added[:, :, 0].mT * of_row).contiguous()
+
+
+class ReadyHead:
+    """A head for one call, its weights as convolutions want them: channels-last.
+
+    Args:
+        head: A head for which `obstacle` is None.
+        tables: What `Positions.of` says about the images of the call.
+        dtype: In which all is computed.
+    """
+
+    def __init__(self, head: Any, tables: Sequence[Table], dtype: torch.dtype) -> None:
+        self.head, self.dtype = head, dtype
+        *projected, self._last_table = tables
+        self._added = [
+            (columns + rows[:, None] + project.bias).to(dtype).movedim(2, 0)
+            for (columns, rows), project in zip(projected, head.projects, strict=True)
+        ]
+        convolutions = [each for each in head.modules() if isinstance(each, (nn.Conv2d, nn.ConvTranspose2d))]
+        self._weights = {
+            each: each.weight.to(dtype).contiguous(memory_format=torch.channels_last) for each in convolutions
+        }
+        self._biases: dict[nn.Module, Any] = {
+            each: None if each.bias is None else each.bias.to(dtype) for each in convolutions
+        }
+
+    def __call__(self, layers: Any, images: Tensor, first_patch: int) -> tuple[Tensor, Tensor]:
+        """Return what the head's forward does: values `[B, S, H, W, K]` and their confidence `[B, S, H, W]`.
+
+        Args:
+            layers: Outputs `[B, S, P, C]` of layers by their index, in a list or a dict; those that the head reads are
+                tensors.
+            images: `[B, S, 3, H, W]`, of which only the shape matters.
+            first_patch: The first token of a frame that is a patch.
+        """
+        B, S, _, *image = images.shape
+        grid, size = _grid(self.head, image), _size(self.head, image)
+        read = [layers[index] for index in self.head.intermediate_layer_idx]
+        wide = self.head.scratch.output_conv1.out_channels * size[0] * size[1]
+        together = max(1, min(S, MOST_VALUES // wide))
+        results: tuple[Tensor, ...] = ()
+        for sample in range(B):
+            for start in range(0, S, together):
+                frames = slice(start, start + together)
+                made = self._run([each[sample, frames, first_patch:] for each in read], grid, size)
+                results = results or tuple(part.new_empty(B, S, *part.shape[1:]) for part in made)
+                for whole, part in zip(results, made, strict=True):
+                    whole[sample, frames] = part
+        values, confidence = results
+        return values, confidence
+
+    def _run(self, tokens: Sequence[Tensor], grid: Size, size: Size) -> tuple[Tensor, Tensor]:
+        """Return the values of some frames `[N, H, W, K]` and their confidence.
+
+        Args:
+            tokens: Patch tokens `[N, P, C]` of each layer.
+            grid: How many patches lie below and beside each other.
+            size: H and W.
+        """
+        scratch = self.head.scratch
+        fused, bias = self._fused(tokens, grid)
+        height, width = fused.shape[2:]
+        fused = self._convolve(scratch.output_conv1, upsample(fused, (2 * height, 2 * width), bias), None)
+        fused = upsample(fused, size, self._biases[scratch.output_conv1], positions=self._last_table)
+        hidden, _, last = scratch.output_conv2
+        fused = self._convolve_relu(hidden, fused)
+        return predict(fused, self._weights[last], self._biases[last], SIGNED[self.head.activation])
+
+    def _fused(self, tokens: Sequence[Tensor], grid: Size) -> tuple[Tensor, Tensor]:
+        """Return what the last fusion makes of all layers, and its bias, see `_fuse`."""
+        fused, bias = self._fuse(self.head.scratch.refinenet4, self._map(3, tokens[3], grid))
+        for level in (2, 1, 0):
+            block = getattr(self.head.scratch, f"refinenet{level + 1}")
+            x = self._map(level, tokens[level], grid)
+            size = (x.shape[2], x.shape[3])
+            x = self._unit(block.resConfUnit1, x, upsample(fused, size, bias, x))
+            fused, bias = self._fuse(block, x)
+        return fused, bias
+
+    def _map(self, level: int, tokens: Tensor, grid: Size) -> Tensor:
+        """Return the map of a layer that is fused, `[N, C', h, w]`, at least 0, from its tokens `[N, P, C]`."""
+        x = layer_norm(tokens.to(self.dtype), self.head.norm, self.dtype).mT.unflatten(2, grid)
+        x = self._convolve(self.head.projects[level], x, None).add_(self._added[level])
+        resize = self.head.resize_layers[level]
+        if not isinstance(resize, nn.Identity):
+            x = self._convolve(resize, x, self._biases[resize])
+        return self._convolve_relu(getattr(self.head.scratch, f"layer{level + 1}_rn"), x)
+
+    def _fuse(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a fusion makes of the sum of its inputs, no less than 0, and the bias that is to be added to it.
+
+        Upstream upsamples before the last convolution, the bias of the one before it included.
+        """
+        last, out = block.resConfUnit2.conv2, block.out_conv
+        x = self._convolve(last, self._convolve_relu(block.resConfUnit2.conv1, x), None).add_(x)
+        bias = torch.addmv(self._biases[out], self._weights[out].flatten(1), self._biases[last])
+        return self._convolve(out, x, None), bias
+
+    def _unit(self, unit: Any, x: Tensor, plus: Tensor) -> Tensor:
+        """Return what a residual unit makes of x, which is not negative, plus more; and no less than 0."""
+        return self._convolve_relu(unit.conv2, self._convolve_relu(unit.conv1, x), plus)
+
+    def _convolve_relu(self, conv: nn.Conv2d, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return convolve_relu(x, conv, self._weights[conv], self._biases[conv], plus)
+
+    def _convolve(self, conv: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self._weights[conv]
+        if isinstance(conv, nn.ConvTranspose2d):
+            padding = (conv.padding, conv.output_padding)
+            return F.conv_transpose2d(x, weight, bias, conv.stride, *padding, conv.groups, conv.dilation)  # type: ignore[arg-type]
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _grid(head: Any, image: Sequence[int]) -> Size:
+    """Return how many patches lie below and beside each other."""
+    return image[0] // head.patch_size, image[1] // head.patch_size
+
+
+def _size(head: Any, image: Sequence[int]) -> Size:
+    """Return H and W of what the head returns."""
+    rows, columns = _grid(head, image)
+    return int(rows * head.patch_size / head.down_ratio), int(columns * head.patch_size / head.down_ratio)

@@ -1,0 +1,171 @@
+"""What the forward of a module can read, as a key, and whether it has changed since.
+
+A verification holds for modules of equal settings. Settings are everything but the values of parameters and buffers:
+classes with all that these hold, attributes, what parameters and buffers there are, submodules, hooks, forwards put on
+an instance, training mode. Reading them takes some 4 us for each submodule; `Snapshot` tells in a quarter of that
+whether anything was put in the place of something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+TABLES = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module has: its tables of parameters, hooks and submodules."""
+
+CACHES = frozenset({"frequency_cache", "cache"})
+"""Where VGGT's rotary embedding and CroCo's keep cosines and sines that they computed; no setting."""
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class Settings:
+    """Reads the settings of modules."""
+
+    def __init__(self) -> None:
+        self._classes: dict[type, int] = {}
+        self._contents: dict[Hashable, int] = {}
+
+    def __reduce__(self) -> tuple[type[Settings], tuple[()]]:
+        # What classes hold can seldom be pickled, and a copy reads it again.
+        return Settings, ()
+
+    def begin(self) -> None:
+        """Begin a forward: classes may have changed since the last."""
+        self._classes.clear()
+
+    def of(self, module: nn.Module) -> Hashable:
+        """Return the settings of a module and of those inside it, without the hooks on the module itself."""
+        seen: list[Hashable] = []
+        self._read(module, seen)
+        return tuple(seen)
+
+    def _read(self, module: nn.Module, seen: list[Hashable]) -> None:
+        state, kind = module.__dict__, type(module)
+        content = self._classes.get(kind)
+        seen.append(self._content(kind) if content is None else content)
+        for name, value in state.items():
+            if name == "forward":
+                seen.append(is_replaced(module))
+            elif name not in TABLES and name not in CACHES:
+                seen += (name, value if type(value) in _PLAIN else _setting(value))
+        for table in (state["_parameters"], state["_buffers"]):
+            seen.append(len(table))
+            for name, tensor in table.items():
+                seen.append(name)
+                if tensor is not None:
+                    seen.append((type(tensor), tensor.dtype, tensor.shape, tensor.device))
+        for name, inner in state["_modules"].items():
+            seen.append(name)
+            if inner is not None:
+                seen.append(is_watched(inner))
+                self._read(inner, seen)
+        seen.append(None)
+
+    def _content(self, kind: type) -> int:
+        """Return a number for a class and all that it and its bases hold; for other content another number."""
+        bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+        content = kind, *((name, _setting(value)) for base in bases for name, value in vars(base).items())
+        self._classes[kind] = self._contents.setdefault(content, len(self._contents))
+        return self._classes[kind]
+
+
+class _Object:
+    """An object by its identity, which it keeps as long as this lives."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _setting(value: object) -> Hashable:
+    """Return what stands for an attribute: a plain value, containers of these, or the identity of an object."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_setting, value)
+    if isinstance(value, dict):
+        return type(value), *((_setting(name), _setting(each)) for name, each in value.items())
+    return _Object(value)
+
+
+def is_plain(value: object) -> bool:
+    """Whether an attribute has no more to it than what its settings say."""
+    if isinstance(value, dict):
+        return all(map(is_plain, (*value, *value.values())))
+    return type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(map(is_plain, value)))
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether another than a patch has put a forward on a module, as tools that offload weights do."""
+    forward: Any = module.__dict__.get("forward")
+    while hasattr(forward, "replaced"):
+        forward = forward.replaced
+    return forward is not None
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether there are hooks on a module, other than those of a patch."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(hasattr(getattr(hook, "__self__", None), "replaced") for hook in hooks)
+
+
+class Snapshot:
+    """The objects that a module and those inside it hold: while all are the same ones, settings are the same.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held = [(inner, _held(inner), _dtypes(inner)) for inner in module.modules()]
+        kinds = {base for inner in module.modules() for base in type(inner).__mro__ if base not in (nn.Module, object)}
+        self._containers = [
+            (value, _setting(value))
+            for owner in (*module.modules(), *kinds)
+            for name, value in vars(owner).items()
+            if isinstance(value, (list, dict)) and name not in TABLES | CACHES
+        ]
+        self._classes = [(kind, dict(vars(kind))) for kind in kinds]
+
+    def holds(self) -> bool:
+        """Whether every object is the one that it was."""
+        try:
+            return (
+                all(_held(inner) == held and _dtypes(inner) == dtypes for inner, held, dtypes in self._held)
+                and all(dict(vars(kind)) == content for kind, content in self._classes)
+                and all(_setting(value) == then for value, then in self._containers)
+            )
+        except (RuntimeError, ValueError):  # other tensors or arrays, which do not compare as a whole
+            return False
+
+
+def _held(module: nn.Module) -> tuple[object, ...]:
+    """Return what a module holds, to be compared with what it held: objects that are the same compare at once."""
+    state = module.__dict__
+    return (
+        type(module),
+        *state.values(),
+        *state["_parameters"].values(),
+        *state["_buffers"].values(),
+        *state["_modules"].values(),
+        *state["_forward_hooks"].values(),
+        *state["_forward_pre_hooks"].values(),
+    )
+
+
+def _dtypes(module: nn.Module) -> list[object]:
+    """Return dtypes and devices, which `module.to` changes in place."""
+    tensors = module.__dict__["_parameters"]
+    return [(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor is not None] if tensors else []

@@ -1,0 +1,237 @@
+"""VGGT's aggregator at inference, over the model's own parameters (Wang et al., arXiv 2503.11651, section 3).
+
+The tokens of a frame are a camera token, registers and one token for each patch; the camera token and the registers of
+frame 0 are its own. A layer is a block that attends within each frame, and one that attends across all frames. What is
+computed is what the model's forward computes, up to rounding; `verification` compares the two. Memory is held for what
+is read only: the images are embedded in parts, and outputs of layers are kept where a head reads them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import blocks
+from .layer_outputs import LayerOutputs
+from .ops import layer_norm
+from .settings import TABLES, is_plain
+
+__all__ = ["Attend", "Parts", "aggregate", "obstacle", "tokens_of_frame"]
+
+
+class Attend(Protocol):
+    """How the global layers of one forward attend; it knows the layer, so layers may differ."""
+
+    def enter(self, tokens: Callable[[], Tensor]) -> None:
+        """Take note of the tokens `[B, N, C]` that enter the first global layer, normalised; made when asked for."""
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,  # [B, H, N, D]
+        k: Tensor,  # [B, H, N, D]
+        v: Tensor,  # [B, H, N, D]
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Return the output `[B, H, N, D]` of a global layer."""
+
+
+KNOWN_OF_AGGREGATOR = frozenset(
+    {"camera_token", "register_token", "patch_embed", "frame_blocks", "global_blocks", "rope"}
+    | {"_resnet_mean", "_resnet_std", "position_getter"}
+)
+KNOWN_OF_DINOV2 = frozenset(
+    {"cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed", "blocks", "norm", "head"}
+)
+"""What is read, and what has no effect: names of what modules may hold."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How much runs together; the results are the same.
+
+    Attributes:
+        images: Images that the patch embedding takes at a time.
+        tokens: Tokens that the MLP of a block takes at a time.
+    """
+
+    images: int
+    tokens: int
+
+    @classmethod
+    def of(cls, aggregator: Any, images: Tensor, tokens: int) -> Parts:
+        """Return parts of about so many tokens, for images `[B, S, 3, H, W]`."""
+        return cls(max(1, tokens // tokens_of_frame(aggregator, images)), max(1, tokens))
+
+
+def tokens_of_frame(aggregator: Any, images: Tensor) -> int:
+    """Return about how many tokens a frame has: with patches of 14 pixels if the aggregator does not say."""
+    return aggregator.patch_start_idx + images.shape[3] * images.shape[4] // getattr(aggregator, "patch_size", 14) ** 2
+
+
+def obstacle(aggregator: Any) -> str | None:
+    """Return why a module is not an aggregator that `aggregate` can run, or None if it is."""
+    name = type(aggregator).__name__
+    required = [
+        parameter.name
+        for parameter in list(inspect.signature(type(aggregator).forward).parameters.values())[1:]
+        if parameter.default is parameter.empty
+    ]
+    if required != ["images"]:
+        return f"the forward of {name} takes {', '.join(required)}"
+    for token, count in (("camera_token", 1), ("register_token", None)):
+        parameter = getattr(aggregator, token, None)
+        if not isinstance(parameter, nn.Parameter) or parameter.dim() != 4 or parameter.shape[:2] != (1, 2):
+            return f"{name}.{token} is not a parameter [1, 2, R, C]"
+        if count is not None and parameter.shape[2] != count:
+            return f"{name}.{token} holds {parameter.shape[2]} tokens, not {count}"
+    if getattr(aggregator, "aa_order", None) != ["frame", "global"] or getattr(aggregator, "aa_block_size", None) != 1:
+        return f"{name} does not alternate one frame block with one global block (aa_order, aa_block_size)"
+    if not all(
+        isinstance(getattr(aggregator, statistic, None), Tensor) for statistic in ("_resnet_mean", "_resnet_std")
+    ):
+        return f"{name} has no _resnet_mean and _resnet_std"
+    if not isinstance(getattr(aggregator, "patch_embed", None), nn.Module):
+        return f"{name} has no patch_embed"
+    if len(aggregator.frame_blocks) != len(aggregator.global_blocks):
+        return (
+            f"{name} has {len(aggregator.frame_blocks)} frame blocks and {len(aggregator.global_blocks)} global blocks"
+        )
+    if aggregator.patch_start_idx != 1 + aggregator.register_token.shape[2]:
+        return f"patch_start_idx of {name} is not the number of its special tokens"
+    if (stranger := _stranger(aggregator, KNOWN_OF_AGGREGATOR)) is not None:
+        return f"{name} holds {stranger}, which the fused forward does not know"
+    for block in (*aggregator.frame_blocks, *aggregator.global_blocks):
+        if (reason := blocks.obstacle(block)) is not None:
+            return f"{type(block).__name__}: {reason}"
+    return None
+
+
+def _stranger(module: nn.Module, known: frozenset[str]) -> str | None:
+    """Return what a module holds that is not known and may have an effect that no verification sees, or None.
+
+    A gate of 0 has an effect once weights are loaded into it, and an object can be changed from inside.
+    """
+    held = {
+        name
+        for table in (module._parameters, module._buffers, module._modules)
+        for name in table
+        if table[name] is not None
+    }
+    held |= {
+        name for name, value in vars(module).items() if not (is_plain(value) or isinstance(value, blocks.FUNCTIONS))
+    }
+    return next(iter(sorted(held - known - TABLES - blocks.OF_COMPILE - {"forward"})), None)
+
+
+def aggregate(
+    aggregator: Any,
+    images: Tensor,  # [B, S, 3, H, W]
+    outputs: LayerOutputs,
+    *,
+    attend: Attend,
+    attend_within_frames: blocks.Attend,
+    parts: Parts,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Run an aggregator for which `obstacle` is None and keep its layers' outputs.
+
+    Args:
+        aggregator: The module whose parameters are used; nothing is written to it.
+        images: RGB in [0, 1], H and W multiples of the patch size.
+        outputs: Where the outputs of the layers go.
+        attend: The attention of the global layers.
+        attend_within_frames: The attention of all other blocks.
+        parts: How much runs together.
+        dtype: Dtype of the residual stream; None for the model's own.
+    """
+    B, S, _, H, W = images.shape
+    tokens = _embed(aggregator, images.flatten(0, 1), S, attend_within_frames, parts, dtype)  # [B S, P, C]
+    P, C = tokens.shape[1:]
+    positions = _positions(aggregator, H, W, tokens.device)  # [P, 2]
+    within = None if positions is None else positions.expand(B * S, P, 2)
+    across = None if positions is None else positions.repeat(S, 1).expand(B, S * P, 2)
+    for layer, (frame_block, global_block) in enumerate(
+        zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
+    ):
+        tokens = blocks.run(frame_block, tokens.view(B * S, P, C), within, attend_within_frames, dtype, parts.tokens)
+        outputs.keep(layer, tokens.view(B, S, P, C))
+        if layer == 0:
+            attend.enter(partial(blocks.entering, global_block, tokens.view(B, S * P, C)))
+        attend_layer = partial(_attend_layer, attend, layer)
+        tokens = blocks.run(global_block, tokens.view(B, S * P, C), across, attend_layer, dtype, parts.tokens)
+        outputs.keep(layer, tokens.view(B, S, P, C))
+    outputs.settle()
+
+
+def _attend_layer(attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return attend(layer, q, k, v, scale=scale)
+
+
+def _embed(
+    aggregator: Any,
+    images: Tensor,  # [B S, 3, H, W]
+    frames: int,
+    attend: blocks.Attend,
+    parts: Parts,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return the tokens `[B S, P, C]` that enter the first block; frame 0 of each sample is the reference."""
+    mean, deviation = aggregator._resnet_mean[0], aggregator._resnet_std[0]
+    special = torch.cat([aggregator.camera_token, aggregator.register_token], 2)[0]  # [2, R, C]
+    count = special.shape[1]
+    tokens: Tensor | None = None
+    for start in range(0, len(images), parts.images):
+        some = (images[start : start + parts.images] - mean) / deviation
+        patches = _patch_tokens(aggregator.patch_embed, some, attend, parts)
+        if tokens is None:
+            kind = torch.promote_types(special.dtype, patches.dtype) if dtype is None else dtype
+            shape = (len(images), count + patches.shape[1], patches.shape[2])
+            tokens = torch.empty(shape, dtype=kind, device=patches.device)
+            tokens[:, :count] = special[1]
+            tokens[::frames, :count] = special[0]
+        tokens[start : start + len(some), count:] = patches
+    assert tokens is not None
+    return tokens
+
+
+def _patch_tokens(encoder: Any, images: Tensor, attend: blocks.Attend, parts: Parts) -> Tensor:
+    """Return the patch tokens `[B S, P', C]` of normalised images, DINOv2's by fused blocks."""
+    if not _is_dinov2(encoder):
+        embedded = encoder(images)
+        return embedded["x_norm_patchtokens"] if isinstance(embedded, dict) else embedded
+    x = encoder.prepare_tokens_with_masks(images)
+    for block in encoder.blocks:
+        x = blocks.run(block, x, None, attend, None, parts.tokens)
+    patches = x[:, 1 + encoder.num_register_tokens :]
+    return layer_norm(patches, encoder.norm, torch.promote_types(x.dtype, torch.float32))
+
+
+def _is_dinov2(encoder: Any) -> bool:
+    """Whether an encoder is a DINOv2 (arXiv 2304.07193) whose blocks can be fused."""
+    layers = getattr(encoder, "blocks", None)
+    return (
+        callable(getattr(encoder, "prepare_tokens_with_masks", None))
+        and isinstance(getattr(encoder, "num_register_tokens", None), int)
+        and type(getattr(encoder, "norm", None)) is nn.LayerNorm
+        and _stranger(encoder, KNOWN_OF_DINOV2) is None
+        and isinstance(layers, nn.ModuleList)
+        and all(blocks.obstacle(block) is None for block in layers)
+    )
+
+
+def _positions(aggregator: Any, height: int, width: int, device: torch.device) -> Tensor | None:
+    """Return the positions (row, column) of a frame's tokens `[P, 2]`, patches from (1, 1); None without rotation."""
+    if getattr(aggregator, "rope", None) is None:
+        return None
+    rows, columns = height // aggregator.patch_size, width // aggregator.patch_size
+    grid = torch.cartesian_prod(torch.arange(1, rows + 1, device=device), torch.arange(1, columns + 1, device=device))
+    return F.pad(grid, (0, 0, aggregator.patch_start_idx, 0))

@@ -1,0 +1,1 @@
+"""Photos, videos and files of weights."""

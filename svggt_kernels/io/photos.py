@@ -1,0 +1,272 @@
+"""Photos from a folder to one tensor.
+
+Every photo becomes upright RGB and is brought to one common size, because multi-view models take one tensor for all
+frames.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..packages import optional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+# Pillow reads these in some installations only, by a plugin or a newer release.
+PLUGIN_SUFFIXES = frozenset({".heic", ".heif", ".hif", ".avif", ".jxl"})
+RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"})
+EXIF_ORIENTATION = 0x0112
+ON_ITS_SIDE = (5, 6, 7, 8)
+CROP_WORTH_A_WARNING = 0.15  # of a photo's area
+NAMED = 5  # of the things that a message could list
+
+
+def find_photos(folder: str | Path) -> list[Path]:
+    """List the photos that lie directly in a folder, ordered by name, numbers by value (`2.jpg` before `10.jpg`).
+
+    Files are told by their suffix (jpg, jpeg, jpe, jfif, mpo, png, webp, bmp, tif, tiff, in any case; heic, heif, hif,
+    avif and jxl where Pillow has a reader for them, such as pillow-heif's). Hidden files and subfolders are left out.
+    One warning counts the photos of kinds that cannot be read (heic without a reader, a camera's raw files).
+
+    Args:
+        folder: The folder to look into.
+
+    Returns:
+        The paths, never an empty list.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds no photo.
+        NotADirectoryError: The path is a file.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"a folder of photos is needed, but {folder} does not exist")
+    if not folder.is_dir():
+        advice = "give the folder it lies in" if is_photo(folder) else "load_video and `layout` read videos"
+        raise NotADirectoryError(f"a folder of photos is needed, but {folder} is a file: {advice}")
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    files = [path for path in entries if path.is_file()]
+    photos = [path for path in files if is_photo(path)]
+    if not photos:
+        subfolders = sorted(path.name for path in entries if path.is_dir())
+        raise FileNotFoundError(
+            f"{folder} holds no photo ({_names(PHOTO_SUFFIXES)}): it holds {_contents(files, subfolders)}"
+        )
+    unread = [path for path in files if path.suffix.lower() in PLUGIN_SUFFIXES | RAW_SUFFIXES and not is_photo(path)]
+    if unread:
+        warnings.warn(
+            f"{folder}: photos taken: {len(photos)}, left out because Pillow cannot read them here: {len(unread)} "
+            f"({_counts(unread)}); convert these to jpg or png if they are wanted",
+            stacklevel=2,
+        )
+    return sorted(photos, key=_natural)
+
+
+def is_photo(path: Path) -> bool:
+    """Tell by the suffix whether `load_photos` can read a file."""
+    suffix = path.suffix.lower()
+    return suffix in PHOTO_SUFFIXES or (suffix in PLUGIN_SUFFIXES and suffix in _pillow().registered_extensions())
+
+
+def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size: int = 14) -> Tensor:
+    """Read photos into one tensor of frames of one common size.
+
+    Each photo is turned upright (EXIF orientation; where EXIF cannot be read, the photo is taken as it is stored) and
+    converted to 8-bit RGB: grey is repeated, a palette is looked up, 16-bit grey is scaled, transparency is laid on
+    white; of an animation or a multi-page file the first image counts.
+
+    The common size has the aspect ratio of the median photo; its long side is `long_side`, and both sides are rounded
+    to the nearest multiple of `patch_size` (at least one patch). Each photo is scaled to cover that size (bicubic,
+    antialiased) and what sticks out is cut off equally on both sides. Where all photos have the same shape, at most
+    about one patch is cut. One warning names the photos that lose more than 15 % of their area to the median's shape.
+    Threads read several photos at a time.
+
+    Args:
+        paths: The photos; the order is kept.
+        long_side: Pixels of the longer side, before rounding.
+        patch_size: Pixels of the model's patch.
+
+    Returns:
+        Frames `[S, 3, H, W]`, float32 in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: No path, a size below one patch, or a file that cannot be read as a photo (it is named).
+        ImportError: Pillow is not installed.
+    """
+    if not paths:
+        raise ValueError("at least one photo is needed, none was given")
+    files = [Path(path) for path in paths]
+    # Pillow releases the interpreter while it decodes and resizes.
+    with ThreadPoolExecutor() as workers:
+        sizes = list(workers.map(_upright_size, files))
+        median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
+        width, height = frame_size(*median, long_side, patch_size)
+        _warn_of_crops(files, sizes, median[0] / median[1])
+        frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
+
+        def fill(frame: Tensor, file: Path) -> None:
+            pixels = np.array(_cover(_read(file), width, height), dtype=np.uint8)  # [H, W, 3]
+            frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
+
+        list(workers.map(fill, frames, files))
+    return frames
+
+
+def frame_size(width: float, height: float, long_side: int, patch_size: int) -> tuple[int, int]:
+    """Return the width and height of a frame that a model takes, in the aspect ratio nearest to that of a picture.
+
+    Args:
+        width: Of the picture, in any unit.
+        height: Of the picture, in the same unit.
+        long_side: Pixels of the frame's longer side, before rounding.
+        patch_size: Both sides are rounded to the nearest multiple of it, and are at least one patch.
+
+    Raises:
+        ValueError: The patch is below 1 pixel, or the longer side below one patch.
+    """
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1 pixel, got {patch_size}")
+    if long_side < patch_size:
+        raise ValueError(f"long_side must be at least one patch of {patch_size} pixels, got {long_side}")
+    scale = long_side / max(width, height)
+    return (
+        max(1, round(width * scale / patch_size)) * patch_size,
+        max(1, round(height * scale / patch_size)) * patch_size,
+    )
+
+
+def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
+    """Sort digits by value and before letters; the plain name settles what is left (`1.jpg`, `01.jpg`)."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", path.name.lower())
+    return [(False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts], path.name
+
+
+def _names(suffixes: Iterable[str]) -> str:
+    return ", ".join(sorted(suffix.lstrip(".") for suffix in suffixes))
+
+
+def _counts(files: Sequence[Path]) -> str:
+    counts = Counter(path.suffix.lower() or "no suffix" for path in files)
+    return ", ".join(f"{count} x {suffix}" for suffix, count in counts.most_common(NAMED))
+
+
+def _first(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:NAMED]) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
+
+
+def _contents(files: Sequence[Path], subfolders: Sequence[str]) -> str:
+    if subfolders:
+        beside = f"{_counts(files)} and " if files else ""
+        return f"only {beside}subfolders, which are not looked into ({_first(subfolders)}): give one of them"
+    return f"only {_counts(files)}" if files else "no file at all"
+
+
+def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], ratio: float) -> None:
+    """Name the photos that lose much of their area to a frame of that ratio of width to height."""
+    lost = [1 - min(w / h, ratio) / max(w / h, ratio) for w, h in sizes]
+    cropped = [
+        f"{file} loses {share:.0%}" for file, share in zip(files, lost, strict=True) if share > CROP_WORTH_A_WARNING
+    ]
+    if cropped:
+        warnings.warn(
+            f"photos cropped by more than {CROP_WORTH_A_WARNING:.0%} of their area: {len(cropped)} of {len(files)}, "
+            f"because all frames take the shape of the median photo: {_first(cropped)}; take photos of one shape if "
+            "what is cut off matters",
+            stacklevel=3,
+        )
+
+
+def _pillow() -> Any:
+    """Return `PIL.Image`."""
+    return optional("PIL.Image", "reading photos", "Pillow", "'svggt-kernels[viz]'")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """Open a photo; whatever Pillow raises until it is closed names the file and says what to do."""
+    pillow = _pillow()
+    advice = "replace it or take it out"
+    try:
+        with pillow.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's decoders raise whatever their parsing ran into
+        if isinstance(error, (pillow.DecompressionBombError, pillow.DecompressionBombWarning)):
+            advice = "raise PIL.Image.MAX_IMAGE_PIXELS (None: no limit) if the file is trusted, or scale it down"
+        raise ValueError(f"{path} cannot be read as a photo ({type(error).__name__}: {error}): {advice}") from error
+
+
+def _orientation(image: Image) -> int:
+    """Return how a photo is stored, as EXIF numbers it; 1 (upright) where EXIF does not say or cannot be read."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # as Pillow's parser raises it; EXIF is no part of the picture
+        return 1
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height as the photo is meant to be seen, from the header alone if that tells."""
+    with _opened(path) as image:
+        if image.format == "TIFF" and _orientation(image) in ON_ITS_SIDE:
+            image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only
+        width, height = image.size
+        return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
+
+
+def _read(path: Path) -> Image:
+    with _opened(path) as image:
+        image.load()  # first, because a TIFF is turned by it
+        return _upright(_to_rgb(image), _orientation(image))
+
+
+def _upright(image: Image, orientation: int) -> Image:
+    """Turn by the tag alone: `ImageOps.exif_transpose` writes EXIF again, which fails where a field is out of range."""
+    turn = _pillow().Transpose
+    method = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image) -> Image:
+    pillow = _pillow()
+    if image.mode.startswith(("I", "F")):  # I, F, I;16 and its orders of bytes
+        levels = np.asarray(image, dtype=np.float64)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode} have no known white level")
+        image = pillow.fromarray((levels / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _cover(image: Image, width: int, height: int) -> Image:
+    """Scale to cover `width` x `height` and cut off equally on both sides."""
+    scale = max(width / image.width, height / image.height)
+    half_width, half_height = width / scale / 2, height / scale / 2
+    box = (
+        max(0.0, image.width / 2 - half_width),
+        max(0.0, image.height / 2 - half_height),
+        min(float(image.width), image.width / 2 + half_width),
+        min(float(image.height), image.height / 2 + half_height),
+    )
+    return image.resize((width, height), _pillow().Resampling.BICUBIC, box=box)

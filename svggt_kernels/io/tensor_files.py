@@ -1,0 +1,82 @@
+"""Files of named tensors: what a model's weights come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packages import optional
+
+PICKLES = frozenset({".torch", ".pth", ".pt", ".bin", ".ckpt"})
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file that `torch.save` wrote (by its suffix, such as .pt) or a .safetensors file; runs no code from it.
+
+    Returns:
+        The tensors by name, on the CPU, as they are in the file.
+
+    Raises:
+        ValueError: The file is damaged, or holds something else than named tensors.
+        ImportError: safetensors is needed and not installed.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True) if _is_pickle(path) else _safetensors(path)
+    except ImportError:
+        raise
+    except Exception as error:  # both readers raise whatever the bytes lead them to
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it must be a .safetensors or .pt file, and is "
+            "damaged or something else"
+        ) from error
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(held).__name__}")
+    for name, tensor in held.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} must hold a mapping from names to tensors, but {name!r} stands for {type(tensor).__name__}; "
+                "save the state_dict() of the model alone"
+            )
+    return dict(held)
+
+
+def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """Say how named tensors differ from those expected in names, shapes or kind of number; None if they do not."""
+    shared = [name for name in expected if name in tensors]
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "not known": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} (must be {list(expected[name].shape)})"
+            for name in shared
+            if tensors[name].shape != expected[name].shape
+        ],
+        "of another kind of number": [
+            f"{name} ({tensors[name].dtype})" for name in shared if not _same_kind(tensors[name], expected[name].dtype)
+        ],
+    }
+    return "; ".join(f"{fault}: {_first_three(names)}" for fault, names in faults.items() if names) or None
+
+
+def _first_three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _same_kind(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the numbers of a tensor still mean the same in another dtype: quantised or complex ones do not."""
+    return tensor.layout == torch.strided and (
+        tensor.dtype == dtype or (tensor.dtype in FLOATING and dtype in FLOATING)
+    )
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix.lower() in PICKLES
+
+
+def _safetensors(path: Path) -> Any:
+    return optional("safetensors.torch", f"reading {path}", "safetensors", "safetensors").load_file(path)

@@ -1,0 +1,1 @@
+"""Measuring: time and memory, accuracy of cameras, depth and points, and dense against sparse."""

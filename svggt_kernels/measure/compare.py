@@ -1,0 +1,297 @@
+"""Dense against sparse: one model, the same frames, before and after `patch`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..attention import block_sparse_attention
+from ..graph import CovisibilityGraph
+from ..layout import BlockLayout
+from ..models.loading import LoadedModel
+from ..patching import Patch, patch
+from .cost import Cost, Tell, allocated_mib, alternate, timed
+from .deviation import Deviation, camera_rotation
+from .machine import device_name, dtype_name
+
+Stage = Callable[[str], AbstractContextManager[Tell]]
+"""Is told what is being done while a context lasts; the context's value is told how far it is."""
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """What one global attention costs by itself, on random q, k and v of the model's shape.
+
+    Attributes:
+        shape: `[B, H, N, D]` of q, k and v.
+        dtype: Their dtype.
+        dense: PyTorch's scaled_dot_product_attention.
+        sparse: block_sparse_attention with the layout of the run.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    dense: Cost
+    sparse: Cost
+
+    @property
+    def speedup(self) -> float:
+        """Dense / sparse median time."""
+        return self.dense.median_ms / self.sparse.median_ms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a comparison found.
+
+    Attributes:
+        model: Name of the model.
+        weights: Where its weights come from.
+        warning: What random weights mean for the outputs; None for given weights.
+        autocast: Dtype of autocast; None for float32 throughout.
+        device: Where it ran.
+        device_name: What that is.
+        frames: Frames S.
+        height: Pixels of a frame.
+        width: Pixels of a frame.
+        tokens_per_frame: Tokens P of a frame, special ones included.
+        special_tokens: Special tokens at the start of a frame.
+        covisibility: How the graph was made, in words.
+        graph: Summary of the graph.
+        density: Edges / S^2.
+        token_density: Visible / all pairs of tokens.
+        ideal_speedup: All / visible pairs of tokens: the speed-up of attention if time followed the work.
+        backend: What ran the sparse attention.
+        passed_over: Better backends, and why they did not run.
+        layers: Global attention layers, all of them answered by the patch.
+        planning_ms: Time for graph and layout in a sparse forward on frames that came before, ms; part of `sparse`.
+        first_planning_ms: The same in the first sparse forward, ms; frames that are new cost it again.
+        dense: Cost of the whole model as it is.
+        sparse: Cost of the whole patched model, by one patch for all runs.
+        first_dense_ms: Wall time of the first dense run, ms. First runs are not among those of `dense` and `sparse`.
+        first_sparse_ms: Wall time of `patch` and the first sparse run, ms: with what happens once, the verification of
+            the fused forward, MegaLoc, graph and layout, tables, kernels compiled on first use.
+        kept_mib: Memory that patch and MegaLoc hold from run to run, MiB; None where it cannot be measured.
+        attention: Cost of one global attention.
+        deviations: For each output, how far sparse is from dense.
+        rotation_degrees: Angle between the cameras of both, median and max; None if the model gives no camera.
+    """
+
+    model: str
+    weights: str
+    warning: str | None
+    autocast: str | None
+    device: str
+    device_name: str
+    frames: int
+    height: int
+    width: int
+    tokens_per_frame: int
+    special_tokens: int
+    covisibility: str
+    graph: dict[str, Any]
+    density: float
+    token_density: float
+    ideal_speedup: float
+    backend: str
+    passed_over: dict[str, str]
+    layers: int
+    planning_ms: float
+    first_planning_ms: float
+    dense: Cost
+    sparse: Cost
+    first_dense_ms: float
+    first_sparse_ms: float
+    kept_mib: float | None
+    attention: AttentionCost
+    deviations: dict[str, Deviation]
+    rotation_degrees: dict[str, float] | None
+
+    @property
+    def speedup(self) -> float:
+        """Dense / sparse median time of the whole model."""
+        return self.dense.median_ms / self.sparse.median_ms
+
+    @property
+    def unrest(self) -> float:
+        """Longest / shortest run of the same thing; much above 1 if something disturbed it."""
+        return max(cost.max_ms / cost.min_ms for cost in (self.dense, self.sparse))
+
+    @property
+    def reached(self) -> float:
+        """Share of the ideal speed-up that one global attention reaches; above 1 where its kernel is the faster one."""
+        return self.attention.speedup / self.ideal_speedup
+
+    @property
+    def attention_share(self) -> float:
+        """Share of the dense model's time that its global attention layers take."""
+        return self.layers * self.attention.dense.median_ms / self.dense.median_ms
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """The results of both runs, on the CPU.
+
+    Attributes:
+        dense: Outputs of the model as it is, by name.
+        sparse: Outputs of the patched model.
+        graph: Who sees whom in the patched model, frames in the order given.
+    """
+
+    dense: dict[str, Tensor]
+    sparse: dict[str, Tensor]
+    graph: CovisibilityGraph
+
+
+@contextmanager
+def _silent(what: str) -> Iterator[Tell]:
+    yield lambda progress: None
+
+
+def compare(
+    model: LoadedModel,
+    frames: Tensor,  # [S, 3, H, W]
+    covisibility: Any,
+    *,
+    described: str,
+    backend: str | None = None,
+    repeats: int = 3,
+    stage: Stage = _silent,
+) -> tuple[Comparison, Outputs]:
+    """Run the model dense and sparse in turn, then one global attention of each kind by itself.
+
+    A twin that shares the model's weights is patched once, so that a timed run is one of many and not the first.
+
+    Args:
+        model: The model, on its device.
+        frames: RGB in [0, 1], on the same device.
+        covisibility: As `patch` takes it.
+        described: What that is, in words.
+        backend: As `patch` takes it.
+        repeats: Timed runs of each at most, after the first of each, which is told apart; see `alternate`.
+        stage: Is told each stage of the work.
+
+    Raises:
+        ValueError: The graph cannot be made of these frames, or the backend cannot run.
+    """
+    device, calls, twin = frames.device, _AttentionShapes(), _twin(model)
+
+    def run_dense() -> dict[str, Tensor]:
+        return model(frames)
+
+    def run_sparse() -> dict[str, Tensor]:
+        return twin(frames)
+
+    def patch_and_run() -> Patch:
+        handle = patch(twin.module, covisibility=covisibility, backend=backend)
+        run_sparse()
+        return handle
+
+    with stage("dense, first run"), calls:
+        first_dense_ms = timed(run_dense, device)[1]
+    before = allocated_mib(device)
+    with stage("sparse, first run"):
+        handle, first_sparse_ms = timed(patch_and_run, device)
+    after = allocated_mib(device)
+    first_planning = handle.report().planning_seconds
+    with stage("dense and sparse in turn") as tell:
+        dense, dense_cost, sparse, sparse_cost = alternate(run_dense, run_sparse, device, repeats, tell)
+    dense, sparse = ({name: output.cpu() for name, output in outputs.items()} for outputs in (dense, sparse))
+    report, layout, graph = handle.report(), handle.layout, handle.graph
+    with stage("one global attention by itself"):
+        attention = _attention_cost(calls.largest, layout, model.autocast, report.backend, repeats, device)
+
+    summary = graph.summary()
+    assert report.backend is not None and report.token_density is not None and report.ideal_speedup is not None
+    return Comparison(
+        model=model.name,
+        weights=model.weights,
+        warning=model.warning,
+        autocast=None if model.autocast is None else dtype_name(model.autocast),
+        device=str(device),
+        device_name=device_name(device),
+        frames=len(frames),
+        height=frames.shape[-2],
+        width=frames.shape[-1],
+        tokens_per_frame=layout.queries.lengths[0],
+        special_tokens=layout.queries.leading,
+        covisibility=described,
+        graph=asdict(summary),
+        density=summary.density,
+        token_density=report.token_density,
+        ideal_speedup=report.ideal_speedup,
+        backend=report.backend,
+        passed_over=report.passed_over,
+        layers=len(report.modules),
+        planning_ms=1000 * report.planning_seconds,
+        first_planning_ms=1000 * first_planning,
+        dense=dense_cost,
+        sparse=sparse_cost,
+        first_dense_ms=first_dense_ms,
+        first_sparse_ms=first_sparse_ms,
+        kept_mib=None if before is None or after is None else after - before,
+        attention=attention,
+        deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
+        rotation_degrees=camera_rotation(dense, sparse),
+    ), Outputs(dense, sparse, graph)
+
+
+def _twin(model: LoadedModel) -> LoadedModel:
+    """Return a copy of the model whose parameters and buffers are the model's own."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+class _AttentionShapes(TorchFunctionMode):
+    """Notes the shape and dtype of every attention call inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else (kwargs or {})["query"]
+            self.seen.add((tuple(query.shape), query.dtype))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def largest(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """The call over most tokens: global attention."""
+        return max(self.seen, key=lambda call: call[0][-2])
+
+
+def _attention_cost(
+    call: tuple[tuple[int, ...], torch.dtype],
+    layout: BlockLayout,
+    autocast: torch.dtype | None,
+    backend: str | None,
+    repeats: int,
+    device: torch.device,
+) -> AttentionCost:
+    (batch, heads, _, head_size), dtype = call
+    dtype = autocast or dtype
+    shape = (batch, layout.num_tokens, heads, head_size)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+
+    def dense() -> None:
+        F.scaled_dot_product_attention(q, k, v)
+
+    def sparse() -> None:
+        block_sparse_attention(q, k, v, layout, backend=backend)
+
+    with torch.inference_mode():
+        for run in (dense, sparse):
+            run()
+        _, dense_cost, _, sparse_cost = alternate(dense, sparse, device, repeats)
+    return AttentionCost((batch, heads, layout.num_tokens, head_size), dtype_name(dtype), dense_cost, sparse_cost)

@@ -1,0 +1,233 @@
+"""Pictures of a graph and of a comparison, as the bytes of a PNG; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..graph import CovisibilityGraph
+from ..packages import optional
+from .deviation import Deviation
+from .wording import percent, printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNSEEN, SEEN, SEEN_IN_VAIN, MISSED = range(4)
+MOSAIC_ROWS, MOSAIC_COLUMNS = 24, 10
+PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
+
+
+def require_matplotlib() -> None:
+    """Raise an ImportError, before any work is done, if pictures cannot be drawn here."""
+    optional("matplotlib", "drawing", "matplotlib", "'svggt-kernels[viz]'")
+
+
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    """Draw every text as it is: a file name may hold `$` or `_`, which are no formula, and signs that no font has."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
+@_plain_text()
+def draw_graph(graph: CovisibilityGraph, title: str, truth: CovisibilityGraph | None = None) -> bytes:
+    """Draw who sees whom as a matrix, and how many others a frame sees as a histogram.
+
+    Args:
+        graph: A square graph of `S` frames.
+        title: One line above the picture; the density is added.
+        truth: Which frames do share a view; the matrix then shows which of those pairs the graph misses.
+    """
+    visible = graph.to_dense().cpu().numpy()
+    kinds = np.where(visible, SEEN, UNSEEN)
+    labels = {SEEN: "sees"}
+    if truth is not None:
+        true = truth.to_dense().cpu().numpy()
+        kinds = np.select([visible & true, visible, true], [SEEN, SEEN_IN_VAIN, MISSED], UNSEEN)
+        labels = {SEEN: "sees, and shares a view", SEEN_IN_VAIN: "sees, shares no view", MISSED: "misses"}
+
+    figure = _figure(10.5, 5.6, f"{title}: density {percent(graph.density)} over frames")
+    matrix, histogram = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _draw_matrix(matrix, kinds, labels)
+    degrees = visible.sum(1) - visible.diagonal()
+    lowest, highest = int(degrees.min()), int(degrees.max())
+    step = max(1, -(-(highest - lowest + 1) // 40))
+    histogram.hist(
+        degrees, bins=np.arange(lowest, highest + step + 1, step) - 0.5, color=PAIR_COLOURS[SEEN], rwidth=0.85
+    )
+    histogram.axvline(
+        np.median(degrees), color="black", linestyle="--", linewidth=1, label=f"median {np.median(degrees):g}"
+    )
+    histogram.set(title="Degree", xlabel="other frames that a frame sees", ylabel="number of frames")
+    histogram.legend(frameon=False)
+    for axis in (histogram.xaxis, histogram.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    return _png(figure, dpi=120)
+
+
+@_plain_text()
+def draw_neighbours(
+    graph: CovisibilityGraph,
+    photos: Tensor,  # [S, 3, H, W]
+    names: Sequence[str],
+    pairs: Tensor | None = None,  # [E, 2]
+) -> bytes:
+    """Draw one row per frame: its photo, and the photos that it was found to be most similar to, the most alike first.
+
+    At most 24 frames are shown, evenly spread, with 10 neighbours each and how many more there are. A graph that does
+    not come from descriptors has no most similar ones; the frames that it sees stand in for them, nearest first in the
+    order of the frames.
+
+    Args:
+        graph: A square graph of `S` frames.
+        photos: RGB in [0, 1].
+        names: What to call each frame.
+        pairs: Pairs that share a view: neighbours get a frame, blue where they are among them and red where not.
+    """
+    rows = torch.linspace(0, len(photos) - 1, min(MOSAIC_ROWS, len(photos))).round().int().tolist()
+    true = None if pairs is None else set(map(tuple, pairs.tolist()))
+    height, width = (max(1, round(side * 96 / max(photos.shape[-2:]))) for side in photos.shape[-2:])
+    small = F.interpolate(photos.float().cpu(), size=(height, width), mode="area")
+    others = "those most like it, most alike first" if _ranked(graph) else "those that it sees, nearest first"
+    few = len(rows) < len(photos)
+    title = f"{f'{len(rows)} of {len(photos)} frames, each' if few else 'Each frame'} with {others}"
+    if true is not None:
+        title += "\nblue: known to share a view; red: not"
+    figure = _figure(1.1 * (MOSAIC_COLUMNS + 1), 0.55 + len(rows) * 1.25, title)
+    grid = figure.subplots(len(rows), MOSAIC_COLUMNS + 1, squeeze=False)
+    for axes, frame in zip(grid, rows, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        neighbours = _neighbours(graph, frame)
+        for axis, shown in zip(axes, [frame, *neighbours[:MOSAIC_COLUMNS]], strict=False):
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(_label(names[shown], 14), fontsize=7, pad=2)
+            axis.imshow(small[shown].permute(1, 2, 0).clamp(0, 1).numpy())
+            if true is not None and shown != frame:
+                colour = PAIR_COLOURS[SEEN if (frame, shown) in true else MISSED]
+                for side in axis.spines.values():
+                    side.set(color=colour, linewidth=2.5)
+        if len(neighbours) > MOSAIC_COLUMNS:
+            axes[-1].yaxis.set_label_position("right")
+            axes[-1].set_ylabel(f"+{len(neighbours) - MOSAIC_COLUMNS} more", fontsize=7)
+    return _png(figure, dpi=110)
+
+
+def _ranked(graph: CovisibilityGraph) -> bool:
+    return graph.origin is not None and graph.origin.nearest.shape[1] > 0
+
+
+def _neighbours(graph: CovisibilityGraph, frame: int) -> list[int]:
+    if graph.origin is not None and _ranked(graph):
+        return graph.origin.nearest[frame].tolist()
+    row = graph.indices[int(graph.indptr[frame]) : int(graph.indptr[frame + 1])].tolist()
+    return sorted((other for other in row if other != frame), key=lambda other: abs(other - frame))
+
+
+@_plain_text()
+def draw_comparison(
+    photos: Tensor,  # [F, 3, H, W]
+    dense: Tensor,  # [F, H, W]
+    sparse: Tensor,  # [F, H, W]
+    *,
+    frames: Sequence[str],
+    title: str,
+    warning: str | None = None,
+    cell: int = 1,
+) -> bytes:
+    """Draw one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
+
+    The bar beneath the difference states the relative L2 distance of what is drawn, which `cell` makes smaller than
+    that of the pixels.
+
+    Args:
+        photos: RGB in [0, 1].
+        dense: Depth of the unpatched model.
+        sparse: Depth of the patched model.
+        frames: A label for each row.
+        title: Lines above the picture.
+        warning: A line in red beneath the picture.
+        cell: Show depth as means over squares of this many pixels. Heads without training fill each token with noise;
+            its mean is what the tokens decide.
+    """
+    means = F.avg_pool2d(torch.stack([dense, sparse]).float().cpu().flatten(0, 1), cell)
+    means = means.unflatten(0, (2, -1))  # [2, F, H / cell, W / cell]
+    distance, depths = percent(Deviation.of(means[0], means[1]).relative_l2), means.numpy()
+    finite = np.isfinite(depths)
+    low, high = np.percentile(depths[finite], (2, 98)) if finite.any() else (0.0, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = 100 * (depths[1] - depths[0]) / np.abs(depths[0])
+    finite_change = np.abs(change[np.isfinite(change)])
+    limit = max(float(np.percentile(finite_change, 98)), 1e-6) if finite_change.size else 1.0
+
+    rows, (height, width) = len(photos), photos.shape[-2:]
+    column_width, bar_height = 2.9, 0.14
+    row_height = column_width * height / width
+    figure = _figure(4 * column_width + 0.5, rows * (row_height + 0.1) + bar_height + 1.7, title, warning)
+    grid = figure.add_gridspec(rows + 1, 4, height_ratios=[row_height] * rows + [bar_height])
+    mean = f", mean of {cell} x {cell} px" if cell > 1 else ""
+    panels = ("photo", f"dense depth{mean}", f"sparse depth{mean}", f"sparse - dense{mean}")
+    for row, frame in enumerate(frames):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
+        axes[0].imshow(photos[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy())
+        axes[0].set_ylabel(_label(frame, 24), fontsize=9)
+        for axis, depth in zip(axes[1:3], depths[:, row], strict=True):
+            depth_image = axis.imshow(depth, cmap="viridis", vmin=low, vmax=high)
+        change_image = axes[3].imshow(change[row], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.set(xticks=[], yticks=[], title=panel if row == 0 else "")
+    for image, columns, label in (
+        (depth_image, slice(1, 3), "depth, in the model's unit"),
+        (change_image, 3, f"% of dense; relative L2 here {distance}"),
+    ):
+        bar = figure.add_subplot(grid[rows, columns])
+        figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label=label)
+    return _png(figure, dpi=110)
+
+
+def _figure(width: float, height: float, title: str, warning: str | None = None) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=11)
+    if warning:
+        figure.supxlabel(warning, fontsize=11, color="#c00000", weight="bold")
+    return figure
+
+
+def _png(figure: Figure, dpi: int) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()
+
+
+def _label(name: str, length: int) -> str:
+    """Return the name, or its end where it is longer than that."""
+    name = printable(name)
+    return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+def _draw_matrix(axis, kinds: np.ndarray, labels: dict[int, str]) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    axis.imshow(kinds, cmap=ListedColormap(PAIR_COLOURS), vmin=0, vmax=3, interpolation="nearest")
+    axis.set(title="Who sees whom", xlabel="key frame", ylabel="query frame")
+    handles = [
+        Patch(facecolor=PAIR_COLOURS[kind], label=f"{label}: {percent((kinds == kind).mean())} of pairs")
+        for kind, label in labels.items()
+    ]
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=9)

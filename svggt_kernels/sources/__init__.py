@@ -1,0 +1,31 @@
+"""Where covisibility graphs come from: similar images or tokens, order, COLMAP, poses, or what the user gives."""
+
+from .base import Scene, Source
+from .colmap import from_colmap
+from .given import GivenGraphs
+from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
+from .poses import from_poses
+from .sequence import AllFrames, Sequential
+from .similarity import Similarity
+from .thumbnails import ThumbnailSimilarity
+from .tokens import TokenSimilarity
+from .words import SOURCES, Covisibility, as_source
+
+__all__ = [
+    "SOURCES",
+    "AllFrames",
+    "Covisibility",
+    "GivenGraphs",
+    "MegaLoc",
+    "MegaLocConfig",
+    "MegaLocSimilarity",
+    "Scene",
+    "Sequential",
+    "Similarity",
+    "Source",
+    "ThumbnailSimilarity",
+    "TokenSimilarity",
+    "as_source",
+    "from_colmap",
+    "from_poses",
+]

@@ -1,0 +1,117 @@
+"""MegaLoc's published weights: where they are found, and whether they are what they must be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ...io.tensor_files import PICKLES, mismatch, read_tensors
+
+PUBLISHED = "gberton/MegaLoc"
+FILE = "model.safetensors"
+INSTALL = "pip install 'svggt-kernels[megaloc]'"
+OTHERWISE = (
+    'or find covisibility in another way: patch(model, covisibility="tokens") ranks frames by the model\'s own tokens, '
+    '"sequential" takes them in order (on the command line --covisibility tokens, thumbnails, sequential), and graphs '
+    "come from poses, COLMAP or any list of pairs (docs/covisibility.md)"
+)
+
+
+def read_weights(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the parameters of MegaLoc in float32, and only those.
+
+    The first release named the backbone's parameters `backbone.model.*` and held a mask token that nothing reads; both
+    are understood.
+
+    Args:
+        source: See `MegaLoc.from_pretrained`.
+        expected: The parameters that must be there, on any device.
+
+    Raises:
+        FileNotFoundError: If there is no such file here or on the hub.
+        ValueError: If the file is damaged or holds something else.
+        TypeError: If the source is neither a path nor a name.
+        ImportError: If safetensors or huggingface_hub is needed and not installed.
+    """
+    path = find_weights(source)
+    try:
+        held = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; download {FILE} of {PUBLISHED} again") from error
+    weights = {
+        name.replace("backbone.model.", "backbone.", 1): tensor
+        for name, tensor in held.items()
+        if not name.endswith("mask_token")
+    }
+    fault = mismatch(weights, expected)
+    if fault is not None:
+        raise ValueError(
+            f"{path} must hold the {len(expected)} parameters of MegaLoc and nothing else, but {fault}; give the "
+            f"{FILE} of {PUBLISHED}"
+        )
+    return {name: weights[name].float() for name in expected}
+
+
+def find_weights(source: str | Path) -> Path:
+    """Return the path of the weights, downloaded if they are neither here nor in the hub's cache.
+
+    Args:
+        source: A file, a folder that holds `model.safetensors`, or the name of a repository of the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such file here or on the hub.
+        TypeError: If the source is neither a path nor a name.
+        ImportError: If huggingface_hub is needed and not installed.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "MegaLoc's weights must be given as a path or as the name of a repository of the Hugging Face hub, got "
+            f"{type(source).__name__}"
+        )
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / FILE).is_file():
+            return path / FILE
+        raise FileNotFoundError(f"{path} must hold MegaLoc's weights as {FILE}, and does not; {_advice()}")
+    name = str(source)
+    if name.count("/") != 1 or path.suffix in {*PICKLES, ".safetensors"} or name.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"MegaLoc's weights must be at {path}, but there is no such file; {_advice()}")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f"MegaLoc's weights, {FILE} of {name}, come from the Hugging Face hub, which needs huggingface_hub: "
+            f"{INSTALL}; {OTHERWISE}"
+        ) from error
+    try:
+        return Path(hf_hub_download(name, FILE, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        # Without a network hf_hub_download tries for 23 s; this asks for the file's size and fails at once.
+        get_hf_file_metadata(hf_hub_url(name, FILE))
+        return Path(hf_hub_download(name, FILE))
+    except Exception as error:  # of several HTTP libraries
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise FileNotFoundError(
+            f"MegaLoc's weights must be in the cache of the Hugging Face hub or within reach, but {FILE} of {name} is "
+            f"neither ({type(error).__name__}: {reason}); {_advice()}"
+        ) from error
+
+
+def _advice() -> str:
+    return (
+        f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
+        "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
+        f"--megaloc FILE; {OTHERWISE}"
+    )

@@ -1,0 +1,442 @@
+"""The command line does what it says, and says in one line what it cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from svggt_kernels import (
+    CovisibilityGraph,
+    MegaLoc,
+    backends,
+)
+from svggt_kernels.cli import (
+    check,
+    compare,
+    demo,
+    layout,
+    main,
+    parser,
+    results,
+)
+from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.models.loading import RANDOM_WEIGHTS
+from svggt_kernels.sources.thumbnails import thumbnails
+
+COMMANDS = ("info", "check", "layout", "compare", "demo")
+SEED = 0
+TOY = ("--covisibility", "tokens", "--model", "toy", "--device", "cpu")
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six small photos; 1 to 3 are views of one texture, 4 to 6 of another."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    textures = np.random.default_rng(SEED).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)
+    for i in range(6):
+        texture = Image.fromarray(textures[i // 3]).resize((64, 48), Image.Resampling.BICUBIC)
+        texture.crop((i % 3, 0, 56 + i % 3, 42)).save(photos / f"{i + 1}.png")
+    return photos
+
+
+@pytest.fixture
+def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the toy model small."""
+    kind = dataclasses.replace(
+        RUNNABLE["toy"], build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2), long_side=56
+    )
+    monkeypatch.setitem(RUNNABLE, "toy", kind)
+
+
+def succeed(*words: object) -> None:
+    """Runs a command that must do what it is told."""
+    assert main([str(word) for word in words]) == 0
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Runs a command that must refuse; returns what it says."""
+    assert main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+class TestMain:
+    @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+    def test_help(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        assert main(words) == 0
+        assert "usage: svggt-kernels" in capsys.readouterr().out
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.count(".") == 2
+
+    @pytest.mark.parametrize("words", [[], ["fly"], ["compare"]], ids=["nothing", "unknown", "incomplete"])
+    def test_usage(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        assert main(words) == 2
+        assert "usage: svggt-kernels" in capsys.readouterr().err
+
+    def test_interrupted(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(check, "judge", interrupt)
+        assert main(["check", "--device", "cpu"]) == 130
+        assert "interrupted" in capsys.readouterr().err
+
+    def test_info_and_check_need_no_optional_package(self) -> None:
+        script = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"matplotlib", "PIL", "rich", "depth_anything_3", "omegaconf"}:
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Refuse())
+from svggt_kernels.cli import main
+sys.exit(main(["info"]) or main(["check", "--device", "cpu"]) or main(["demo", "--output", "nowhere"]))
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert "Every backend that can run here is within the budget" in done.stdout
+        assert done.stderr == (
+            "svggt-kernels demo: drawing needs matplotlib, which is not installed: pip install 'svggt-kernels[viz]'\n"
+        )
+
+
+class TestLayout:
+    def test_writes_report_and_picture(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        output = tmp_path / "deep" / "output"
+        made = ["--covisibility", "thumbnails", "--neighbours", 2, "--long-side", 56]
+        succeed("layout", folder, *made, "--output", output)
+        assert "2 neighbours by similar thumbnails" in capsys.readouterr().out
+        written = json.loads((output / "report.json").read_text())
+        assert written["command"].startswith("svggt-kernels layout")
+        assert written["tokens_per_frame"] == 4 * 3 + 5
+        assert written["ideal_speedup"] == pytest.approx(1 / written["token_density"])
+        assert is_png(output / "graph.png")
+        assert is_png(output / "neighbours.png")
+
+    def test_thumbnails_find_the_frames_of_one_place(self, folder: Path) -> None:
+        from svggt_kernels.io.photos import find_photos, load_photos
+
+        descriptors = thumbnails(load_photos(find_photos(folder), long_side=56))
+        graph = CovisibilityGraph.from_descriptors(
+            descriptors, neighbours=2, reference_frame=None, anchors=0, bridge=False
+        )
+        place = torch.arange(6) // 3
+        assert torch.equal(graph.to_dense(), place[:, None] == place)
+
+    @pytest.mark.parametrize("kind", parser.COVISIBILITY)
+    def test_every_kind_of_graph(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+        tiny_toy: None,
+    ) -> None:
+        monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
+        given = {"--window": 1, "--neighbours": 1, "--device": "cpu"}
+        read = [
+            word for option in given if kind in parser.READ_BY_IN_LAYOUT[option] for word in (option, given[option])
+        ]
+        made = ["--covisibility", kind, *read, "--long-side", 28]
+        succeed("layout", folder, *made, "--output", tmp_path, "--json")
+        printed = json.loads(capsys.readouterr().out)
+        assert printed == json.loads((tmp_path / "report.json").read_text())
+        assert printed["graph"]["frames"] == 6
+        assert (printed["graph"]["density"] == 1) == (kind == "all")
+        assert ("random" in str(printed["note"])) == (kind == "tokens")
+
+    def test_megaloc_is_the_default(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+        monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: asked.append(source) or tiny.megaloc())
+        words = ["layout", folder, "--neighbours", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
+        succeed(*words)
+        succeed(*words, "--megaloc", tmp_path / "m.pt")
+        assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
+        assert "2 neighbours by MegaLoc" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
+    def test_megaloc_out_of_reach(self, folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+        said = refusal(capsys, *command, folder, "--megaloc", "nowhere.safetensors", "--device", "cpu")
+        assert "there is no such file" in said and '"tokens"' in said
+
+    @pytest.mark.parametrize("name", ["walk.mp4", "walk.MTS", "walk.3gp", "walk"])  # every file that is no photo
+    def test_video(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        (tmp_path / name).touch()
+        clip = (torch.rand(4, 3, 42, 56), [0.0, 0.5, 1.0, 2.0])
+        monkeypatch.setattr(layout, "load_video", lambda path, **options: clip)
+        succeed("layout", tmp_path / name, "--covisibility", "sequential", "--output", tmp_path, "--json")
+        assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
+
+    def test_one_photo(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        one = ["--covisibility", "all", "--max-frames", 1, "--long-side", 56]
+        succeed("layout", folder, *one, "--output", tmp_path, "--json")
+        assert json.loads(capsys.readouterr().out)["graph"]["density"] == 1
+
+    def test_truth_gives_the_recall(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        table = tmp_path / "pairs.csv"
+        table.write_text("a,b,matches\n3.png,4.png,50\n3,5,40\n6.png,1.png,3\n")
+        made = ["--covisibility", "sequential", "--window", 1, "--long-side", 28]
+        judged = ["--truth", table, "--truth-above", 10]
+        succeed("layout", folder, *made, *judged, "--output", tmp_path, "--json")
+        found = json.loads(capsys.readouterr().out)["truth"]
+        # Neighbours and frame 0 are seen, both ways: 3-4 is in, 3-5 is not; 10 + 8 of 30 ordered pairs are in.
+        assert found == {
+            "pairs": 4,
+            "recall": 0.5,
+            "precision": pytest.approx(2 / 18),
+            "chance": pytest.approx(18 / 30),
+        }
+
+
+class TestCompare:
+    def test_writes_report_and_pictures(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        succeed("compare", folder, *TOY, "--neighbours", 1, "--repeats", 2, "--output", tmp_path)
+        out = capsys.readouterr().out
+        assert "weights: random, seed 0" in out
+        assert RANDOM_WEIGHTS in out
+        assert is_png(tmp_path / "comparison.png")
+        assert is_png(tmp_path / "graph.png")
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["warning"] == RANDOM_WEIGHTS
+        assert written["backend"] in backends.BACKENDS
+        assert f"dense attention is PyTorch's, sparse that of backend {written['backend']}." in out
+        assert "CUDA" in written["passed_over"]["triton"]
+        assert written["frame_names"] == [f"{i}.png" for i in range(1, 7)]
+        assert written["attention"]["shape"] == [1, 2, 6 * (5 + 4 * 3), 8]
+        assert written["dense"]["runs"] == written["sparse"]["runs"] == 2
+        assert written["layers"] == 2
+        assert set(written["deviations"]) == {"depth", "depth_conf", "pose_enc"}
+        assert 0 < written["deviations"]["depth"]["relative_l2"] < 1
+        assert written["ratios"]["ideal_reached"] == pytest.approx(
+            written["ratios"]["attention_speedup"] * written["token_density"]
+        )
+
+    def test_picture_says_that_weights_are_random(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_toy: None
+    ) -> None:
+        drawn: dict[str, object] = {}
+        monkeypatch.setattr(
+            results, "draw_comparison", lambda *inputs, **labels: drawn.update(labels, photos=inputs[0]) or b""
+        )
+        succeed("compare", folder, *TOY, "--repeats", 1, "--output", tmp_path)
+        assert drawn["warning"] == RANDOM_WEIGHTS
+        assert "attention, PyTorch against " in str(drawn["title"])
+        assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
+        assert len(drawn["photos"]) == 4  # type: ignore[arg-type]
+
+    def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: None) -> None:
+        succeed("compare", folder, *TOY, "--covisibility", "all", "--repeats", 1, "--output", tmp_path)
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["ideal_speedup"] == 1
+        assert written["deviations"]["depth"]["relative_l2"] < 1e-5
+        assert written["rotation_degrees"]["max"] < 0.01
+
+    def test_one_photo(self, folder: Path, tmp_path: Path, tiny_toy: None) -> None:
+        succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
+        assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
+
+    @pytest.mark.parametrize("repeats", [1, 2])
+    def test_one_run_is_not_called_a_median(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_toy: None,
+        repeats: int,
+    ) -> None:
+        titles: list[str] = []
+        monkeypatch.setattr(results, "draw_comparison", lambda *inputs, title, **labels: titles.append(title) or b"")
+        succeed("compare", folder, *TOY, "--repeats", repeats, "--output", tmp_path)
+        for text in (capsys.readouterr().out, titles[0]):
+            assert ("whole model, one run" in text) == (repeats == 1)
+            assert ("median of 2 runs" in text) == (repeats == 2)
+
+    @pytest.mark.parametrize(("device", "dtype"), [("cuda:0", torch.bfloat16), ("cpu", torch.float32)])
+    def test_a_backend_is_asked_about_the_dtype_that_will_run(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        device: str,
+        dtype: torch.dtype,
+    ) -> None:
+        def reasons(*kind: object) -> dict[str, str | None]:
+            return dict.fromkeys(backends.BACKENDS, "that is the dtype" if kind[1] == dtype else None)
+
+        monkeypatch.setattr(compare, "pick_device", lambda name: torch.device(device))
+        monkeypatch.setattr(backends, "reasons", reasons)
+        said = refusal(capsys, "compare", folder, *TOY, "--backend", "hopper", "--output", tmp_path)
+        assert "that is the dtype; leave --backend out" in said
+
+    def test_depth_anything_3(self, folder: Path, tmp_path: Path) -> None:
+        pytest.importorskip("depth_anything_3", reason="depth-anything-3 is not installed")
+        pytest.importorskip("omegaconf", reason="omegaconf, which depth-anything-3 needs, is not installed")
+        small = ["--long-side", 56, "--max-frames", 4, "--neighbours", 1, "--repeats", 1]
+        succeed("compare", folder, *TOY, "--model", "da3-small", *small, "--output", tmp_path)
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["layers"] == 4
+        assert set(written["deviations"]) == {"depth", "depth_conf", "extrinsics", "intrinsics"}
+        assert 0 < written["deviations"]["depth"]["relative_l2"] < 1
+
+    def test_out_of_memory(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def exhausted(*arguments: object) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(ToyMultiViewTransformer, "forward", exhausted)
+        said = refusal(capsys, "compare", folder, *TOY, "--output", tmp_path)
+        assert said.endswith("use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)\n")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda path: None, "does not exist"),
+            (lambda path: path.mkdir(), "holds no photo .*: it holds no file at all"),
+            (lambda path: path.write_text(""), "cannot be read as a video|is a file: .* read videos"),
+            (lambda path: path.mkdir() or (path / "1.jpg").write_text("oops"), r"1\.jpg cannot be read as a photo"),
+        ],
+        ids=["missing", "empty", "file", "broken photo"],
+    )
+    def test_folder(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], make: object, message: str
+    ) -> None:
+        make(tmp_path / "in")  # type: ignore[operator]
+        said = refusal(capsys, *command, tmp_path / "in", "--covisibility", "all", "--output", tmp_path / "out")
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(said)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--model", "gpt"], "invalid choice: 'gpt'"),
+            (["--neighbours", "-1"], "--neighbours: must be at least 0, got -1"),
+            (["--neighbours", "many"], "--neighbours: must be a whole number, got 'many'"),
+            (["--max-frames", "0"], "--max-frames: must be at least 1, got 0"),
+            (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
+            (["--long-side", "13"], "long_side must be at least one patch"),
+            (["--device", "tpu"], "--device must be auto or one of"),
+            (["--backend", "cuda"], "backend must be one of hopper, triton, metal, cpu, reference or None, got 'cuda'"),
+            (["--weights", "w.pt"], "no trained weights exist"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_options(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    ) -> None:
+        assert message in refusal(capsys, "compare", folder, *TOY, *words, "--output", tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["tokens", "--patch-size", "16"], "--patch-size does not go with --covisibility tokens"),
+            (
+                ["tokens", "--special-tokens", "9"],
+                "it is for --covisibility megaloc or thumbnails or sequential or all",
+            ),
+            (["megaloc", "--model", "vggt"], "--model does not go with --covisibility megaloc"),
+            (["all", "--megaloc", "m.pt"], "it is for --covisibility megaloc"),
+            (["sequential", "--neighbours", "4"], "--neighbours does not go with --covisibility sequential"),
+            (["all", "--window", "2"], "--window does not go with --covisibility all"),
+            (["thumbnails", "--device", "cpu"], "it is for --covisibility megaloc or tokens"),
+            (["all", "--truth-above", "3"], "give --truth too"),
+        ],
+        ids=" ".join,
+    )
+    def test_options_that_would_be_ignored(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    ) -> None:
+        assert message in refusal(capsys, "layout", folder, "--covisibility", *words)
+
+    def test_options_that_a_comparison_would_ignore(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        said = refusal(capsys, "compare", folder, *TOY, "--megaloc", "m.pt")
+        assert "--megaloc does not go with --covisibility tokens" in said
+
+    def test_a_backend_that_cannot_run_here(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        said = refusal(capsys, "compare", folder, *TOY, "--backend", "triton")
+        assert "it needs a CUDA device, got cpu; leave --backend out" in said
+
+    def test_output_is_a_file(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "out").touch()
+        assert "out" in refusal(capsys, "layout", folder, "--covisibility", "all", "--output", tmp_path / "out")
+
+    def test_without_pillow(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        said = refusal(capsys, "layout", folder, "--covisibility", "all", "--output", tmp_path / "out")
+        assert "pip install 'svggt-kernels[viz]'" in said
+
+    def test_truth_without_a_pair_of_the_photos_in_use(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "pairs.csv").write_text("1,6,5\n")
+        said = refusal(
+            capsys, "layout", folder, "--covisibility", "all", "--truth", tmp_path / "pairs.csv", "--max-frames", 3
+        )
+        assert "raise --max-frames" in said
+
+    @pytest.mark.parametrize("name", [name for name, kind in RUNNABLE.items() if kind.requirement])
+    def test_missing_package(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        for package in ("depth_anything_3", "vggt", "vggt.models.vggt", "pi3", "pi3.models.pi3"):
+            monkeypatch.setitem(sys.modules, package, None)
+        said = refusal(capsys, "compare", folder, *TOY, "--model", name)
+        assert "pip install --no-deps" in said
+
+
+class TestDemo:
+    def test_tells_the_story(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_toy: None,
+    ) -> None:
+        monkeypatch.setattr(demo, "HEIGHT", 42)
+        monkeypatch.setattr(demo, "WIDTH", 56)
+        assert main(["demo", "--frames", "14", "--device", "cpu", "--output", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert "a walk of 14 frames through 8 rooms" in out
+        assert "pairs that really share a view" in out
+        assert RANDOM_WEIGHTS in out
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert 0 < written["truth"]["recall"] <= 1
+        assert is_png(tmp_path / "comparison.png")
+        assert is_png(tmp_path / "graph.png")

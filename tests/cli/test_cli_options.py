@@ -1,0 +1,52 @@
+"""Words of the command line that say which frames see each other, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+import pytest
+import tiny
+import torch
+
+from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity
+from svggt_kernels.cli import options, parser
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.sources import SOURCES, AllFrames, Scene, Sequential, ThumbnailSimilarity
+
+
+def test_the_parser_knows_what_the_package_has():
+    assert set(parser.MODELS) == set(RUNNABLE)
+    assert parser.COVISIBILITY == tuple(SOURCES)
+    assert parser.SEQUENTIAL_WINDOW == Sequential().window
+    assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"), [("neighbours", "neighbours"), ("window", "window"), ("megaloc", "weights")]
+)
+def test_an_option_goes_with_the_sources_that_have_its_setting(option: str, setting: str):
+    readers = [word for word, source in SOURCES.items() if setting in {field.name for field in fields(source)}]
+    assert parser.READ_BY[f"--{option}"] == tuple(readers)
+
+
+def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
+    model = tiny.megaloc()
+    monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: model)
+
+    def meant(word: str, **values: int) -> object:
+        unset = {"window": None, "neighbours": None, "megaloc": None, "device": "cpu"}
+        return options.source(argparse.Namespace(covisibility=word, **{**unset, **values}))
+
+    assert meant("tokens", neighbours=3) == TokenSimilarity(neighbours=3)
+    assert meant("thumbnails", window=2) == ThumbnailSimilarity(window=2)
+    assert meant("sequential") == Sequential(window=10)
+    assert meant("megaloc", neighbours=3) == MegaLocSimilarity(neighbours=3, weights=model)
+    assert meant("all") == AllFrames()
+
+
+def test_sequential_is_the_window_and_the_reference_frame():
+    graph = Sequential(window=2).graph(Scene(40, reference_frame=0))
+    expected = CovisibilityGraph.sequential(40, 2).to_dense()
+    expected[0] = expected[:, 0] = True
+    assert torch.equal(graph.to_dense(), expected)

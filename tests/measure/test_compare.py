@@ -1,0 +1,83 @@
+"""Dense against sparse: one patch serves all timed runs, and the model stays as it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svggt_kernels import Patch, patch
+from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.measure import compare
+
+FRAMES = torch.rand(3, 3, 28, 28)
+
+
+@dataclass(frozen=True)
+class Toy:
+    module: nn.Module
+    name: str = "toy"
+    weights: str = "random"
+    warning: str | None = None
+    autocast: torch.dtype | None = None
+
+    def __call__(self, frames: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return {name: output[0] for name, output in self.module(frames[None]).items()}
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return Toy(ToyMultiViewTransformer(dim=16, depth=2, num_heads=2).eval())
+
+
+def test_one_patch_serves_all_timed_runs(monkeypatch: pytest.MonkeyPatch, toy: Toy):
+    patched: list[nn.Module] = []
+
+    def slowly(module: nn.Module, **options: object) -> Patch:
+        patched.append(module)
+        time.sleep(1)
+        return patch(module, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compare, "patch", slowly)
+    comparison, _ = compare.compare(toy, FRAMES, "tokens", described="", repeats=3)
+    assert len(patched) == 1
+    assert comparison.first_sparse_ms > 1000 > comparison.sparse.max_ms
+    assert comparison.sparse.runs == 3
+    assert comparison.first_planning_ms < comparison.first_sparse_ms
+    weights = [parameter.data_ptr() for parameter in toy.module.parameters()]
+    assert [parameter.data_ptr() for parameter in patched[0].parameters()] == weights
+
+
+def test_the_model_is_as_before(toy: Toy):
+    before = toy(FRAMES)
+    compare.compare(toy, FRAMES, "tokens", described="", repeats=1)
+    assert torch.equal(toy(FRAMES)["depth"], before["depth"])
+
+
+def test_stages_are_told(toy: Toy):
+    told: list[str] = []
+
+    @contextmanager
+    def stage(what: str) -> Iterator[compare.Tell]:
+        told.append(what)
+        yield told.append
+
+    compare.compare(toy, FRAMES, "all", described="", repeats=1, stage=stage)
+    assert told == [
+        "dense, first run",
+        "sparse, first run",
+        "dense and sparse in turn",
+        "run 1 of 1",
+        "one global attention by itself",
+    ]
+
+
+def test_what_the_frames_cannot_have_is_refused(toy: Toy):
+    with pytest.raises(ValueError, match="covisibility"):
+        compare.compare(toy, FRAMES, "nonsense", described="")

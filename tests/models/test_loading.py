@@ -1,0 +1,125 @@
+"""Weights: random ones are always the same, and those of a file are used or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.models import RUNNABLE, RunnableModel
+from svggt_kernels.models.loading import build, load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> RunnableModel:
+    """Makes the toy model small, and lets it take weights."""
+    kind = dataclasses.replace(
+        RUNNABLE["toy"],
+        build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2),
+        trainable=True,
+        key_prefix="model.",
+    )
+    monkeypatch.setitem(RUNNABLE, "toy", kind)
+    return kind
+
+
+def test_weights_of_a_file_are_used(tmp_path: Path, tiny_toy: RunnableModel):
+    trained = tiny_toy.build().state_dict()
+    torch.save({f"model.{name}": value for name, value in trained.items()}, tmp_path / "w.pt")
+    model = load_model("toy", tmp_path / "w.pt", CPU)
+    assert model.warning is None
+    assert model.weights == str(tmp_path / "w.pt")
+    assert all(torch.equal(value, trained[name]) for name, value in model.module.state_dict().items())
+
+
+def test_weights_of_half_precision_are_used(tmp_path: Path, tiny_toy: RunnableModel):
+    trained = {name: value.half() for name, value in tiny_toy.build().state_dict().items()}
+    torch.save(trained, tmp_path / "w.pt")
+    loaded = load_model("toy", tmp_path / "w.pt", CPU).module.state_dict()
+    assert all(torch.equal(value, trained[name].float()) for name, value in loaded.items())
+
+
+def test_random_weights_are_always_the_same(tiny_toy: RunnableModel):
+    first = build(tiny_toy, CPU).state_dict()
+    state = torch.manual_seed(1).get_state()
+    second = load_model("toy", None, CPU).module.state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: {}, "missing: camera_token, register_tokens, .* and .* more"),
+        (
+            lambda state: state | {"camera_token": torch.zeros(1)},
+            r"shape: camera_token \[1\] \(must be \[2, 1, 16\]\)",
+        ),
+        (lambda state: [1, 2], "must hold a mapping"),
+        (lambda state: {"model": state, "epoch": 3}, "'model' stands for OrderedDict"),
+        (lambda state: dict(enumerate(state.values())), "0 stands for Tensor"),
+        (
+            lambda state: {name: value.to(torch.int8) for name, value in state.items()},
+            r"number: .* \(torch\.int8\)",
+        ),
+        (lambda state: {name: value.to(torch.complex64) for name, value in state.items()}, r"\(torch\.complex64\)"),
+        (lambda state: state | {"more.weight": torch.zeros(1)}, "not known: more.weight"),
+    ],
+    ids=["missing", "shape", "no mapping", "nested", "numbered", "int8", "complex", "larger"],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tiny_toy: RunnableModel, spoil, message: str):
+    torch.save(spoil(tiny_toy.build().state_dict()), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        load_model("toy", tmp_path / "w.pt", CPU)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "nothing.pt"])
+def test_weights_that_cannot_be_read_are_refused(tmp_path: Path, tiny_toy: RunnableModel, name: str):
+    for suffix in ("pt", "safetensors"):
+        (tmp_path / f"w.{suffix}").write_text("not weights")
+    with pytest.raises(ValueError, match=r"cannot be read as weights|but .* is none"):
+        load_model("toy", tmp_path / name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [("vgg16", None, "must be one of .*vggt.*, got vgg16"), ("toy", "w.pt", "no trained weights exist for the model")],
+)
+def test_what_there_is_not_is_refused(name: str, weights: str | None, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_model(name, weights and Path(weights), CPU)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in RUNNABLE.items() if kind.requirement])
+def test_missing_package_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str):
+    for package in ("depth_anything_3", "vggt", "pi3"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"the model {name} cannot be imported .* Install it: pip install"):
+        load_model(name, None, CPU)
+
+
+@pytest.mark.parametrize("is_fastvggt", [False, True], ids=["upstream", "FastVGGT"])
+def test_vggt_has_its_point_head_in_either_package(monkeypatch: pytest.MonkeyPatch, is_fastvggt: bool):
+    class Upstream(nn.Module):
+        def __init__(self, enable_point: bool = True):
+            super().__init__()
+            self.point_head = nn.Linear(1, 1) if enable_point else None
+
+    class FastVGGT(Upstream):
+        def __init__(self, enable_point: bool = False, merging: int = 0):
+            super().__init__(enable_point)
+
+    package = ModuleType("vggt.models.vggt")
+    package.VGGT = FastVGGT if is_fastvggt else Upstream
+    for name in ("vggt", "vggt.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    assert load_model("vggt", None, CPU).module.point_head is not None
