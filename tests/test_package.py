@@ -29,7 +29,7 @@ FLOORS = [
     {"backends"},
     {"attention"},
     {"inference"},
-    {"proof_of_backends", "patching"},
+    {"backend_errors", "patching"},
     {"measure"},
     {"cli"},
     {"__init__", "__main__"},

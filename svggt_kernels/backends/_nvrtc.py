@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
     defines: tuple[tuple[str, int], ...]
 
 
+@cache
 def parameter_bytes(parameters: type[ctypes.Structure]) -> int:
     """Return the size of a kernel's struct of parameters, which is aligned as its fields are, or by `ALIGNMENT`."""
     return -(-ctypes.sizeof(parameters) // (alignment := _alignment(parameters))) * alignment

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from .. import backends
+from ..backend_errors import error_ratios
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..measure.machine import DTYPES, backend_answers, by_reason, device_name, dtype_name, versions
 from ..proof import BUDGET, QUANTITIES, within_budget
-from ..proof_of_backends import error_ratios
 from .device import pick_device
 from .text import table
 

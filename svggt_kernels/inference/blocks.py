@@ -25,7 +25,7 @@ from .ops import (
 )
 from .settings import CACHES, TABLES, is_plain
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+AttendFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of q, k and v `[B, H, N, D]` with a scale."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,7 +136,7 @@ def run(
     block: Any,
     x: Tensor,
     pos: Tensor | None,
-    attend: Attend,
+    attend: AttendFunction,
     dtype: torch.dtype | None,
     tokens_together: int,
 ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import backends
 from ..inference import memory
-from ..inference.own_forward import Outputs, OwnForward, Precision
+from ..inference.fused_forward import FusedForward, Outputs, Precision
 from ..models import find_model, stated_record
 from ..models.wrappers import each_once, named_modules
 from .handle import Patch
@@ -135,7 +135,7 @@ def patch(
     planner = Planner(record, covisibility, special_tokens == "dense")
     own = None
     if fused is not False:
-        own = OwnForward(
+        own = FusedForward(
             model,
             root,
             tuple(attention.values()),

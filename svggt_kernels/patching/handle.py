@@ -12,12 +12,12 @@ from .. import backends
 from ..attention import choose_backend
 from ..compiling import uncompiled
 from ..graph import CovisibilityGraph
-from ..inference.own_forward import OwnForward
+from ..inference.fused_forward import FusedForward
 from ..layout import BlockLayout
 from ..models import ForwardInputs
 from ..models.wrappers import arguments_of
-from .attend import GraphAttention
 from .forwards import Forward, Forwards
+from .graph_attention import GraphAttention
 from .interception import StandIn
 from .parts import FrameOrder, Interception, Part, UnknownAttention
 from .plan import Planner
@@ -44,7 +44,7 @@ class Patch:
         attention: dict[str, nn.Module],
         planner: Planner,
         backend: str | None,
-        own: OwnForward | None,
+        own: FusedForward | None,
     ) -> None:
         def full(name: str) -> str:
             return f"{path}.{name}" if path else name

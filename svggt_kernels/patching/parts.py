@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..compiling import uncompiled
-from .attend import GraphAttention
 from .forwards import Forwards
+from .graph_attention import GraphAttention
 from .interception import Answering, StandIn
 
 __all__ = ["FrameOrder", "Interception", "Part", "UnknownAttention"]

@@ -5,11 +5,11 @@ from .colmap import from_colmap
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
 from .poses import from_poses
+from .registry import SOURCES, Covisibility, as_source
 from .sequence import AllFrames, Sequential
 from .similarity import Similarity
 from .thumbnails import ThumbnailSimilarity
 from .tokens import TokenSimilarity
-from .words import SOURCES, Covisibility, as_source
 
 __all__ = [
     "SOURCES",

@@ -10,9 +10,9 @@ from layouts import random_layout
 from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.backends import cpu
 from svggt_kernels.proof import plain_gradients, within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 CPU = torch.device("cpu")
 try:

@@ -20,9 +20,9 @@ from layouts import random_layout
 from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.backends import cpu
 from svggt_kernels.proof import within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cpu"
 COMPILER = os.environ.get("CXX", "c++")

@@ -18,11 +18,11 @@ from layouts import random_layout
 from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention, prepare
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.backends import _nvrtc as runtime
 from svggt_kernels.backends import hopper
 from svggt_kernels.backends.hopper import forward_pass
 from svggt_kernels.proof import BUDGET, plain_attention, within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 NEEDED = hopper.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, 64)
 

@@ -22,10 +22,10 @@ from svggt_kernels import (
     prepare,
 )
 from svggt_kernels.attention import choose_backend
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.backends import metal
 from svggt_kernels.backends.metal import shader, trial, work
 from svggt_kernels.proof import within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs g++")
 

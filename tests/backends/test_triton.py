@@ -11,8 +11,8 @@ from tiers import every
 
 import svggt_kernels.backends.triton as backend
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.proof import BUDGET, within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference.own_forward import InferenceReport
+from svggt_kernels.inference.fused_forward import InferenceReport
 
 from .vggt import VGGT
 

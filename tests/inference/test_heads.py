@@ -13,7 +13,7 @@ from doubles.vggt import DIM, PATCH, VGGT, CameraHead
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference import dpt, memory, own_forward
+from svggt_kernels.inference import dpt, fused_forward, memory
 from svggt_kernels.inference.layer_outputs import LayerOutputs
 from svggt_kernels.inference.report import InferenceReport
 
@@ -69,13 +69,13 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Classes of the modules that are verified, each time."""
     kinds: list[str] = []
-    verify = own_forward.verify
+    verify = fused_forward.verify
 
     def watched(module, *others):
         kinds.append(type(module).__name__)
         return verify(module, *others)
 
-    monkeypatch.setattr(own_forward, "verify", watched)
+    monkeypatch.setattr(fused_forward, "verify", watched)
     return kinds
 
 

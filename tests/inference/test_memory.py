@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import svggt_kernels
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
-from svggt_kernels.inference import blocks, layer_outputs, memory, own_forward
+from svggt_kernels.inference import blocks, fused_forward, layer_outputs, memory
 from svggt_kernels.inference.verification import Verification
-from svggt_kernels.patching.attend import GraphAttention
+from svggt_kernels.patching.graph_attention import GraphAttention
 
 GIB = memory.GIB
 
@@ -170,7 +170,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without verifications, which take more than a double this small."""
-    monkeypatch.setattr(own_forward, "verify", lambda *arguments: Verification(None, 1.0, 0.0, 0.0))
+    monkeypatch.setattr(fused_forward, "verify", lambda *arguments: Verification(None, 1.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])

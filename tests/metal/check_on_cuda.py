@@ -17,10 +17,10 @@ from layouts import random_layout
 from torch import Tensor
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.backends import metal
 from svggt_kernels.backends.metal import shader, trial
 from svggt_kernels.proof import within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 from . import on_cuda
 

@@ -21,8 +21,8 @@ from svggt_kernels import (
     prepare,
 )
 from svggt_kernels.attention import choose_backend
+from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.proof import plain_attention, within_budget
-from svggt_kernels.proof_of_backends import error_ratios
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -23,10 +23,10 @@ from .layer_outputs import LayerOutputs
 from .ops import layer_norm
 from .settings import TABLES, is_plain
 
-__all__ = ["Attend", "Parts", "aggregate", "obstacle", "tokens_of_frame"]
+__all__ = ["ChunkSizes", "GlobalAttention", "aggregate", "obstacle", "tokens_of_frame"]
 
 
-class Attend(Protocol):
+class GlobalAttention(Protocol):
     """How the global layers of one forward attend; it knows the layer, so layers may differ."""
 
     def enter(self, tokens: Callable[[], Tensor]) -> None:
@@ -55,7 +55,7 @@ KNOWN_OF_DINOV2 = frozenset(
 
 
 @dataclass(frozen=True)
-class Parts:
+class ChunkSizes:
     """How much runs together; the results are the same.
 
     Attributes:
@@ -67,7 +67,7 @@ class Parts:
     tokens: int
 
     @classmethod
-    def of(cls, aggregator: Any, images: Tensor, tokens: int) -> Parts:
+    def of(cls, aggregator: Any, images: Tensor, tokens: int) -> ChunkSizes:
         """Return parts of about so many tokens, for images `[B, S, 3, H, W]`."""
         return cls(max(1, tokens // tokens_of_frame(aggregator, images)), max(1, tokens))
 
@@ -137,9 +137,9 @@ def aggregate(
     images: Tensor,  # [B, S, 3, H, W]
     outputs: LayerOutputs,
     *,
-    attend: Attend,
-    attend_within_frames: blocks.Attend,
-    parts: Parts,
+    attend: GlobalAttention,
+    attend_within_frames: blocks.AttendFunction,
+    parts: ChunkSizes,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Run an aggregator for which `obstacle` is None and keep its layers' outputs.
@@ -172,7 +172,7 @@ def aggregate(
     outputs.settle()
 
 
-def _attend_layer(attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend_layer(attend: GlobalAttention, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return attend(layer, q, k, v, scale=scale)
 
 
@@ -180,8 +180,8 @@ def _embed(
     aggregator: Any,
     images: Tensor,  # [B S, 3, H, W]
     frames: int,
-    attend: blocks.Attend,
-    parts: Parts,
+    attend: blocks.AttendFunction,
+    parts: ChunkSizes,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Return the tokens `[B S, P, C]` that enter the first block; frame 0 of each sample is the reference."""
@@ -203,7 +203,7 @@ def _embed(
     return tokens
 
 
-def _patch_tokens(encoder: Any, images: Tensor, attend: blocks.Attend, parts: Parts) -> Tensor:
+def _patch_tokens(encoder: Any, images: Tensor, attend: blocks.AttendFunction, parts: ChunkSizes) -> Tensor:
     """Return the patch tokens `[B S, P', C]` of normalised images, DINOv2's by fused blocks."""
     if not _is_dinov2(encoder):
         embedded = encoder(images)

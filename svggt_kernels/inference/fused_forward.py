@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..compiling import uncompiled
-from . import blocks, dpt, heads, memory, vggt
+from . import blocks, dpt, heads, memory
+from .aggregator import ChunkSizes, GlobalAttention, aggregate, tokens_of_frame
+from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
 from .report import InferenceReport
 from .settings import Settings, Snapshot, is_replaced, is_watched
 from .verification import Verification, verify
 from .within_frames import AttentionWithinFrames, by_pytorch
 
-__all__ = ["Outputs", "OwnForward", "Precision"]
+__all__ = ["FusedForward", "Outputs", "Precision"]
 
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
@@ -43,7 +45,7 @@ class Original(Protocol):
         """Run the module's forward."""
 
 
-class OwnForward:
+class FusedForward:
     """Runs the aggregator and the heads of a model of VGGT's shape by our own code, at inference.
 
     An aggregator runs so once it was verified for its settings, for the height and width of the images and the dtypes
@@ -79,7 +81,7 @@ class OwnForward:
         self.fused = fused
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.budget = memory_budget
-        self._obstacle = vggt.obstacle(aggregator)
+        self._obstacle = obstacle_of_aggregator(aggregator)
         if self._obstacle is None and attention != tuple(block.attn for block in aggregator.global_blocks):
             self._obstacle = f"its global attention is not that of the global_blocks of {type(aggregator).__name__}"
         self.depth: int = 0 if self._obstacle else len(self.aggregator.global_blocks)
@@ -124,7 +126,7 @@ class OwnForward:
         self._settings = Settings()
         self._snapshots: dict[nn.Module, tuple[Snapshot, Hashable, str | None]] = {}
         self._verified: dict[Hashable, Verification] = {}
-        self._attend: vggt.Attend | None = None
+        self._attend: GlobalAttention | None = None
         self._outputs: LayerOutputs | None = None
         self._plan: memory.Plan | None = None
         self.report = InferenceReport("no forward yet", None, (), {}, self._layers_kept, None)
@@ -150,7 +152,7 @@ class OwnForward:
             for name, head in self._cameras.items():
                 yield head, name, self._run_camera_head
 
-    def begin(self, images: Any, tokens_per_frame: int | None, tokens_describe: bool, attend: vggt.Attend) -> None:
+    def begin(self, images: Any, tokens_per_frame: int | None, tokens_describe: bool, attend: GlobalAttention) -> None:
         """Begin a forward: make its plan.
 
         Args:
@@ -240,13 +242,13 @@ class OwnForward:
             return None
         assert isinstance(images, Tensor)
         if self._plan is None:
-            parts = vggt.Parts.of(self.aggregator, images, memory.TOKENS_TOGETHER)
+            parts = ChunkSizes.of(self.aggregator, images, memory.TOKENS_TOGETHER)
         else:
-            parts = vggt.Parts(self._plan.images_together, self._plan.tokens_together)
+            parts = ChunkSizes(self._plan.images_together, self._plan.tokens_together)
         own_dtype = None if self.dtype is None else self.aggregator.camera_token.dtype
         offloaded = () if self._plan is None else self._plan.offloaded
         self._outputs = outputs = LayerOutputs(self.depth, self.layers, own_dtype, offloaded)
-        vggt.aggregate(
+        aggregate(
             self.aggregator,
             images,
             outputs,
@@ -264,21 +266,21 @@ class OwnForward:
             return "its forward is given more than images [B, S, 3, H, W]", None
         if self.fused is None and images.device.type != "cuda":
             return ON_THE_CPU, None
-        reason = _obstacle_of_call() or self._unsettled(self.aggregator, vggt.obstacle)
+        reason = _obstacle_of_call() or self._unsettled(self.aggregator, obstacle_of_aggregator)
         if reason is not None:
             return reason, None
         some = images[:1, :FRAMES]
 
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
-            tokens = int(PART * some.shape[1] * vggt.tokens_of_frame(aggregator, some))
-            vggt.aggregate(
+            tokens = int(PART * some.shape[1] * tokens_of_frame(aggregator, some))
+            aggregate(
                 aggregator,
                 some,
                 outputs,
                 attend=_Dense(),
                 attend_within_frames=by_pytorch,
-                parts=vggt.Parts.of(aggregator, some, tokens),
+                parts=ChunkSizes.of(aggregator, some, tokens),
             )
             return outputs, aggregator.patch_start_idx
 

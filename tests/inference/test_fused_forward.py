@@ -16,7 +16,7 @@ from doubles.vggt import DIM, HEADS, PATCH, Mlp
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference import own_forward, verification, within_frames
+from svggt_kernels.inference import fused_forward, verification, within_frames
 
 # What runs fused
 
@@ -93,7 +93,7 @@ def test_a_layer_that_was_not_kept_says_so():
 
 def test_on_the_cpu_a_model_runs_as_it_is_if_not_asked():
     report = as_without(model(), fused=None)
-    assert report.reason == own_forward.ON_THE_CPU
+    assert report.reason == fused_forward.ON_THE_CPU
 
 
 def test_options_of_the_fused_forward_need_it():
@@ -251,7 +251,7 @@ def test_equal_settings_are_verified_once_for_each_size(monkeypatch: pytest.Monk
         verified.append(type(module).__name__)
         return verification.verify(module, *given)
 
-    monkeypatch.setattr(own_forward, "verify", counted)
+    monkeypatch.setattr(fused_forward, "verify", counted)
     network = model()
     with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True):
         for pictures in (IMAGES, IMAGES, IMAGES[:, :4], IMAGES.repeat(2, 1, 1, 1, 1)):
