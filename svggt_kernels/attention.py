@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from . import backends
 from .compiling import uncompiled
 from .layout import BlockLayout
+from .streams import is_capturing
 
 LOG2_E = math.log2(math.e)
 
@@ -179,7 +180,7 @@ def _tables(
 )
 def _make_tables(layout: BlockLayout, key: tuple[str, torch.dtype, int, str]) -> None:
     backend, dtype, head_size, direction = key
-    if _is_capturing(layout.device):
+    if is_capturing(layout.device):
         raise RuntimeError(
             "a layout must have its tables before a CUDA graph captures attention over it; call "
             f"svggt_kernels.prepare(layout, {dtype}, {head_size}, backend={backend!r}, "
@@ -189,14 +190,12 @@ def _make_tables(layout: BlockLayout, key: tuple[str, torch.dtype, int, str]) ->
     make = kernels.tables if direction == "forward" else kernels.backward_tables
     # As in BlockLayout.runs: a later backward pass must be able to save them.
     with layout.order.lock, torch.inference_mode(False), torch.no_grad():
+        if key in layout.tables:  # by another thread, meanwhile
+            return
         layout.order.before_use(layout.device, layout.kept)
         made = make(layout, dtype, head_size)
         layout.order.after_making(layout.device)
         layout.tables[key] = made
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

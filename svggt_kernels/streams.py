@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a device is a CUDA device and a CUDA graph captures what the current stream does."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class StreamOrder:
     """Lets any CUDA stream read tensors that an object makes when they are first needed, and keeps.
 
@@ -38,7 +43,7 @@ class StreamOrder:
         if device.type != "cuda" or last is None:
             return
         stream = torch.cuda.current_stream(device)
-        if stream.cuda_stream == last.stream or torch.cuda.is_current_stream_capturing():
+        if stream.cuda_stream == last.stream or is_capturing(device):
             return
         stream.wait_event(last.done)
         if stream.cuda_stream not in last.readers:

@@ -120,7 +120,8 @@ def _as_text(report: dict[str, Any], summary: GraphSummary, noun: str) -> str:
     if report["truth"]:
         pairs, recall, precision, chance = report["truth"].values()
         lines.append(
-            f"Of {count(pairs, 'pair')} known to share a view, {percent(recall)} are in; by chance {percent(chance)}."
+            f"Of {count(pairs, 'pair')} known to share a view, counted both ways, {percent(recall)} are in; by chance "
+            f"{percent(chance)}."
         )
         if precision is not None:
             lines.append(f"Of the pairs that are in, {percent(precision)} are known to share a view.")

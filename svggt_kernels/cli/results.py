@@ -171,9 +171,7 @@ def headline(comparison: Comparison) -> str:
     """Return the facts for the top of the picture."""
     c = comparison
     model = f"whole model, {_kind_of_time(c)}: dense {milliseconds(c.dense.median_ms)}, sparse "
-    attention = (
-        f"attention, PyTorch against {c.backend}: {times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal"
-    )
+    attention = f"attention, PyTorch against {c.backend}: {times(c.attention.speedup)} of {times(c.ideal_speedup)}"
     return (
         f"{c.model}, {count(c.frames, 'frame')} of {c.width} x {c.height} px on {c.device_name}; density "
         f"{percent(c.token_density)} over tokens\n{model}{milliseconds(c.sparse.median_ms)} ({times(c.speedup)}); "

@@ -1,8 +1,8 @@
 """Transformer blocks of VGGT's kind, run with the modules' own parameters but few passes over memory.
 
 A block is `x + gamma1 attention(norm1(x))`, then `x + gamma2 mlp(norm2(x))`. Blocks may differ in whether queries and
-keys are normalised or rotated, whether there are gammas, and in their MLP, which must take each token by itself;
-`anatomy` says how. What is computed is upstream's, up to rounding, at inference only: products as the modules compute
+keys are normalised or rotated, whether there are gammas, and in their MLP, which must take each token by itself. What
+is computed is what the block's forward computes, up to rounding, at inference only: products as the modules compute
 them, under autocast in its dtype, and everything else in float32, rounded once.
 """
 

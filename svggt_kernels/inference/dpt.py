@@ -68,18 +68,18 @@ Table = tuple[Tensor, Tensor]
 
 
 class Positions:
-    """What heads add to the pixels of their maps by where these are, for images of the last size.
+    """What heads add to the pixels of their maps by where these are, kept for each size of images.
 
     Upstream computes it anew for every few frames; here the head's own method computes it once. It depends on a pixel's
-    column in some channels and on its row in the others, so that two small tables hold it.
+    column in some channels and on its row in the others, so that two small tables hold it. CUDA graphs read them
+    wherever they are replayed, so none is dropped.
     """
 
     def __init__(self) -> None:
-        self._image: Size | None = None
         self._tables: dict[Hashable, list[Table] | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_image": None, "_tables": {}}
+        return {"_tables": {}}
 
     def of(self, head: Any, kind: Hashable, image: Size, like: Tensor) -> list[Table] | None:
         """Return the tables of a head's projected layers, and of its last map; None if what it adds is no such sum.
@@ -90,12 +90,10 @@ class Positions:
             image: H and W of the images.
             like: A tensor of the tables' dtype, on their device.
         """
-        if self._image != image:
-            self._image, self._tables = image, {}
         grid, size = _grid(head, image), _size(head, image)
         maps = [(project.out_channels, *grid) for project in head.projects]
         maps.append((head.scratch.output_conv1.out_channels, *size))
-        key = (kind, tuple(maps), like.dtype, like.device)
+        key = (kind, image, tuple(maps), like.dtype, like.device)
         if key not in self._tables:
             tables = [self._table(head, image, like.new_zeros(1, *each)) for each in maps]
             self._tables[key] = None if None in tables else tables  # type: ignore[assignment]
@@ -154,7 +152,12 @@ class ReadyHead:
         for sample in range(B):
             for start in range(0, S, together):
                 frames = slice(start, start + together)
-                made = self._run([each[sample, frames, first_patch:] for each in read], grid, size)
+                tokens = [each[sample, frames, first_patch:] for each in read]
+                made = self._run(tokens, grid, size)
+                # cuDNN's ReLU makes 0 of NaN.
+                broken = ~torch.stack([each.isfinite().flatten(1).all(1) for each in tokens]).all(0)
+                for part in made:
+                    part.masked_fill_(broken.view(-1, *[1] * (part.dim() - 1)), torch.nan)
                 results = results or tuple(part.new_empty(B, S, *part.shape[1:]) for part in made)
                 for whole, part in zip(results, made, strict=True):
                     whole[sample, frames] = part

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..compiling import uncompiled
+from ..streams import is_capturing
 from . import blocks, dpt, heads, memory
 from .aggregator import ChunkSizes, GlobalAttention, aggregate, tokens_of_frame
 from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
 from .report import InferenceReport
-from .settings import Settings, Snapshot, is_replaced, is_watched
+from .settings import Settings, Snapshot, has_values, is_replaced, is_watched
 from .verification import Verification, verify
 from .within_frames import AttentionWithinFrames, by_pytorch
 
@@ -300,8 +301,11 @@ class FusedForward:
         self._settings.begin()
         known = self._snapshots.get(module)
         if known is None or not known[0].holds():
+            if is_capturing(next(module.parameters()).device):
+                return CAPTURED
             reason = obstacle(module) or _obstacle_inside(module)
-            known = self._snapshots[module] = Snapshot(module), self._settings.of(module), reason
+            settings = (self._settings.of(module), has_values(module)) if reason is None else None
+            known = self._snapshots[module] = Snapshot(module), settings, reason
         return known[2]
 
     def _verify(
@@ -319,13 +323,13 @@ class FusedForward:
         device = images.device.type
         key = (
             self._snapshots[module][1],
-            (min(FRAMES, images.shape[1]), *images.shape[3:], images.dtype, images.device),
+            (min(FRAMES, images.shape[1]), *images.shape[2:], images.dtype, images.device),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             torch.backends.cuda.matmul.fp32_precision,
             torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         )
         if key not in self._verified:
-            if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing(images.device):
                 return None
             found = verify(module, own, read, inputs())
             if not found.is_final:

@@ -113,6 +113,8 @@ def compared(result: Any) -> list[Tensor]:
 def mismatch(head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int) -> str | None:
     """Return what keeps a head, for which `dpt.obstacle` is None, from running fused on what it is given, or None."""
     weight = head.norm.weight
+    if images.device != weight.device:
+        return f"the images are on {images.device}, its weights on {weight.device}"
     if torch.is_autocast_enabled(weight.device.type):
         return "autocast is on"
     dtypes = {parameter.dtype for parameter in head.parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +75,19 @@ class LayerOutputs(Sequence[Tensor]):
         """Dtype of what is read."""
         return self.dtype or next(half.dtype for halves in self._halves.values() for half in halves)
 
-    def __getitem__(self, layer: int) -> Tensor:  # type: ignore[override]
-        """Return the output of a layer, `[B, S, P, 2 C]`.
+    def __setitem__(self, layer: int, output: Tensor) -> None:
+        """Put another output in the place of a layer's."""
+        self._of(layer)[:] = [output]
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Return the output of a layer, `[B, S, P, 2 C]`, or of several in a list.
 
         Raises:
             RuntimeError: If it was not kept.
             IndexError: If there is no such layer.
         """
+        if isinstance(layer, slice):
+            return [self[each] for each in range(self.depth)[layer]]
         halves = self._of(layer)
         if len(halves) > 1:
             halves[:] = [self._joined(halves, slice(None), slice(None))]

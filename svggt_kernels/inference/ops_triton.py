@@ -1,4 +1,4 @@
-"""What blocks and heads compute beside their products, as Triton kernels; `arithmetic` states each by its formula."""
+"""What blocks and heads compute beside their products, as Triton kernels; `ops` states each by its formula."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _layer_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """See `arithmetic.layer_norm`."""
+    """See `ops.layer_norm`."""
     C = x.shape[-1]
     groups = x if x.dim() == 3 else x.reshape(1, -1, C)
     if groups.stride(2) != 1:
@@ -76,7 +76,7 @@ def _add_scaled(x, y, gamma, out, n, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def add_scaled(x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor) -> Tensor:
-    """See `arithmetic.add_scaled`; x, y and out are contiguous."""
+    """See `ops.add_scaled`; x, y and out are contiguous."""
     block = 4096
     with _current(x.device):
         _add_scaled[(triton.cdiv(x.numel(), block),)](
@@ -108,7 +108,7 @@ def add_scaled_and_normalise(
     dtype: torch.dtype,
     out: Tensor,
 ) -> Tensor:
-    """See `arithmetic.add_scaled_and_normalise`; x, y and out are contiguous."""
+    """See `ops.add_scaled_and_normalise`; x, y and out are contiguous."""
     C = x.shape[-1]
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     with _current(x.device):
@@ -133,7 +133,7 @@ def _gelu(x, n, BLOCK: tl.constexpr):
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """See `arithmetic.gelu_`; x is contiguous."""
+    """See `ops.gelu_`; x is contiguous."""
     block = 4096
     with _current(x.device):
         _gelu[(triton.cdiv(x.numel(), block),)](x, x.numel(), BLOCK=block, num_warps=8)
@@ -216,7 +216,7 @@ def normalise_and_rotate_(
     base: float | None,
     factor: float,
 ) -> Tensor:
-    """See `arithmetic.normalise_and_rotate_`."""
+    """See `ops.normalise_and_rotate_`."""
     B, N, _, H, D = qkv.shape
     rows = 32
     norms = [(None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps) for norm in (q_norm, k_norm)]
@@ -279,7 +279,7 @@ def _upsample(
 def upsample(
     x: Tensor, size: tuple[int, int], bias: Tensor, plus: Tensor | None, positions: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """See `arithmetic.upsample`; all maps are float32 and channels-last."""
+    """See `ops.upsample`; all maps are float32 and channels-last."""
     N, C, height, width = x.shape
     out = torch.empty((N, C, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     columns, rows = positions or (None, None)
@@ -323,7 +323,7 @@ def _predict(
 
 
 def predict(x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """See `arithmetic.predict`; x is float32 and channels-last."""
+    """See `ops.predict`; x is float32 and channels-last."""
     N, C, H, W = x.shape
     values = torch.empty((N, H, W, len(weight) - 1), dtype=x.dtype, device=x.device)
     confidence = torch.empty((N, H, W), dtype=x.dtype, device=x.device)

@@ -32,7 +32,7 @@ class InferenceReport:
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"the model's own forward runs: {self.reason}"
+            return f"not fused, attention alone is sparse: {self.reason}"
         lines = [f"fused forward, attention within frames by {' and '.join(self.within_frames) or 'none'}"]
         if self.verification is not None:
             found = self.verification

@@ -129,7 +129,7 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._held = [(inner, _held(inner), _dtypes(inner)) for inner in module.modules()]
+        self._held = [(inner, _held(inner), _in_place(inner)) for inner in module.modules()]
         kinds = {base for inner in module.modules() for base in type(inner).__mro__ if base not in (nn.Module, object)}
         self._containers = [
             (value, _setting(value))
@@ -143,7 +143,7 @@ class Snapshot:
         """Whether every object is the one that it was."""
         try:
             return (
-                all(_held(inner) == held and _dtypes(inner) == dtypes for inner, held, dtypes in self._held)
+                all(_held(inner) == held and _in_place(inner) == in_place for inner, held, in_place in self._held)
                 and all(dict(vars(kind)) == content for kind, content in self._classes)
                 and all(_setting(value) == then for value, then in self._containers)
             )
@@ -156,6 +156,7 @@ def _held(module: nn.Module) -> tuple[object, ...]:
     state = module.__dict__
     return (
         type(module),
+        *state,
         *state.values(),
         *state["_parameters"].values(),
         *state["_buffers"].values(),
@@ -165,7 +166,26 @@ def _held(module: nn.Module) -> tuple[object, ...]:
     )
 
 
-def _dtypes(module: nn.Module) -> list[object]:
-    """Return dtypes and devices, which `module.to` changes in place."""
-    tensors = module.__dict__["_parameters"]
-    return [(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor is not None] if tensors else []
+def _in_place(module: nn.Module) -> list[object]:
+    """Return what changes in place in tensors: dtypes and devices by `module.to`, versions by who writes values."""
+    tables = (module.__dict__["_parameters"], module.__dict__["_buffers"])
+    return [
+        (tensor.dtype, tensor.device, None if tensor.is_inference() else tensor._version)
+        for table in tables
+        for tensor in table.values()
+        if tensor is not None
+    ]
+
+
+def has_values(module: nn.Module) -> tuple[bool, ...]:
+    """Return for each parameter of a module whether any value is not 0; waits for their devices.
+
+    A comparison says nothing of what a parameter does while it is 0 everywhere, as a scale is at the start of training.
+    """
+    parameters = list(module.parameters())
+    flags: dict[int, bool] = {}
+    for device in {parameter.device for parameter in parameters}:
+        there = [parameter for parameter in parameters if parameter.device == device]
+        some = torch.stack([parameter.detach().any() for parameter in there]).tolist()
+        flags |= dict(zip(map(id, there), some, strict=True))
+    return tuple(flags[id(parameter)] for parameter in parameters)

@@ -32,7 +32,7 @@ class Verification:
         reason: Why the forward of our own may not run; None if it may.
         ratio: The largest error over that of the module's own forward; at most `BUDGET` is right.
         seconds: How long it took.
-        gib: Device memory that it took at most, beside what was there; 0 where the device cannot tell.
+        gib: Device memory that it took at most, beside what was there; 0 where that was no new peak.
     """
 
     reason: str | None
@@ -127,11 +127,10 @@ def verify(
         inputs: Arguments of the forward; nested lists of tensors, too. They are converted for the dtype that computes.
     """
     device = next(module.parameters()).device
-    started, before = time.perf_counter(), 0
+    started, before, earlier_peak = time.perf_counter(), 0, 0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        before, earlier_peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     try:
         with torch.no_grad():
             reason, ratio = _compare(module, own, read, inputs, device)
@@ -142,7 +141,8 @@ def verify(
     gib = 0.0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        gib = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        peak = torch.cuda.max_memory_allocated(device)
+        gib = (peak - before) / 2**30 if peak > earlier_peak else 0.0
     return Verification(reason, ratio, time.perf_counter() - started, gib)
 
 

@@ -12,6 +12,7 @@ from .. import backends
 from ..attention import block_sparse_attention
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
+from ..streams import is_capturing
 
 PYTORCH = "pytorch"
 
@@ -60,7 +61,7 @@ class AttentionWithinFrames:
     def runner(self, q: Tensor) -> str:
         """Return what runs queries `[B, H, N, D]`: a backend or "pytorch"."""
         samples, _, tokens, head_size = q.shape
-        if q.is_cuda and torch.cuda.is_current_stream_capturing() and (tokens, q.device) not in self._layouts:
+        if (tokens, q.device) not in self._layouts and is_capturing(q.device):
             return PYTORCH  # a layout and its tables cannot be made while a CUDA graph is captured
         return backends.faster_than_dense(q.device, q.dtype, head_size, samples * tokens, self.backend) or PYTORCH
 

@@ -103,6 +103,8 @@ def patch(
         )
     memory.check(memory_budget)
     if lean is not None:
+        if fused is not None:
+            raise ValueError(f"lean is the former name of fused, give fused alone; got lean={lean}, fused={fused}")
         warnings.warn("patch(lean=...) is called fused=... now", DeprecationWarning, stacklevel=2)
         fused = lean
     for name, is_given in (('precision="bf16"', precision == "bf16"), ("memory_budget", memory_budget is not None)):

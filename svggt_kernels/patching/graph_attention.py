@@ -52,9 +52,14 @@ class GraphAttention:
         scale: float,
     ) -> Tensor:
         """Return the output `[B, H, N, D]` of a global layer of a forward of our own."""
-        out = self.answer(self.layers[layer], self._entering, q, k, v, scale=scale)
+        try:
+            return self.answer(self.layers[layer], self._entering, q, k, v, scale=scale)
+        finally:
+            self._entering = tuple
+
+    def leave(self) -> None:
+        """End a forward, also one that raised: let its tokens go."""
         self._entering = tuple
-        return out
 
     def answer(
         self,

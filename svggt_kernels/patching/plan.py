@@ -16,6 +16,7 @@ from ..models import ForwardInputs, ModelRecord
 from ..sources import SOURCES, Covisibility, GivenGraphs, Scene, Source, as_source
 from ..sources.cache import LRUCache
 from ..sources.fingerprint import word_sums
+from ..streams import is_capturing
 from .forwards import Forward
 from .order import Order, as_images_lie, earlier_frames_only, frame_order, in_order
 
@@ -132,7 +133,7 @@ class Planner:
             planned = [self._layout(graph, order, per_frame, inputs, query.device) for graph, order in of_samples]
         forward.graphs = tuple(graph for graph, _ in planned[: len(graphs)])
         forward.layouts = _one_if_same([layout for _, layout in planned])
-        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(query.device):
             self._captured.update(forward.layouts)
 
     def _check(self, graph: object, frames: int) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from doubles import BAND, FAMILY, images
 from doubles.fused import IMAGES, as_without, blocks_of, model, outputs
-from doubles.vggt import DIM, HEADS, VGGT, Aggregator, Attention, CameraHead
+from doubles.vggt import DIM, HEADS, VGGT, Aggregator, Attention, Block, CameraHead
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.module import register_module_forward_hook
@@ -216,7 +216,7 @@ def test_models_of_another_shape_run_as_they_are(kind: str):
             results.append(network(images()))
             report = handle.report().inference
             if fused:
-                assert report.reason is not None and "the model's own forward runs: " in str(report)
+                assert report.reason is not None and "not fused, attention alone is sparse: " in str(report)
     assert torch.equal(*results)
 
 
@@ -314,3 +314,42 @@ def test_a_hook_on_the_aggregator_itself_runs_around_it():
     network.aggregator.register_forward_hook(lambda module, inputs, out: seen.append(out[0][3].shape))
     _, report = outputs(network)
     assert report.reason is None and seen == [(1, 6, 11, 2 * DIM)]
+
+
+class ScaledTwice(Block):
+    """A block whose second gamma does not scale the attention's sum: the same function while gammas are 0."""
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        attended = self.ls1(self.attn(self.norm1(x), pos=pos))
+        return x + attended + self.ls2(self.mlp(self.norm2(x)))
+
+
+def test_weights_of_zero_prove_nothing_of_other_weights():
+    network = model()
+    for block in blocks_of(network):
+        block.__class__ = ScaledTwice
+        for scale in (block.ls1, block.ls2):
+            nn.init.zeros_(scale.gamma)
+
+    def load(network: nn.Module) -> None:
+        for block in blocks_of(network):
+            for scale in (block.ls1, block.ls2):
+                nn.init.constant_(scale.gamma, 0.7)
+
+    assert outputs(network)[1].reason is None
+    assert "computes something else" in str(as_without(network, load).reason)
+
+
+def test_images_of_one_channel_do_what_they_do_in_the_model():
+    network = model()
+    with torch.no_grad():
+        expected = network(IMAGES[:, :, :1])
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                network.aggregator.patch_embed(IMAGES[0, :, :1])
+            given = network(IMAGES[:, :, :1])
+            for name, tensor in expected.items():
+                torch.testing.assert_close(given[name], tensor, rtol=1e-3, atol=1e-4)
+            network(IMAGES)
+            assert handle.report().inference.reason is None

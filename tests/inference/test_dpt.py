@@ -219,7 +219,7 @@ def test_what_is_added_to_pixels_is_computed_once_for_each_size():
     module._apply_pos_embed = lambda x, *others: (
         calls.append(1) or ConvolutionalHead._apply_pos_embed(module, x, *others)
     )
-    for grid, is_new in (((7, 8), True), ((7, 8), False), ((8, 7), True), ((7, 8), True)):
+    for grid, is_new in (((7, 8), True), ((7, 8), False), ((8, 7), True), ((7, 8), False)):
         positions.of(module, None, (PATCH * grid[0], PATCH * grid[1]), module.norm.weight)
         assert bool(calls) == is_new
         calls.clear()

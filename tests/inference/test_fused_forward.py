@@ -345,3 +345,12 @@ def test_a_forward_that_was_replaced_is_named():
         handle.undo()
     network.camera_head.forward = before
     handle.undo()
+
+
+def test_tokens_are_let_go_where_attention_raises(monkeypatch: pytest.MonkeyPatch):
+    network = model()
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
+        monkeypatch.setattr(type(handle._attention), "answer", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            network(IMAGES)
+        assert handle._attention._entering() == ()

@@ -146,3 +146,12 @@ def test_copies_to_the_host_see_tokens_before_their_memory_is_used_again():
     for layer in range(DEPTH):
         first, second = outputs[layer].chunk(2, -1)
         assert bool((first == expected[2 * layer]).all()) and bool((second == expected[2 * layer + 1]).all())
+
+
+def test_outputs_are_sliced_and_replaced_as_those_of_a_list():
+    outputs = filled(halves())
+    assert [torch.equal(a, b) for a, b in zip(outputs[-2:], [outputs[-2], outputs[-1]], strict=True)] == [True, True]
+    outputs[1] += 1
+    outputs[-1] = torch.zeros_like(outputs[1])
+    assert torch.equal(outputs[1][:, 1:2], next(iter(outputs.frames([1], [slice(1, 2)])))[1])
+    assert not outputs[-1].any()

@@ -85,14 +85,20 @@ def test_a_forward_of_a_class_that_is_replaced_is_noticed(monkeypatch: pytest.Mo
     assert not snapshot.holds() and settings.of(block) != before
 
 
-def test_values_of_weights_and_caches_are_no_settings():
+def test_caches_are_no_settings():
+    settings, block = Settings(), block_of()
+    before, snapshot = settings.of(block), Snapshot(block)
+    block.attn.rope.frequency_cache["key"] = torch.ones(2)
+    assert snapshot.holds() and settings.of(block) == before
+
+
+@pytest.mark.parametrize("written", ["attn.qkv.weight", "offset"])
+def test_values_written_in_place_end_a_snapshot_and_are_no_settings(written: str):
     settings, block = Settings(), block_of()
     before, snapshot = settings.of(block), Snapshot(block)
     with torch.no_grad():
-        block.attn.qkv.weight.mul_(2)
-        block.offset.add_(1)
-    block.attn.rope.frequency_cache["key"] = torch.ones(2)
-    assert snapshot.holds() and settings.of(block) == before
+        block.state_dict()[written].add_(1)
+    assert not snapshot.holds() and settings.of(block) == before
 
 
 def test_replaced_parameters_are_noticed_and_have_the_same_settings():

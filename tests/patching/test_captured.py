@@ -13,6 +13,7 @@ import torch
 from svggt_kernels import CovisibilityGraph, patch
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.models import ForwardInputs, stated_record
+from svggt_kernels.patching import plan
 from svggt_kernels.patching.plan import LAYOUTS_KEPT, Forward, Planner
 
 FRAMES = 6
@@ -27,7 +28,7 @@ def test_a_layout_that_was_captured_is_kept_past_others_and_past_the_end(
     captured: bool, monkeypatch: pytest.MonkeyPatch
 ):
     record = stated_record("a model", tokens_per_frame=4, special_tokens=0, trailing_tokens=0)
-    query = SimpleNamespace(shape=(1, 1, 4 * FRAMES, 8), device=torch.device("cpu"), is_cuda=True)
+    query = SimpleNamespace(shape=(1, 1, 4 * FRAMES, 8), device=torch.device("cpu"))
     given: list[CovisibilityGraph] = []
     planner = Planner(record, lambda images: given[-1], dense_special=True)
 
@@ -38,9 +39,9 @@ def test_a_layout_that_was_captured_is_kept_past_others_and_past_the_end(
         planner.plan(forward, "attention", query, lambda: ())
         return forward.layouts[0]
 
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr(plan, "is_capturing", lambda device: captured)
     layout = weakref.ref(layout_of(graphs(1)[0]))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(plan, "is_capturing", lambda device: False)
     for graph in graphs(LAYOUTS_KEPT + 1):
         layout_of(graph)
     planner.forget()

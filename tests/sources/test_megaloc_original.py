@@ -3,7 +3,7 @@
 The original is not part of this repository. Clone https://github.com/gmberton/MegaLoc (written against 1af071c),
 install torchvision, which it resizes with, and name the folder:
 
-    MEGALOC_ORIGINAL=path/to/MegaLoc python -m pytest tests/parity
+    MEGALOC_ORIGINAL=path/to/MegaLoc python -m pytest tests/sources/test_megaloc_original.py
 """
 
 from __future__ import annotations
