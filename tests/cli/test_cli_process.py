@@ -37,6 +37,8 @@ class Absent:
         if name == "torch":
             raise {error}
 
+# A shell starts its background jobs with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Absent())
 from svggt_kernels.cli import main
 sys.exit(main(sys.argv[1:]))
