@@ -9,7 +9,7 @@ PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo help test test-all test-native lint bench clean
 
-demo: $(VENV)/.runs  ## dense against sparse attention on a rendered walk, some 75 s on two cores after the install
+demo: $(VENV)/.runs  ## dense against sparse attention on a rendered walk, in half a minute on two cores once installed
 	$(BIN)/svggt-kernels demo
 
 help:  ## what make can do
