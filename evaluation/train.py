@@ -22,7 +22,6 @@ import csv
 import hashlib
 import json
 import os
-import random
 import shlex
 import sys
 import time
@@ -36,13 +35,12 @@ from benchmarks.record import commit, device_name
 
 from .model import RoomsModel
 from .model.weights import write_weights
-from .scenes import SIZE, Draws
-from .training.curriculum import draw_batch, vary_exposure
+from .scenes import SIZE
+from .training.batches import Batches
 from .training.losses import total_loss
 from .training.network import TrainingNetwork
 from .training.optimisers import Optimiser, average
 from .training.schedule import Progress, match_factor, rate_factor
-from .training.truth import Truth
 from .training.validation import AT_THE_END, DURING, as_json, validate
 
 LOGGED_EVERY = 25
@@ -67,7 +65,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (default: 0)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a while at first")
-    parser.add_argument("--frames", type=int, default=768, help="frames of a step (default: 768)")
+    parser.add_argument("--frames", type=int, default=1152, help="frames of a step (default: 1152)")
     parser.add_argument("--longest", type=int, default=48, help="frames of a scene at most, up to 96 (default: 48)")
     parser.add_argument("--match", type=float, default=0.25, help="weight of the matching loss (default: 0.25)")
     parser.add_argument("--matrix-rate", type=float, default=0.01, help="learning rate of Muon (default: 0.01)")
@@ -106,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Training:
-    """A training: the network, its optimiser, where it is, and all random states.
+    """A training: the network, its optimiser, its batches, and where it is.
 
     Attributes:
         options: Of the command line.
@@ -115,8 +113,7 @@ class Training:
         mean: The running mean of the model's weights, which is what is kept.
         optimiser: Steps the network.
         progress: How much is done.
-        host: Random numbers for shapes.
-        draws: Random numbers for scenes.
+        batches: What each step learns from.
 
     Args:
         options: Of the command line.
@@ -132,9 +129,9 @@ class Training:
         self.mean = copy.deepcopy(self.network.model).eval().requires_grad_(False)
         self.optimiser = Optimiser(self.network, options.matrix_rate, options.rate)
         self.progress = Progress(options.seconds, options.steps)
-        self.host = random.Random(options.seed)
-        self.draws = Draws(options.seed * 7919 + 1, self.device)
         self.size = (options.height, options.width)
+        patch_size = model.aggregator.patch_size
+        self.batches = Batches(options.seed, options.frames, options.longest, self.size, patch_size, self.device)
         options.run.mkdir(parents=True, exist_ok=True)
 
     def compile(self) -> None:
@@ -165,18 +162,17 @@ class Training:
         options, progress = self.options, self.progress
         share = progress.share()
         factor, match = rate_factor(share, progress.step), options.match * match_factor(share)
-        scenes = draw_batch(share, options.frames, options.longest, self.size, self.host, self.draws)
-        truth = Truth.of(scenes, self.network.model.aggregator.patch_size)
-        images = vary_exposure(scenes.images, self.draws)
+        batch = self.batches.draw(progress.step, share)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            prediction = self.network(images, match > 0)
-        loss, parts = total_loss(prediction, truth, match, self.draws)
+            prediction = self.network(batch.images, match > 0)
+        loss, parts = total_loss(prediction, batch.truth, match, batch.draws)
+        self.batches.draw_ahead(progress.step + 1, progress.share(ahead=1))
         loss.backward()
         norm = self.optimiser.step(factor)
         average(self.mean, self.network.model, progress.step)
         progress.step += 1
         progress.frames += options.frames
-        return {"length": float(images.shape[1]), "factor": factor, "loss": loss.detach(), **parts, "norm": norm}
+        return {"length": float(batch.images.shape[1]), "factor": factor, "loss": loss.detach(), **parts, "norm": norm}
 
     def validate(self) -> None:
         """Measure the mean model on scenes that are never trained on, and add a line to validation.jsonl."""
@@ -197,8 +193,6 @@ class Training:
             "mean": self.mean.state_dict(),
             "optimiser": self.optimiser.state(),
             "progress": {"step": progress.step, "frames": progress.frames, "elapsed": progress.total()},
-            "draws": self.draws.generator.get_state(),
-            "host": self.host.getstate(),
             "sizes": self.network.model.sizes,
         }
         path = self.options.run / CHECKPOINT
@@ -219,9 +213,6 @@ class Training:
         self.optimiser.load(state["optimiser"])
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        self.draws.generator.set_state(state["draws"])
-        version, numbers, gauss = state["host"]
-        self.host.setstate((version, tuple(numbers), gauss))
 
 
 class Log:

@@ -44,10 +44,10 @@ class Progress:
         """Return the seconds of all sessions."""
         return self.elapsed + self.session()
 
-    def share(self) -> float:
-        """Return the share that is done; 1 or more is the end."""
+    def share(self, ahead: int = 0) -> float:
+        """Return the share that is done, or by steps will be `ahead` steps from now; 1 or more is the end."""
         if self.steps is not None:
-            return self.step / self.steps
+            return (self.step + ahead) / self.steps
         assert self.seconds is not None
         return self.total() / (self.seconds - self.reserve())
 
