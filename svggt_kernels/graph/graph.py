@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import integer, moved, pairs_tensor
+from .arguments import integer, moved, pairs_tensor, tensor
 from .connectivity import connected_components
+from .core import checked_core, core_edges
 from .descriptors import GraphOrigin, checked_descriptors, edges_from_descriptors
 from .summary import GraphSummary
 
@@ -35,6 +36,8 @@ class CovisibilityGraph:
         num_frames: Query frames S, at least 1.
         num_key_frames: Key frames, at least 1. None means `num_frames`.
         origin: How its edges were found, if it comes from descriptors.
+        core_frames: The frames that every frame sees and that see one another only, in the order in which they were
+            chosen, `[K]` int64; see `core`.
 
     Raises:
         TypeError: If an array is not an int32 tensor or a count is not an integer.
@@ -46,6 +49,7 @@ class CovisibilityGraph:
     num_frames: int
     num_key_frames: int = None  # type: ignore[assignment]  # an int once constructed
     origin: GraphOrigin | None = None
+    core_frames: Tensor | None = None  # [K] int64
 
     def __post_init__(self) -> None:
         frames, key_frames = _frame_counts(self.num_frames, self.num_key_frames)
@@ -184,6 +188,42 @@ class CovisibilityGraph:
         codes = rows * num_frames + columns % num_frames
         kept = torch.full_like(codes, loop, dtype=torch.bool) | (columns >= 0) & (columns < num_frames)
         return cls._from_codes(codes[kept], num_frames, num_frames)
+
+    @classmethod
+    def core(
+        cls,
+        num_frames: int,
+        frames: Sequence[int] | Tensor | np.ndarray,  # [K]
+        *,
+        nearest: Tensor | np.ndarray | None = None,  # [S, m]
+    ) -> CovisibilityGraph:
+        """Build the graph of a closed core: every frame sees the core and itself, frames of the core the core only.
+
+        All frames answer to the same few, as in a dense forward of the core alone, and the cost is linear in the
+        number of frames. Frames outside the core do not see one another, so what is computed for one does not depend
+        on which others there are. With a core of all frames the graph is full.
+
+        Args:
+            num_frames: Frames S.
+            frames: The core, different frames; a tensor's graph stays on the tensor's device.
+            nearest: Further frames that each frame sees, `[S, m]` integers; rows of the core stay closed.
+
+        Raises:
+            TypeError: If frames are not integers.
+            ValueError: If there is none, one is out of range or given twice, or `nearest` is of another shape.
+        """
+        num_frames = integer("num_frames", num_frames, 1)
+        core = checked_core(num_frames, frames)
+        if nearest is not None:
+            nearest = tensor("nearest", nearest)
+            if nearest.ndim != 2 or len(nearest) != num_frames or bool(((nearest < 0) | (nearest >= num_frames)).any()):
+                raise ValueError(
+                    f"nearest must be [S, m] = [{num_frames}, m] frames in [0, {num_frames}), got shape "
+                    f"{tuple(nearest.shape)}"
+                )
+        edges = core_edges(num_frames, core, nearest)
+        graph = cls._from_codes(edges[:, 0] * num_frames + edges[:, 1], num_frames, num_frames)
+        return replace(graph, core_frames=core)
 
     @classmethod
     def from_descriptors(
@@ -354,6 +394,7 @@ class CovisibilityGraph:
             self.num_frames,
             self.num_key_frames,
             None if self.origin is None else self.origin.to(device),
+            None if self.core_frames is None else moved(self.core_frames, device),
         )
 
     def to_dense(self) -> Tensor:

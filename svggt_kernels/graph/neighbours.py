@@ -17,6 +17,7 @@ from .connectivity import connected_components
 
 FRACTION_BITS = 26  # a product of two unit vectors is at most 2^52, which float64 holds exactly
 ROUNDING_ROWS = 1024
+COVER_BITS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,22 @@ class FrameSimilarity:
             nearest[points[-1]] = torch.inf
             points.append(int(nearest.argmin()))
         return torch.tensor(points[:count], dtype=torch.int64, device=self.device)
+
+    def covering_points(self, start: int, count: int) -> Tensor:
+        """Return `start` and then, `count - 1` times, the frame that adds most to the cover, `[count]` int64.
+
+        The cover is the sum over all frames of the score of the most similar point. Scores are rounded to 20 bits, so
+        that each sum is exact; of frames that add the same the first is taken. Memory is that of all S x S scores.
+        """
+        points = self.fixed_point.to(torch.float64)
+        scores = torch.ldexp(points @ points.T, torch.tensor(COVER_BITS - 2 * FRACTION_BITS)).round_()
+        chosen, covered = [start], scores[start].clone()
+        while len(chosen) < count:
+            gain = (scores - covered).clamp_(min=0).sum(dim=1)
+            gain[chosen] = -1
+            chosen.append(int(gain.argmax()))
+            covered = torch.maximum(covered, scores[chosen[-1]])
+        return torch.tensor(chosen[:count], dtype=torch.int64, device=self.device)
 
     def bridges(self, labels: Tensor) -> Tensor:
         """Return the maximum spanning tree over components, `[components - 1, 2]` int64.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ def in_order(
         return graph
     place = inverse(order)
     places = torch.tensor(place, device=graph.device)
-    return CovisibilityGraph.from_pairs(
+    moved = CovisibilityGraph.from_pairs(
         graph.num_frames,
         torch.stack([places[graph.rows.long()], places[graph.indices.long()]], dim=1),
         num_key_frames=graph.num_key_frames,
     )
+    return replace(moved, core_frames=None if graph.core_frames is None else places[graph.core_frames])
 
 
 def as_images_lie(

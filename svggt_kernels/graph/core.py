@@ -1,0 +1,99 @@
+"""A core of frames that every frame sees: which frames, and the edges that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arguments import integer, tensor
+from .descriptors import checked_descriptors
+from .neighbours import FrameSimilarity
+
+Choice = Literal["farthest", "covering"]
+
+
+def choose_core(
+    descriptors: Tensor | np.ndarray,  # [S, C] floating point
+    size: int,
+    *,
+    choice: Choice = "farthest",
+    first: int = 0,
+) -> Tensor:
+    """Choose frames that represent all, one after another, from one descriptor per frame.
+
+    Args:
+        descriptors: `[S, C]` floating point, none of them zero.
+        size: Frames to choose; S or more choose all.
+        choice: "farthest": the frame least similar to all that are chosen (farthest-point sampling, Gonzalez 1985);
+            "covering": the frame that most raises the sum over all frames of the similarity to the most similar
+            chosen one (facility location, greedily: Nemhauser et al. 1978), which takes no frame that nobody resembles.
+        first: The frame chosen first.
+
+    Returns:
+        `[min(size, S)]` int64 in the order of choice, on the device of the descriptors.
+
+    Raises:
+        TypeError: If the descriptors are not floating point, or a count is not an integer.
+        ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range.
+    """
+    if choice not in ("farthest", "covering"):
+        raise ValueError(f'choice must be "farthest" or "covering", got {choice!r}')
+    descriptors = checked_descriptors(descriptors)
+    frames = len(descriptors)
+    size, first = min(integer("size", size, 1), frames), integer("first", first, 0, frames - 1)
+    similarity = FrameSimilarity.from_descriptors(descriptors, frames)
+    chosen = similarity.farthest_points if choice == "farthest" else similarity.covering_points
+    return chosen(first, size).to(descriptors.device)
+
+
+def spread_evenly(num_frames: int, size: int) -> Tensor:
+    """Return `min(size, num_frames)` frames at equal distances, the first and the last among them, rising int64."""
+    size = min(integer("size", size, 1), integer("num_frames", num_frames, 1))
+    return torch.linspace(0, num_frames - 1, size, dtype=torch.float64, device="cpu").round().long()
+
+
+def checked_core(num_frames: int, frames: Sequence[int] | Tensor | np.ndarray) -> Tensor:
+    """Return the frames of a core as `[K]` int64.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If there is none, one is out of range, or one is given twice.
+    """
+    core = tensor("frames", frames if isinstance(frames, (Tensor, np.ndarray)) else np.asarray(list(frames)))
+    if core.ndim != 1 or len(core) == 0:
+        raise ValueError(f"a core must be a list of at least one frame, got shape {tuple(core.shape)}")
+    if core.dtype.is_floating_point or core.dtype.is_complex or core.dtype == torch.bool:
+        raise TypeError(f"the frames of a core must be integers, got {core.dtype}")
+    outside = (core < 0) | (core >= num_frames)
+    if bool(outside.any()):
+        raise ValueError(f"the frames of a core must be in [0, {num_frames}), got {int(core[outside][0])}")
+    if len(core.unique()) < len(core):
+        twice = core.sort().values
+        again = int(twice[1:][twice[1:] == twice[:-1]][0])
+        raise ValueError(f"the frames of a core must differ, but {again} is given twice")
+    return core.to(torch.int64)
+
+
+def core_edges(
+    num_frames: int,
+    core: Tensor,  # [K]
+    nearest: Tensor | None,  # [S, m]
+) -> Tensor:
+    """Return the edges `[E, 2]` int64 of a closed core, repeats among them.
+
+    Args:
+        num_frames: Frames S.
+        core: Its frames.
+        nearest: Further frames that each frame outside the core sees.
+    """
+    everyone = torch.arange(num_frames, device=core.device)
+    edges = [torch.cartesian_prod(everyone, core), torch.stack([everyone, everyone], dim=1)]
+    if nearest is not None:
+        outside = everyone[~torch.isin(everyone, core)]
+        seen = nearest.to(core)[outside]
+        edges.append(torch.stack([outside.repeat_interleave(seen.shape[1]), seen.flatten()], dim=1))
+    return torch.cat(edges)

@@ -1,0 +1,105 @@
+"""Graphs of a closed core, and how its frames are chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from svggt_kernels.graph import CovisibilityGraph
+from svggt_kernels.graph.core import choose_core, spread_evenly
+
+
+@pytest.mark.parametrize("frames", [[2, 0], torch.tensor([2, 0]), np.array([2, 0])], ids=["list", "tensor", "array"])
+def test_all_see_the_core_and_themselves_and_the_core_sees_itself(frames):
+    graph = CovisibilityGraph.core(5, frames)
+    seen = [row.nonzero().flatten().tolist() for row in graph.to_dense()]
+    assert seen == [[0, 2], [0, 1, 2], [0, 2], [0, 2, 3], [0, 2, 4]]
+    assert graph.core_frames.tolist() == [2, 0]
+    assert graph.to("cpu").core_frames.tolist() == [2, 0]
+
+
+def test_nearest_frames_are_seen_from_outside_the_core_alone():
+    nearest = torch.tensor([[1, 3], [0, 3], [3, 1], [2, 1]])
+    graph = CovisibilityGraph.core(4, [0, 2], nearest=nearest)
+    seen = [row.nonzero().flatten().tolist() for row in graph.to_dense()]
+    assert seen == [[0, 2], [0, 1, 2, 3], [0, 2], [0, 1, 2, 3]]
+
+
+def test_few_frames_see_all():
+    graph = CovisibilityGraph.core(3, [1, 0, 2])
+    assert graph.to_dense().all() and graph.num_edges == 9
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "error", "message"),
+    [
+        ([], {}, ValueError, r"at least one frame, got shape \(0,\)"),
+        ([0, 5], {}, ValueError, r"in \[0, 5\), got 5"),
+        ([1, 3, 1], {}, ValueError, "must differ, but 1 is given twice"),
+        ([0.5], {}, TypeError, "must be integers, got torch.float64"),
+        ([True], {}, TypeError, "must be integers, got torch.bool"),
+        (
+            [0],
+            {"nearest": torch.zeros(4, 1, dtype=torch.int64)},
+            ValueError,
+            r"\[S, m\] = \[5, m\].* got shape \(4, 1\)",
+        ),
+        ([0], {"nearest": torch.full((5, 1), 5)}, ValueError, r"frames in \[0, 5\)"),
+    ],
+)
+def test_core_refuses(frames, options, error, message):
+    with pytest.raises(error, match=message):
+        CovisibilityGraph.core(5, frames, **options)
+
+
+def farthest(similarity: np.ndarray, first: int, size: int) -> list[int]:
+    chosen = [first]
+    while len(chosen) < size:
+        left = [frame for frame in range(len(similarity)) if frame not in chosen]
+        chosen.append(min(left, key=lambda frame: similarity[frame, chosen].max()))
+    return chosen
+
+
+def covering(similarity: np.ndarray, first: int, size: int) -> list[int]:
+    chosen = [first]
+    while len(chosen) < size:
+        left = [frame for frame in range(len(similarity)) if frame not in chosen]
+        chosen.append(max(left, key=lambda frame: similarity[:, [*chosen, frame]].max(axis=1).sum()))
+    return chosen
+
+
+@pytest.mark.parametrize(("choice", "slow"), [("farthest", farthest), ("covering", covering)])
+def test_choice_equals_brute_force(choice, slow):
+    descriptors = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(descriptors.double(), dim=1).numpy()
+    similarity = unit @ unit.T
+    for first, size in ((0, 1), (7, 12), (3, 40)):
+        assert choose_core(descriptors, size, choice=choice, first=first).tolist() == slow(similarity, first, size)
+    assert sorted(choose_core(descriptors, 99, choice=choice).tolist()) == list(range(40))
+
+
+def test_a_frame_that_nobody_resembles_is_taken_as_farthest_but_covers_little():
+    angles = torch.tensor([0.0, 0.1, 0.2, 1.4, 1.5, 1.6, 3.1])
+    descriptors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert choose_core(descriptors, 2).tolist() == [0, 6]
+    assert choose_core(descriptors, 2, choice="covering")[1] in (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be at least 1"),
+        ({"first": 3}, r"first must be in \[0, 2\]"),
+        ({"choice": "x"}, "choice"),
+    ],
+)
+def test_choose_core_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        choose_core(torch.eye(3), **{"size": 2, **options})
+
+
+def test_even_frames_hold_both_ends():
+    assert spread_evenly(10, 4).tolist() == [0, 3, 6, 9]
+    assert spread_evenly(3, 8).tolist() == [0, 1, 2]
+    assert spread_evenly(5, 1).tolist() == [0]
