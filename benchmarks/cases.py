@@ -5,7 +5,7 @@ the default, the special tokens of each frame (dense both ways; default 0), the 
 batch (1). With `-log2` at the end q comes multiplied by `D ** -0.5 * log2(e)`, as a fused norm can give it, and the
 scale is ln 2. Any size can be asked for by its name; `GROUPS` holds the ones we publish.
 
-Graphs, all symmetric, all with every frame seeing itself:
+Graphs, all with every frame seeing itself, all symmetric but those with a core:
 
     dense        every frame sees every frame
     bandR        frames i and j see each other when |i - j| <= R: a video
@@ -13,6 +13,8 @@ Graphs, all symmetric, all with every frame seeing itself:
     starR        a band, and frame 0 sees and is seen by all: a video with VGGT's reference frame
     scatteredK   every frame sees K frames drawn at random (seed 0), made symmetric: nothing in common, the worst case
     shuffledR    a band whose frames come in a random order (seed 0): a photo collection
+    coreK        every frame sees K frames that lie evenly among all; these see one another alone
+    firstK       the same with the first K frames as the core
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import torch
 from torch import Tensor
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
+from svggt_kernels.graph.core import spread_evenly
 
-GRAPH = r"dense|(?:band|loop|star|scattered|shuffled)\d+"
+GRAPH = r"dense|(?:band|loop|star|scattered|shuffled|core|first)\d+"
 NAME = re.compile(rf"s(\d+)-p(\d+)-({GRAPH})((?:-(?:special|hd|h|b)\d+)*)(-log2)?")
 SUFFIX = re.compile(r"-(special|hd|h|b)(\d+)")
 
@@ -65,7 +68,7 @@ class Case:
         if self.special > self.tokens:
             raise ValueError(f"{self.name}: {self.special} special tokens do not fit into {self.tokens} tokens a frame")
         if not re.fullmatch(GRAPH, self.graph):
-            raise ValueError(f"graph must be dense, bandR, loopR, starR, scatteredK or shuffledR, got {self.graph!r}")
+            raise ValueError(f"graph must be one of the table in benchmarks/cases.py, as band2, got {self.graph!r}")
 
     @classmethod
     def parse(cls, name: str) -> Case:
@@ -78,7 +81,8 @@ class Case:
         if match is None:
             raise ValueError(
                 f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; graphs are "
-                "dense, bandR, loopR, starR, scatteredK and shuffledR; -log2 at the end stands for q in units of log2"
+                "dense, bandR, loopR, starR, scatteredK, shuffledR, coreK and firstK; -log2 at the end stands for q in "
+                "units of log2"
             )
         frames, tokens, graph, rest, log2 = match.groups()
         fields = {"special": "special", "hd": "head_size", "h": "heads", "b": "batch"}
@@ -135,6 +139,9 @@ class Case:
             for row in seen:
                 row[torch.randperm(self.frames, generator=generator)[:number]] = True
             return seen | seen.T
+        if kind in ("core", "first"):
+            core = spread_evenly(self.frames, number) if kind == "core" else frame[:number]
+            return CovisibilityGraph.core(self.frames, core).to_dense()
         band = distance <= number
         if kind == "shuffled":
             order = torch.randperm(self.frames, generator=torch.Generator().manual_seed(0))
@@ -213,6 +220,8 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         "s64-p1374-dense-hd128",
         "s64-p1374-band2-hd128",
     ),
+    # A core of the first frames has its keys in one place, one of frames among all has not.
+    "core": _cases(*(f"s64-p{tokens}-{graph}" for tokens in (1374, 1041) for graph in ("core16", "first16"))),
     "log2": _cases("s64-p1374-dense-log2", "s64-p1374-band2-log2", "s64-p1374-scattered6-log2"),
     "backward": _cases("s16-p1374-dense", "s16-p1374-band2", "s16-p1374-scattered3"),
     # 2.25e9 elements in each of q, k, v and the output: offsets do not fit into 32 bits.

@@ -70,6 +70,9 @@ def test_graphs():
     assert edges("s5-p1-star1") == band | {(0, j) for j in range(5)} | {(i, 0) for i in range(5)}
     assert edges("s5-p1-dense") == {(i, j) for i in range(5) for j in range(5)}
     assert edges("s5-p1-band0") == {(i, i) for i in range(5)}
+    itself = {(i, i) for i in range(5)}
+    assert edges("s5-p1-core2") == itself | {(i, j) for i in range(5) for j in (0, 4)}
+    assert edges("s5-p1-first2") == itself | {(i, j) for i in range(5) for j in (0, 1)}
 
 
 def test_scattered_graph_is_the_one_of_its_seed():
