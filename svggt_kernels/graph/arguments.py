@@ -54,6 +54,12 @@ def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
+def first_true(flags: Tensor) -> int | None:
+    """Return the first place of `[n]` bool where it is True, None if there is none; waits for the device."""
+    places = flags.nonzero()
+    return int(places[0]) if len(places) else None
+
+
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """Return x on another device; only CUDA is not waited for, others may read memory that is gone."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")

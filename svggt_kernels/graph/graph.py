@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import integer, moved, pairs_tensor, tensor
+from .arguments import first_true, integer, moved, pairs_tensor, tensor
 from .connectivity import connected_components
 from .core import checked_core, core_edges
 from .descriptors import GraphOrigin, checked_descriptors, edges_from_descriptors
@@ -70,10 +70,8 @@ class CovisibilityGraph:
                 f"indptr and indices must be on one device, got {self.indptr.device} and {self.indices.device}"
             )
         _check_edge_count(self.indices.numel())
-        object.__setattr__(self, "indptr", self.indptr.contiguous())
-        object.__setattr__(self, "indices", self.indices.contiguous())
-        object.__setattr__(self, "num_frames", frames)
-        object.__setattr__(self, "num_key_frames", key_frames)
+        arrays = {"indptr": self.indptr.contiguous(), "indices": self.indices.contiguous()}
+        self.__dict__.update(arrays, num_frames=frames, num_key_frames=key_frames)
         if self.device.type == "cpu":
             self.validate()
 
@@ -102,8 +100,7 @@ class CovisibilityGraph:
         num_frames, key_frames = _frame_counts(num_frames, num_key_frames)
         edges = pairs_tensor(pairs)
         outside = (edges < 0) | (edges >= torch.tensor([num_frames, key_frames], device=edges.device))
-        if bool(outside.any()):
-            at = int(outside.any(dim=1).nonzero()[0])
+        if (at := first_true(outside.any(dim=1))) is not None:
             raise ValueError(
                 f"pair {at}, {tuple(edges[at].tolist())}, is out of range: the first index must be in "
                 f"[0, {num_frames}) and the second in [0, {key_frames}); frames are counted from 0"
@@ -157,11 +154,7 @@ class CovisibilityGraph:
                 )
         if square:
             visible = visible.clone().fill_diagonal_(True)
-        rows, indices = visible.nonzero(as_tuple=True)
-        _check_edge_count(indices.numel())
-        offsets = torch.arange(num_frames + 1, device=visible.device)
-        indptr = torch.searchsorted(rows, offsets, out_int32=True)
-        return cls(indptr, indices.to(torch.int32), num_frames, key_frames)
+        return cls._from_codes(visible.flatten().nonzero()[:, 0], num_frames, key_frames)
 
     @classmethod
     def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
@@ -367,20 +360,16 @@ class CovisibilityGraph:
         first, last = int(self.indptr[0]), int(self.indptr[-1])
         if first != 0 or last != self.num_edges:
             raise ValueError(f"indptr must go from 0 to E = {self.num_edges}, got {first} to {last}")
-        falls = self.indptr[1:] < self.indptr[:-1]
-        if bool(falls.any()):
-            raise ValueError(f"indptr must not fall, but it does after row {int(falls.nonzero()[0])}")
-        outside = (self.indices < 0) | (self.indices >= self.num_key_frames)
-        if bool(outside.any()):
-            at = int(outside.nonzero()[0])
+        if (row := first_true(self.indptr[1:] < self.indptr[:-1])) is not None:
+            raise ValueError(f"indptr must not fall, but it does after row {row}")
+        if (at := first_true((self.indices < 0) | (self.indices >= self.num_key_frames))) is not None:
             raise ValueError(
                 f"indices must be in [0, {self.num_key_frames}), got {int(self.indices[at])} in row "
                 f"{int(self.rows[at])}"
             )
         rows = self.rows
         unsorted = (self.indices[1:] <= self.indices[:-1]) & (rows[1:] == rows[:-1])
-        if bool(unsorted.any()):
-            at = int(unsorted.nonzero()[0])
+        if (at := first_true(unsorted)) is not None:
             raise ValueError(
                 f"indices must rise within a row, got {int(self.indices[at])} before {int(self.indices[at + 1])} "
                 f"in row {int(rows[at])}; sort each row and drop what repeats"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import first_true
 from .connectivity import connected_components
 
 FRACTION_BITS = 26  # a product of two unit vectors is at most 2^52, which float64 holds exactly
@@ -45,16 +46,15 @@ class FrameSimilarity:
         for start in range(0, len(descriptors), ROUNDING_ROWS):
             part = descriptors[start : start + ROUNDING_ROWS].detach()
             part = part.to(torch.float64, memory_format=torch.contiguous_format, copy=True)  # changed in place below
-            peak = part.abs().amax(dim=1, keepdim=True)
-            if bool((~peak.isfinite()).any()):
-                frame = start + int((~peak.isfinite()).flatten().nonzero()[0])
-                raise ValueError(f"descriptors must be finite, but that of frame {frame} holds NaN or infinity")
-            if bool((peak == 0).any()):
-                frame = start + int((peak == 0).flatten().nonzero()[0])
+            peak = part.abs().amax(dim=1)
+            if (row := first_true(~peak.isfinite())) is not None:
+                raise ValueError(f"descriptors must be finite, but that of frame {start + row} holds NaN or infinity")
+            if (row := first_true(peak == 0)) is not None:
                 raise ValueError(
-                    f"the descriptor of frame {frame} is zero and has no direction; describe the frame or leave it out"
+                    f"the descriptor of frame {start + row} is zero and has no direction; describe the frame or leave "
+                    "it out"
                 )
-            part /= peak
+            part /= peak[:, None]
             # The last bit of a norm depends on how many rows are reduced together; float32 hides it.
             part /= torch.linalg.vector_norm(part, dim=1, keepdim=True).to(torch.float32)
             fixed_point[start : start + ROUNDING_ROWS] = part.mul_(2**FRACTION_BITS).round_().to(torch.int32)
@@ -92,7 +92,7 @@ class FrameSimilarity:
                     tile = points @ self.fixed_point[columns].to(torch.float64).T
                     _keep_largest(scores[columns], frames[columns], tile.T.contiguous(), row_start)
                 _keep_largest(scores[rows], frames[rows], tile, column_start)
-        return frames.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+        return frames
 
     def farthest_points(self, start: int, count: int) -> Tensor:
         """Return `start` and then, `count - 1` times, the frame least similar to all before it, `[count]` int64."""
@@ -159,45 +159,29 @@ class FrameSimilarity:
             )
 
     def _best_outside(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Best score and frame outside its own component for each of `rows`; of equal scores, the smaller frame.
-
-        Two frames of `rows` are compared once, for both.
-        """
-        scores = torch.full(labels.shape, -torch.inf, dtype=torch.float64, device=self.device)
-        partners = torch.arange(self.num_frames, device=self.device)
-        others = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, rows, False).nonzero().flatten()
-        row_parts = rows.split(self.chunk) if len(rows) else ()
-        parts = [*row_parts, *others.split(self.chunk)]
-        for at, part in enumerate(row_parts):
-            points = self.fixed_point[part].to(torch.float64)
-            for column_at in range(at, len(parts)):
-                columns = parts[column_at]
+        """Return the best score and frame outside its component for each of `rows`; of equal ones the smaller frame."""
+        scores = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=self.device)
+        partners = rows.clone()
+        frames = torch.arange(self.num_frames, device=self.device)
+        for at in torch.arange(len(rows), device=self.device).split(self.chunk):
+            points = self.fixed_point[rows[at]].to(torch.float64)
+            for columns in frames.split(self.chunk):
                 tile = points @ self.fixed_point[columns].to(torch.float64).T
-                tile.masked_fill_(labels[part, None] == labels[columns], -torch.inf)
-                _keep_best(scores, partners, part, tile, columns)
-                if at < column_at < len(row_parts):
-                    _keep_best(scores, partners, columns, tile.T, part)
-        return scores[rows], partners[rows]
-
-
-def _keep_best(scores: Tensor, partners: Tensor, frames: Tensor, tile: Tensor, candidates: Tensor) -> None:
-    """Merge a tile `[n, m]` of `frames` by rising `candidates` into the best score and partner of all frames."""
-    score, at = tile.max(dim=1)
-    partner, best, held = candidates[at], scores[frames], partners[frames]
-    better = (score > best) | ((score == best) & (partner < held))
-    scores[frames] = torch.where(better, score, best)
-    partners[frames] = torch.where(better, partner, held)
+                score, best = tile.masked_fill_(labels[rows[at], None] == labels[columns], -torch.inf).max(dim=1)
+                better = score > scores[at]
+                scores[at] = torch.where(better, score, scores[at])
+                partners[at] = torch.where(better, columns[best], partners[at])
+        return scores, partners
 
 
 def _keep_largest(scores: Tensor, frames: Tensor, tile: Tensor, first_frame: int) -> None:
     """Merge a tile `[n, m]`, whose columns begin at `first_frame`, into the best `[n, count]` of earlier columns."""
     count = scores.shape[1]
     at = _largest(tile, count)
-    merged_scores = torch.cat([scores, tile.gather(1, at)], dim=1)
-    merged_frames = torch.cat([frames, first_frame + at], dim=1)
-    at = _largest(merged_scores, count)
-    scores.copy_(merged_scores.gather(1, at))
-    frames.copy_(merged_frames.gather(1, at))
+    candidates = torch.cat([frames, first_frame + at], dim=1)
+    merged, order = torch.cat([scores, tile.gather(1, at)], dim=1).sort(dim=1, descending=True, stable=True)
+    scores.copy_(merged[:, :count])
+    frames.copy_(candidates.gather(1, order[:, :count]))
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -206,16 +190,10 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     `topk` alone may return any of several equal scores. Only a tie across the edge of the selection matters, and the
     next largest score shows it.
     """
-    width = scores.shape[1]
-    positions = torch.arange(width, device=scores.device)
-    if count >= width:
-        return positions.expand(len(scores), width)
+    if count >= scores.shape[1]:
+        return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     values, selected = scores.topk(count + 1, dim=1)
-    selected, edge = selected[:, :count], values[:, count - 1 : count]
-    tied = (edge[:, 0] == values[:, count]).nonzero()[:, 0]
-    if len(tied):
-        tied_scores, tied_edge = scores[tied], edge[tied]
-        rank = torch.where(tied_scores > tied_edge, positions - width, positions)
-        rank.masked_fill_(tied_scores < tied_edge, width)
-        selected[tied] = rank.topk(count, dim=1, largest=False).indices
+    tied = (values[:, count - 1] == values[:, count]).nonzero()[:, 0]
+    selected = selected[:, :count]
+    selected[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :count]
     return selected.sort(dim=1).values

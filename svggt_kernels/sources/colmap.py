@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import CovisibilityGraph
+from ..packages import optional
 from .names import ImageNames
 
 MIN_SHARED = 15  # COLMAP's own least number of inliers of a verified pair
@@ -123,10 +124,7 @@ def _opened(path: Path, has_log: bool) -> sqlite3.Connection:
 
 def _of_model(path: Path) -> tuple[dict[int, str], Shared]:
     """Return the name of each image, and the points that each two see; of an image and itself, all that it sees."""
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise ImportError("reading a COLMAP model needs pycolmap: pip install 'svggt-kernels[colmap]'") from error
+    pycolmap = optional("pycolmap", "reading a COLMAP model", "pycolmap", "'svggt-kernels[colmap]'")
     try:
         model = pycolmap.Reconstruction(path)
         names = {image.image_id: image.name for image in model.images.values()}

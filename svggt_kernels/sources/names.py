@@ -27,18 +27,15 @@ class ImageNames:
 
     def __init__(self, names: Sequence[str | PurePath], *, stems: bool = False) -> None:
         self.names = [str(name) for name in names]
-        self._by_name: defaultdict[str, list[int]] = defaultdict(list)
-        self._by_parts: defaultdict[Parts, list[int]] = defaultdict(list)
-        self._by_end: defaultdict[Parts, list[int]] = defaultdict(list)
-        self._by_stem: defaultdict[Parts, list[int]] = defaultdict(list)
+        self._images: defaultdict[tuple[str, str | Parts], list[int]] = defaultdict(list)
         for image, name in enumerate(self.names):
             parts = _parts(name)
-            self._by_name[name].append(image)
-            self._by_parts[parts].append(image)
-            for end in _ends(parts):
-                self._by_end[end].append(image)
-                if stems:
-                    self._by_stem[end[:-1] + (PurePosixPath(end[-1]).stem,)].append(image)
+            keys: list[tuple[str, str | Parts]] = [("name", name), ("whole", parts)]
+            keys += [("end", end) for end in _ends(parts)]
+            if stems:
+                keys += [("stem", (*end[:-1], PurePosixPath(end[-1]).stem)) for end in _ends(parts)]
+            for key in keys:
+                self._images[key].append(image)
 
     def find(self, name: str | PurePath) -> int | None:
         """Return the image that a name or path means; None if it means none.
@@ -47,14 +44,15 @@ class ImageNames:
             ValueError: If several images fit equally well.
         """
         parts = _parts(str(name))
-        fits = (
-            self._by_name.get(str(name)),
-            self._by_parts.get(parts),
-            self._by_end.get(parts),
-            *(self._by_parts.get(end) for end in _ends(parts)[1:]),
-            self._by_stem.get(parts),
+        contained = (("whole", end) for end in _ends(parts)[1:])
+        keys: tuple[tuple[str, str | Parts], ...] = (
+            ("name", str(name)),
+            ("whole", parts),
+            ("end", parts),
+            *contained,
+            ("stem", parts),
         )
-        images = next(filter(None, fits), [])
+        images: list[int] = next((self._images[key] for key in keys if key in self._images), [])
         if len(images) > 1:
             raise ValueError(
                 f"{str(name)!r} must mean one image, but fits {_listed([self.names[image] for image in images])}; "

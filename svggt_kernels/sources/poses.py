@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..graph.arguments import tensor
+from ..graph.arguments import first_true, tensor
 from ..graph.graph import CovisibilityGraph
 
 SAMPLES = 8  # along each image side, and along each ray
@@ -104,8 +104,7 @@ def _checked_poses(camera_to_world: Tensor) -> Tensor:
     rotations, positions = poses[:, :3, :3], poses[:, :3, 3]
     error = (rotations @ rotations.mT - torch.eye(3, dtype=poses.dtype, device=poses.device)).abs().amax(dim=(1, 2))
     sound = (error < ROTATION_TOLERANCE) & (torch.linalg.det(rotations) > 0) & poses.isfinite().all(dim=(1, 2))
-    if not bool(sound.all()):
-        frame = int((~sound).nonzero()[0])
+    if (frame := first_true(~sound)) is not None:
         raise ValueError(
             f"camera_to_world must hold rigid motions, finite and without scale or mirror, but that of frame {frame} "
             "does not; divide the scale out of its rotation"
@@ -134,8 +133,7 @@ def _checked_cameras(intrinsics: Tensor, poses: Tensor) -> Tensor:
     if not bool((cameras[:, [0, 1], [0, 1]] > 0).all() & cameras.isfinite().all()):
         raise ValueError("intrinsics must be finite with focal lengths above 0, in pixels")
     fixed = cameras[:, [1, 2, 2, 2], [0, 0, 1, 2]] - poses.new_tensor([0, 0, 0, 1])
-    if bool((fixed.abs() > HOMOGENEOUS_TOLERANCE).any()):
-        frame = int((fixed.abs() > HOMOGENEOUS_TOLERANCE).any(dim=1).nonzero()[0])
+    if (frame := first_true((fixed.abs() > HOMOGENEOUS_TOLERANCE).any(dim=1))) is not None:
         raise ValueError(
             f"intrinsics must be [[fx, skew, cx], [0, fy, cy], [0, 0, 1]], got {cameras[frame].tolist()} for frame "
             f"{frame}"

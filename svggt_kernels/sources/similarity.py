@@ -56,8 +56,10 @@ class Similarity:
         Raises:
             ValueError: If a descriptor is not finite or zero, or `also` is over other frames.
         """
+        with scene.step("descriptors"):
+            descriptors = self.descriptors(scene)
         with scene.step("graph"):
-            return self.from_descriptors(self.descriptors(scene), scene.reference_frame)
+            return self.from_descriptors(descriptors, scene.reference_frame)
 
     def from_descriptors(
         self,
@@ -103,19 +105,11 @@ class ImageSimilarity(Similarity):
         Raises:
             ValueError: If the scene has no images, a descriptor is not finite, or `also` is over other frames.
         """
-        reference_frame = scene.reference_frame
-
-        def new_graph() -> CovisibilityGraph:
-            with scene.step("descriptors"):
-                descriptors = self.descriptors(scene)
-            with scene.step("graph"):
-                return self.from_descriptors(descriptors, reference_frame)
-
         if scene.images is None:
             raise ValueError(f"{self.by} compares images, but the scene has none")
         with scene.step("look-up"):
-            key = (fingerprint(scene.images, scene.word_sums), scene.images_are_normalised, reference_frame)
-        return self._graphs.get(key, new_graph)
+            key = (fingerprint(scene.images, scene.word_sums), scene.images_are_normalised, scene.reference_frame)
+        return self._graphs.get(key, lambda: super(ImageSimilarity, self).graph(scene))
 
 
 def frames_around(window: int) -> str:

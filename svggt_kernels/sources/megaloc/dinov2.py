@@ -6,6 +6,8 @@ Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 202
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,18 +72,19 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPSILON)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim)
+        self.ls1 = nn.ParameterDict({"gamma": torch.empty(dim)})
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPSILON)
-        self.mlp = MLP(dim)
-        self.ls2 = LayerScale(dim)
+        mlp = {"fc1": nn.Linear(dim, 4 * dim), "gelu": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
+        self.ls2 = nn.ParameterDict({"gamma": torch.empty(dim)})
 
     def forward(
         self,
         tokens: Tensor,  # [B, N, C]
     ) -> Tensor:
         """Return the tokens `[B, N, C]` after this block."""
-        tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
-        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
+        tokens = tokens + self.ls1["gamma"] * self.attn(self.norm1(tokens))
+        return tokens + self.ls2["gamma"] * self.mlp(self.norm2(tokens))
 
 
 class Attention(nn.Module):
@@ -100,28 +103,3 @@ class Attention(nn.Module):
         """Return what each token gathers, `[B, N, C]`."""
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each channel."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(dim))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the tokens, scaled."""
-        return tokens * self.gamma
-
-
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them, four times as wide inside."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return each token's own transform."""
-        return self.fc2(F.gelu(self.fc1(tokens)))

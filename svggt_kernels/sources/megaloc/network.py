@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...graph.arguments import integer
+from ...packages import optional
 from ..base import IMAGENET_DEVIATION, IMAGENET_MEAN
 from .dinov2 import PATCH, DINOv2
 from .weights import PUBLISHED, read_weights
@@ -306,8 +307,5 @@ def _sent(batch: Tensor, device: torch.device) -> Tensor:
 def _with_bar(batches: tuple[Tensor, ...], progress: bool) -> tuple[Tensor, ...]:
     if not progress:
         return batches
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("a progress bar needs tqdm: pip install 'svggt-kernels[megaloc]'") from error
-    return tqdm(batches, desc="MegaLoc", unit="batch")
+    tqdm = optional("tqdm", "a progress bar", "tqdm", "'svggt-kernels[megaloc]'")
+    return tqdm.tqdm(batches, desc="MegaLoc", unit="batch")
