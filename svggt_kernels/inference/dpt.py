@@ -13,7 +13,7 @@ A residual unit adds max(0, x) to what it computes, not x: upstream's ReLU works
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,47 +67,33 @@ Table = tuple[Tensor, Tensor]
 """What is added to each column of a map, `[W, C]`, and to each row, `[H, C]`."""
 
 
-class Positions:
-    """What heads add to the pixels of their maps by where these are, kept for each size of images.
+def position_tables(head: Any, image: Sequence[int], like: Tensor) -> list[Table]:
+    """Return what a head adds to the pixels of its projected layers, and of its last map, by where these are.
 
     Upstream computes it anew for every few frames; here the head's own method computes it once. It depends on a pixel's
-    column in some channels and on its row in the others, so that two small tables hold it. CUDA graphs read them
-    wherever they are replayed, so none is dropped.
+    column in some channels and on its row in the others, so that two small tables hold it.
+
+    Args:
+        head: A head for which `obstacle` is None.
+        image: H and W of the images.
+        like: A tensor of the tables' dtype, on their device.
+
+    Raises:
+        ValueError: If what it adds is no such sum.
     """
+    maps = [(project.out_channels, *_grid(head, image)) for project in head.projects]
+    maps.append((head.scratch.output_conv1.out_channels, *_size(head, image)))
+    return [_position_table(head, image, like.new_zeros(1, *each)) for each in maps]
 
-    def __init__(self) -> None:
-        self._tables: dict[Hashable, list[Table] | None] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tables": {}}
-
-    def of(self, head: Any, kind: Hashable, image: Size, like: Tensor) -> list[Table] | None:
-        """Return the tables of a head's projected layers, and of its last map; None if what it adds is no such sum.
-
-        Args:
-            head: A head for which `obstacle` is None.
-            kind: Its settings.
-            image: H and W of the images.
-            like: A tensor of the tables' dtype, on their device.
-        """
-        grid, size = _grid(head, image), _size(head, image)
-        maps = [(project.out_channels, *grid) for project in head.projects]
-        maps.append((head.scratch.output_conv1.out_channels, *size))
-        key = (kind, image, tuple(maps), like.dtype, like.device)
-        if key not in self._tables:
-            tables = [self._table(head, image, like.new_zeros(1, *each)) for each in maps]
-            self._tables[key] = None if None in tables else tables  # type: ignore[assignment]
-        return self._tables[key]
-
-    @staticmethod
-    def _table(head: Any, image: Size, nothing: Tensor) -> Table | None:
-        height, width = image
-        added = (head._apply_pos_embed(nothing, width, height) if head.pos_embed else nothing)[0]
-        of_row = (added == added[:, :, :1]).all(1).all(1)
-        of_column = (added == added[:, :1]).all(1).all(1)
-        if not (of_row | of_column).all():
-            return None
-        return (added[:, 0].mT * ~of_row).contiguous(), (added[:, :, 0].mT * of_row).contiguous()
+def _position_table(head: Any, image: Sequence[int], nothing: Tensor) -> Table:
+    height, width = image
+    added = (head._apply_pos_embed(nothing, width, height) if head.pos_embed else nothing)[0]
+    of_row = (added == added[:, :, :1]).all(1).all(1)
+    of_column = (added == added[:, :1]).all(1).all(1)
+    if not (of_row | of_column).all():
+        raise ValueError("what it adds to pixels is no sum over their columns and rows")
+    return (added[:, 0].mT * ~of_row).contiguous(), (added[:, :, 0].mT * of_row).contiguous()
 
 
 class ReadyHead:
@@ -115,7 +101,7 @@ class ReadyHead:
 
     Args:
         head: A head for which `obstacle` is None.
-        tables: What `Positions.of` says about the images of the call.
+        tables: What `position_tables` says about the images of the call.
         dtype: In which all is computed.
     """
 
