@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import blocks
 from .layer_outputs import LayerOutputs
 from .ops import layer_norm
-from .settings import TABLES, is_plain
+from .settings import is_setting, stranger
 
 __all__ = ["GlobalAttention", "aggregate", "obstacle", "tokens_of_frame"]
 
@@ -41,14 +41,17 @@ class GlobalAttention(Protocol):
         """Return the output `[B, H, N, D]` of a global layer; `tokens` makes the `[B, N, C]` that enter, normalised."""
 
 
-KNOWN_OF_AGGREGATOR = frozenset(
+KNOWN_OF_AGGREGATOR = blocks.OF_COMPILE | (
     {"camera_token", "register_token", "patch_embed", "frame_blocks", "global_blocks", "rope"}
     | {"_resnet_mean", "_resnet_std", "position_getter"}
 )
-KNOWN_OF_DINOV2 = frozenset(
+KNOWN_OF_DINOV2 = blocks.OF_COMPILE | (
     {"cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed", "blocks", "norm", "head"}
 )
-"""What is read, and what has no effect: names of what modules may hold."""
+"""What is read, and what has no effect: names of what modules may hold, beside settings that a verification compares.
+
+A gate of 0 has an effect once weights are loaded into it, and an object can be changed from inside.
+"""
 
 
 def tokens_of_frame(aggregator: Any, images: Tensor) -> int:
@@ -88,29 +91,12 @@ def obstacle(aggregator: Any) -> str | None:
         )
     if aggregator.patch_start_idx != 1 + aggregator.register_token.shape[2]:
         return f"patch_start_idx of {name} is not the number of its special tokens"
-    if (stranger := _stranger(aggregator, KNOWN_OF_AGGREGATOR)) is not None:
-        return f"{name} holds {stranger}, which the fused forward does not know"
+    if (unknown := stranger(aggregator, KNOWN_OF_AGGREGATOR, is_setting)) is not None:
+        return f"{name} holds {unknown}, which the fused forward does not know"
     for block in (*aggregator.frame_blocks, *aggregator.global_blocks):
         if (reason := blocks.obstacle(block)) is not None:
             return f"{type(block).__name__}: {reason}"
     return None
-
-
-def _stranger(module: nn.Module, known: frozenset[str]) -> str | None:
-    """Return what a module holds that is not known and may have an effect that no verification sees, or None.
-
-    A gate of 0 has an effect once weights are loaded into it, and an object can be changed from inside.
-    """
-    held = {
-        name
-        for table in (module._parameters, module._buffers, module._modules)
-        for name in table
-        if table[name] is not None
-    }
-    held |= {
-        name for name, value in vars(module).items() if not (is_plain(value) or isinstance(value, blocks.FUNCTIONS))
-    }
-    return next(iter(sorted(held - known - TABLES - blocks.OF_COMPILE - {"forward"})), None)
 
 
 def aggregate(
@@ -207,7 +193,7 @@ def _is_dinov2(encoder: Any) -> bool:
         callable(getattr(encoder, "prepare_tokens_with_masks", None))
         and isinstance(getattr(encoder, "num_register_tokens", None), int)
         and type(getattr(encoder, "norm", None)) is nn.LayerNorm
-        and _stranger(encoder, KNOWN_OF_DINOV2) is None
+        and stranger(encoder, KNOWN_OF_DINOV2, is_setting) is None
         and isinstance(layers, nn.ModuleList)
         and all(blocks.obstacle(block) is None for block in layers)
     )

@@ -8,7 +8,8 @@ whether anything was put in the place of something else.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ TABLES = frozenset(vars(nn.Module())) - {"training"}
 
 CACHES = frozenset({"frequency_cache", "cache"})
 """Where VGGT's rotary embedding and CroCo's keep cosines and sines that they computed; no setting."""
+
+FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -89,6 +92,26 @@ def is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(is_plain, (*value, *value.values())))
     return type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(map(is_plain, value)))
+
+
+def is_setting(value: object) -> bool:
+    """Whether what an attribute does follows from its settings: those of a function are its identity."""
+    return is_plain(value) or isinstance(value, FUNCTIONS)
+
+
+def attributes_of(module: nn.Module) -> dict[str, object]:
+    """Return what a module holds beside parameters, buffers, submodules, hooks, its mode and its forward."""
+    known = TABLES | {"training", "forward"}
+    return {name: value for name, value in vars(module).items() if name not in known}
+
+
+def stranger(module: nn.Module, known: frozenset[str], is_harmless: Callable[[object], bool]) -> str | None:
+    """Return the name of an attribute, parameter, buffer or submodule that is neither known nor harmless, or None."""
+    for table in (attributes_of(module), module._parameters, module._buffers, module._modules):
+        for name, value in table.items():
+            if name not in known and value is not None and not is_harmless(value):
+                return name
+    return None
 
 
 def is_replaced(module: nn.Module) -> bool:
