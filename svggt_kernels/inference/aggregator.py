@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,16 +20,13 @@ from torch import Tensor, nn
 from . import blocks
 from .layer_outputs import LayerOutputs
 from .ops import layer_norm
-from .settings import TABLES, is_plain
+from .settings import is_setting, stranger
 
-__all__ = ["ChunkSizes", "GlobalAttention", "aggregate", "obstacle", "tokens_of_frame"]
+__all__ = ["GlobalAttention", "aggregate", "obstacle", "tokens_of_frame"]
 
 
 class GlobalAttention(Protocol):
     """How the global layers of one forward attend; it knows the layer, so layers may differ."""
-
-    def enter(self, tokens: Callable[[], Tensor]) -> None:
-        """Take note of the tokens `[B, N, C]` that enter the first global layer, normalised; made when asked for."""
 
     def __call__(
         self,
@@ -38,43 +34,31 @@ class GlobalAttention(Protocol):
         q: Tensor,  # [B, H, N, D]
         k: Tensor,  # [B, H, N, D]
         v: Tensor,  # [B, H, N, D]
-        *,
         scale: float,
+        *,
+        tokens: Callable[[], Tensor],
     ) -> Tensor:
-        """Return the output `[B, H, N, D]` of a global layer."""
+        """Return the output `[B, H, N, D]` of a global layer; `tokens` makes the `[B, N, C]` that enter, normalised."""
 
 
-KNOWN_OF_AGGREGATOR = frozenset(
+KNOWN_OF_AGGREGATOR = blocks.OF_COMPILE | (
     {"camera_token", "register_token", "patch_embed", "frame_blocks", "global_blocks", "rope"}
     | {"_resnet_mean", "_resnet_std", "position_getter"}
 )
-KNOWN_OF_DINOV2 = frozenset(
+KNOWN_OF_DINOV2 = blocks.OF_COMPILE | (
     {"cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed", "blocks", "norm", "head"}
 )
-"""What is read, and what has no effect: names of what modules may hold."""
+"""What is read, and what has no effect: names of what modules may hold, beside settings that a verification compares.
 
-
-@dataclass(frozen=True)
-class ChunkSizes:
-    """How much runs together; the results are the same.
-
-    Attributes:
-        images: Images that the patch embedding takes at a time.
-        tokens: Tokens that the MLP of a block takes at a time.
-    """
-
-    images: int
-    tokens: int
-
-    @classmethod
-    def of(cls, aggregator: Any, images: Tensor, tokens: int) -> ChunkSizes:
-        """Return parts of about so many tokens, for images `[B, S, 3, H, W]`."""
-        return cls(max(1, tokens // tokens_of_frame(aggregator, images)), max(1, tokens))
+A gate of 0 has an effect once weights are loaded into it, and an object can be changed from inside.
+"""
 
 
 def tokens_of_frame(aggregator: Any, images: Tensor) -> int:
     """Return about how many tokens a frame has: with patches of 14 pixels if the aggregator does not say."""
-    return aggregator.patch_start_idx + images.shape[3] * images.shape[4] // getattr(aggregator, "patch_size", 14) ** 2
+    return (
+        aggregator.patch_start_idx + images.shape[-2] * images.shape[-1] // getattr(aggregator, "patch_size", 14) ** 2
+    )
 
 
 def obstacle(aggregator: Any) -> str | None:
@@ -107,29 +91,12 @@ def obstacle(aggregator: Any) -> str | None:
         )
     if aggregator.patch_start_idx != 1 + aggregator.register_token.shape[2]:
         return f"patch_start_idx of {name} is not the number of its special tokens"
-    if (stranger := _stranger(aggregator, KNOWN_OF_AGGREGATOR)) is not None:
-        return f"{name} holds {stranger}, which the fused forward does not know"
+    if (unknown := stranger(aggregator, KNOWN_OF_AGGREGATOR, is_setting)) is not None:
+        return f"{name} holds {unknown}, which the fused forward does not know"
     for block in (*aggregator.frame_blocks, *aggregator.global_blocks):
         if (reason := blocks.obstacle(block)) is not None:
             return f"{type(block).__name__}: {reason}"
     return None
-
-
-def _stranger(module: nn.Module, known: frozenset[str]) -> str | None:
-    """Return what a module holds that is not known and may have an effect that no verification sees, or None.
-
-    A gate of 0 has an effect once weights are loaded into it, and an object can be changed from inside.
-    """
-    held = {
-        name
-        for table in (module._parameters, module._buffers, module._modules)
-        for name in table
-        if table[name] is not None
-    }
-    held |= {
-        name for name, value in vars(module).items() if not (is_plain(value) or isinstance(value, blocks.FUNCTIONS))
-    }
-    return next(iter(sorted(held - known - TABLES - blocks.OF_COMPILE - {"forward"})), None)
 
 
 def aggregate(
@@ -139,7 +106,7 @@ def aggregate(
     *,
     attend: GlobalAttention,
     attend_within_frames: blocks.AttendFunction,
-    parts: ChunkSizes,
+    tokens_together: int,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Run an aggregator for which `obstacle` is None and keep its layers' outputs.
@@ -150,11 +117,12 @@ def aggregate(
         outputs: Where the outputs of the layers go.
         attend: The attention of the global layers.
         attend_within_frames: The attention of all other blocks.
-        parts: How much runs together.
+        tokens_together: Tokens that the MLP of a block takes at a time; the patch embedding takes images of about as
+            many. The results are the same.
         dtype: Dtype of the residual stream; None for the model's own.
     """
     B, S, _, H, W = images.shape
-    tokens = _embed(aggregator, images.flatten(0, 1), S, attend_within_frames, parts, dtype)  # [B S, P, C]
+    tokens = _embed(aggregator, images.flatten(0, 1), S, attend_within_frames, tokens_together, dtype)  # [B S, P, C]
     P, C = tokens.shape[1:]
     positions = _positions(aggregator, H, W, tokens.device)  # [P, 2]
     within = None if positions is None else positions.expand(B * S, P, 2)
@@ -162,18 +130,20 @@ def aggregate(
     for layer, (frame_block, global_block) in enumerate(
         zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
     ):
-        tokens = blocks.run(frame_block, tokens.view(B * S, P, C), within, attend_within_frames, dtype, parts.tokens)
-        outputs.keep(layer, tokens.view(B, S, P, C))
-        if layer == 0:
-            attend.enter(partial(blocks.entering, global_block, tokens.view(B, S * P, C)))
-        attend_layer = partial(_attend_layer, attend, layer)
-        tokens = blocks.run(global_block, tokens.view(B, S * P, C), across, attend_layer, dtype, parts.tokens)
-        outputs.keep(layer, tokens.view(B, S, P, C))
+        tokens = blocks.run(
+            frame_block, tokens.view(B * S, P, C), within, attend_within_frames, dtype, tokens_together
+        ).view(B, S, P, C)
+        outputs.keep(layer, tokens)
+        tokens = blocks.run(
+            global_block,
+            tokens.view(B, S * P, C),
+            across,
+            partial(attend, layer, tokens=partial(blocks.entering, global_block, tokens.view(B, S * P, C))),
+            dtype,
+            tokens_together,
+        ).view(B, S, P, C)
+        outputs.keep(layer, tokens)
     outputs.settle()
-
-
-def _attend_layer(attend: GlobalAttention, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return attend(layer, q, k, v, scale=scale)
 
 
 def _embed(
@@ -181,7 +151,7 @@ def _embed(
     images: Tensor,  # [B S, 3, H, W]
     frames: int,
     attend: blocks.AttendFunction,
-    parts: ChunkSizes,
+    tokens_together: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Return the tokens `[B S, P, C]` that enter the first block; frame 0 of each sample is the reference."""
@@ -189,9 +159,10 @@ def _embed(
     special = torch.cat([aggregator.camera_token, aggregator.register_token], 2)[0]  # [2, R, C]
     count = special.shape[1]
     tokens: Tensor | None = None
-    for start in range(0, len(images), parts.images):
-        some = (images[start : start + parts.images] - mean) / deviation
-        patches = _patch_tokens(aggregator.patch_embed, some, attend, parts)
+    images_together = max(1, tokens_together // tokens_of_frame(aggregator, images))
+    for start in range(0, len(images), images_together):
+        some = (images[start : start + images_together] - mean) / deviation
+        patches = _patch_tokens(aggregator.patch_embed, some, attend, tokens_together)
         if tokens is None:
             kind = torch.promote_types(special.dtype, patches.dtype) if dtype is None else dtype
             shape = (len(images), count + patches.shape[1], patches.shape[2])
@@ -203,14 +174,14 @@ def _embed(
     return tokens
 
 
-def _patch_tokens(encoder: Any, images: Tensor, attend: blocks.AttendFunction, parts: ChunkSizes) -> Tensor:
+def _patch_tokens(encoder: Any, images: Tensor, attend: blocks.AttendFunction, tokens_together: int) -> Tensor:
     """Return the patch tokens `[B S, P', C]` of normalised images, DINOv2's by fused blocks."""
     if not _is_dinov2(encoder):
         embedded = encoder(images)
         return embedded["x_norm_patchtokens"] if isinstance(embedded, dict) else embedded
     x = encoder.prepare_tokens_with_masks(images)
     for block in encoder.blocks:
-        x = blocks.run(block, x, None, attend, None, parts.tokens)
+        x = blocks.run(block, x, None, attend, None, tokens_together)
     patches = x[:, 1 + encoder.num_register_tokens :]
     return layer_norm(patches, encoder.norm, torch.promote_types(x.dtype, torch.float32))
 
@@ -222,7 +193,7 @@ def _is_dinov2(encoder: Any) -> bool:
         callable(getattr(encoder, "prepare_tokens_with_masks", None))
         and isinstance(getattr(encoder, "num_register_tokens", None), int)
         and type(getattr(encoder, "norm", None)) is nn.LayerNorm
-        and _stranger(encoder, KNOWN_OF_DINOV2) is None
+        and stranger(encoder, KNOWN_OF_DINOV2, is_setting) is None
         and isinstance(layers, nn.ModuleList)
         and all(blocks.obstacle(block) is None for block in layers)
     )

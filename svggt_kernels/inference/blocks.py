@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from .ops import (
     layer_norm,
     normalise_and_rotate_,
 )
-from .settings import CACHES, TABLES, is_plain
+from .settings import CACHES, attributes_of, is_setting, stranger
 
 AttendFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of q, k and v `[B, H, N, D]` with a scale."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
 OF_COMPILE = frozenset({"_compiled_call_impl", "_is_torch_compile"})
 """What torch.compile puts on a module that it wraps."""
@@ -61,23 +59,16 @@ def obstacle(block: Any) -> str | None:
         return "attn.qkv and attn.proj are not Linear with floating-point weights"
     if not isinstance(getattr(attn, "num_heads", None), int) or attn.qkv.out_features != 3 * attn.qkv.in_features:
         return "attn does not say its num_heads, or its qkv is not three times as wide as its tokens"
-    return (
-        _obstacle_of_scale(attn) or _obstacle_of_embedding(attn) or _stranger_in(block) or _obstacle_of_mlp(block.mlp)
-    )
-
-
-def _obstacle_of_scale(attn: Any) -> str | None:
     head_size = attn.qkv.in_features // attn.num_heads
     if getattr(attn, "head_dim", head_size) != head_size:
         return f"attn.head_dim is {attn.head_dim}, not {head_size}"
     scale = getattr(attn, "scale", head_size**-0.5)
     if not isinstance(scale, float) or not math.isclose(scale, head_size**-0.5):
         return f"attn.scale is {scale}, not {head_size} ** -0.5"
-    return None
+    return _obstacle_of_embedding(attn, head_size) or _stranger_in(block) or _obstacle_of_mlp(block.mlp)
 
 
-def _obstacle_of_embedding(attn: Any) -> str | None:
-    head_size = attn.qkv.in_features // attn.num_heads
+def _obstacle_of_embedding(attn: Any, head_size: int) -> str | None:
     norms: list[Any] = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
     rotation = _rotation(attn)
     if all(norm is None or isinstance(norm, nn.Identity) for norm in norms):
@@ -99,35 +90,22 @@ def _stranger_in(block: Any) -> str | None:
     parts += [(name, getattr(block, name, None), KNOWN_OF_SCALE) for name in ("ls1", "ls2")]
     parts += [("its rotation", rotation, KNOWN_OF_ROTATION)]
     for where, part, known in parts:
-        if part is not None and (name := _stranger(part, known)) is not None:
+        if part is not None and (name := stranger(part, known, _has_no_effect)) is not None:
             return f"{where} holds {name}, which the fused block does not know"
     return None
 
 
-def _stranger(module: nn.Module, known: frozenset[str]) -> str | None:
-    """Return an attribute, parameter, buffer or submodule that is neither known nor without effect, or None."""
-    state = module.__dict__
-    attributes = {name: value for name, value in state.items() if name not in TABLES}
-    for table in (attributes, state["_parameters"], state["_buffers"], state["_modules"]):
-        for name, value in table.items():
-            is_known = name in known or name in ("training", "forward")
-            if not (is_known or value is None or value is False or _passes_through(value)):
-                return name
-    return None
-
-
-def _passes_through(module: object) -> bool:
-    """Whether a module returns what it is given, in evaluation mode."""
-    return isinstance(module, nn.Module) and (
-        type(module) in (nn.Identity, nn.Dropout) or type(module).__name__ == "DropPath"
-    )
+def _has_no_effect(value: object) -> bool:
+    """Whether an attribute is off, or a module that returns what it is given in evaluation mode."""
+    passes_through = type(value) in (nn.Identity, nn.Dropout) or type(value).__name__ == "DropPath"
+    return value is False or (isinstance(value, nn.Module) and passes_through)
 
 
 def _obstacle_of_mlp(mlp: nn.Module) -> str | None:
     """Return why an MLP, which runs by itself on some tokens at a time, may depend on more than them."""
     for path, module in mlp.named_modules(prefix="mlp"):
-        for name, value in vars(module).items():
-            if name not in TABLES and name != "forward" and not (is_plain(value) or isinstance(value, FUNCTIONS)):
+        for name, value in attributes_of(module).items():
+            if not is_setting(value):
                 return f"{path}.{name} is of {type(value).__name__}, in which anything may be"
     return None
 
@@ -206,7 +184,7 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
         and _is_linear(fc2)
         and type(act) is nn.GELU
         and act.approximate == "none"
-        and _stranger(mlp, frozenset({"fc1", "act", "fc2"})) is None
+        and stranger(mlp, frozenset({"fc1", "act", "fc2"}), _has_no_effect) is None
     ):
         return fc2(gelu_(fc1(x)))  # type: ignore[misc]
     return mlp(x)

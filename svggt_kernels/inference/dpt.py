@@ -13,7 +13,7 @@ A residual unit adds max(0, x) to what it computes, not x: upstream's ReLU works
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import convolve_relu, layer_norm, predict, upsample
-from .settings import TABLES, is_plain
+from .settings import attributes_of, is_plain
 
 LEVELS = 4
 SIGNED = {"exp": False, "inv_log": True}
@@ -57,8 +57,8 @@ def obstacle(head: Any) -> str | None:
         if type(module) not in LEAVES and (has_tensors or not module._modules):
             what = ", ".join([*module._parameters, *module._buffers]) or "a " + type(module).__name__
             return f"{where} holds {what}, which the fused head does not know"
-        for name, value in vars(module).items():
-            if name not in TABLES and name != "forward" and not is_plain(value):
+        for name, value in attributes_of(module).items():
+            if not is_plain(value):
                 return f"{where} holds {name} of {type(value).__name__}, in which anything may be"
     return None
 
@@ -67,47 +67,33 @@ Table = tuple[Tensor, Tensor]
 """What is added to each column of a map, `[W, C]`, and to each row, `[H, C]`."""
 
 
-class Positions:
-    """What heads add to the pixels of their maps by where these are, kept for each size of images.
+def position_tables(head: Any, image: Sequence[int], like: Tensor) -> list[Table]:
+    """Return what a head adds to the pixels of its projected layers, and of its last map, by where these are.
 
     Upstream computes it anew for every few frames; here the head's own method computes it once. It depends on a pixel's
-    column in some channels and on its row in the others, so that two small tables hold it. CUDA graphs read them
-    wherever they are replayed, so none is dropped.
+    column in some channels and on its row in the others, so that two small tables hold it.
+
+    Args:
+        head: A head for which `obstacle` is None.
+        image: H and W of the images.
+        like: A tensor of the tables' dtype, on their device.
+
+    Raises:
+        ValueError: If what it adds is no such sum.
     """
+    maps = [(project.out_channels, *_grid(head, image)) for project in head.projects]
+    maps.append((head.scratch.output_conv1.out_channels, *_size(head, image)))
+    return [_position_table(head, image, like.new_zeros(1, *each)) for each in maps]
 
-    def __init__(self) -> None:
-        self._tables: dict[Hashable, list[Table] | None] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tables": {}}
-
-    def of(self, head: Any, kind: Hashable, image: Size, like: Tensor) -> list[Table] | None:
-        """Return the tables of a head's projected layers, and of its last map; None if what it adds is no such sum.
-
-        Args:
-            head: A head for which `obstacle` is None.
-            kind: Its settings.
-            image: H and W of the images.
-            like: A tensor of the tables' dtype, on their device.
-        """
-        grid, size = _grid(head, image), _size(head, image)
-        maps = [(project.out_channels, *grid) for project in head.projects]
-        maps.append((head.scratch.output_conv1.out_channels, *size))
-        key = (kind, image, tuple(maps), like.dtype, like.device)
-        if key not in self._tables:
-            tables = [self._table(head, image, like.new_zeros(1, *each)) for each in maps]
-            self._tables[key] = None if None in tables else tables  # type: ignore[assignment]
-        return self._tables[key]
-
-    @staticmethod
-    def _table(head: Any, image: Size, nothing: Tensor) -> Table | None:
-        height, width = image
-        added = (head._apply_pos_embed(nothing, width, height) if head.pos_embed else nothing)[0]
-        of_row = (added == added[:, :, :1]).all(1).all(1)
-        of_column = (added == added[:, :1]).all(1).all(1)
-        if not (of_row | of_column).all():
-            return None
-        return (added[:, 0].mT * ~of_row).contiguous(), (added[:, :, 0].mT * of_row).contiguous()
+def _position_table(head: Any, image: Sequence[int], nothing: Tensor) -> Table:
+    height, width = image
+    added = (head._apply_pos_embed(nothing, width, height) if head.pos_embed else nothing)[0]
+    of_row = (added == added[:, :, :1]).all(1).all(1)
+    of_column = (added == added[:, :1]).all(1).all(1)
+    if not (of_row | of_column).all():
+        raise ValueError("what it adds to pixels is no sum over their columns and rows")
+    return (added[:, 0].mT * ~of_row).contiguous(), (added[:, :, 0].mT * of_row).contiguous()
 
 
 class ReadyHead:
@@ -115,7 +101,7 @@ class ReadyHead:
 
     Args:
         head: A head for which `obstacle` is None.
-        tables: What `Positions.of` says about the images of the call.
+        tables: What `position_tables` says about the images of the call.
         dtype: In which all is computed.
     """
 
@@ -145,23 +131,11 @@ class ReadyHead:
         """
         B, S, _, *image = images.shape
         grid, size = _grid(self.head, image), _size(self.head, image)
-        read = [layers[index] for index in self.head.intermediate_layer_idx]
-        wide = self.head.scratch.output_conv1.out_channels * size[0] * size[1]
-        together = max(1, min(S, MOST_VALUES // wide))
-        results: tuple[Tensor, ...] = ()
-        for sample in range(B):
-            for start in range(0, S, together):
-                frames = slice(start, start + together)
-                tokens = [each[sample, frames, first_patch:] for each in read]
-                made = self._run(tokens, grid, size)
-                # cuDNN's ReLU makes 0 of NaN.
-                broken = ~torch.stack([each.isfinite().flatten(1).all(1) for each in tokens]).all(0)
-                for part in made:
-                    part.masked_fill_(broken.view(-1, *[1] * (part.dim() - 1)), torch.nan)
-                results = results or tuple(part.new_empty(B, S, *part.shape[1:]) for part in made)
-                for whole, part in zip(results, made, strict=True):
-                    whole[sample, frames] = part
-        values, confidence = results
+        read = [layers[index][:, :, first_patch:].flatten(0, 1) for index in self.head.intermediate_layer_idx]
+        together = max(1, MOST_VALUES // (self.head.scratch.output_conv1.out_channels * size[0] * size[1]))
+        parts = zip(*(tokens.split(together) for tokens in read), strict=True)
+        results = zip(*(self._run(tokens, grid, size) for tokens in parts), strict=True)
+        values, confidence = (torch.cat(of_frames).unflatten(0, (B, S)) for of_frames in results)
         return values, confidence
 
     def _run(self, tokens: Sequence[Tensor], grid: Size, size: Size) -> tuple[Tensor, Tensor]:
@@ -179,7 +153,12 @@ class ReadyHead:
         fused = upsample(fused, size, self._biases[scratch.output_conv1], positions=self._last_table)
         hidden, _, last = scratch.output_conv2
         fused = self._convolve_relu(hidden, fused)
-        return predict(fused, self._weights[last], self._biases[last], SIGNED[self.head.activation])
+        results = predict(fused, self._weights[last], self._biases[last], SIGNED[self.head.activation])
+        # cuDNN's ReLU makes 0 of NaN.
+        broken = ~torch.stack([each.isfinite().flatten(1).all(1) for each in tokens]).all(0)
+        for result in results:
+            result.masked_fill_(broken.view(-1, *[1] * (result.dim() - 1)), torch.nan)
+        return results
 
     def _fused(self, tokens: Sequence[Tensor], grid: Size) -> tuple[Tensor, Tensor]:
         """Return what the last fusion makes of all layers, and its bias, see `_fuse`."""
@@ -188,7 +167,8 @@ class ReadyHead:
             block = getattr(self.head.scratch, f"refinenet{level + 1}")
             x = self._map(level, tokens[level], grid)
             size = (x.shape[2], x.shape[3])
-            x = self._unit(block.resConfUnit1, x, upsample(fused, size, bias, x))
+            coarser = upsample(fused, size, bias, x)
+            x = self._convolve_relu(block.resConfUnit1.conv2, self._convolve_relu(block.resConfUnit1.conv1, x), coarser)
             fused, bias = self._fuse(block, x)
         return fused, bias
 
@@ -210,10 +190,6 @@ class ReadyHead:
         x = self._convolve(last, self._convolve_relu(block.resConfUnit2.conv1, x), None).add_(x)
         bias = torch.addmv(self._biases[out], self._weights[out].flatten(1), self._biases[last])
         return self._convolve(out, x, None), bias
-
-    def _unit(self, unit: Any, x: Tensor, plus: Tensor) -> Tensor:
-        """Return what a residual unit makes of x, which is not negative, plus more; and no less than 0."""
-        return self._convolve_relu(unit.conv2, self._convolve_relu(unit.conv1, x), plus)
 
     def _convolve_relu(self, conv: nn.Conv2d, x: Tensor, plus: Tensor | None = None) -> Tensor:
         return convolve_relu(x, conv, self._weights[conv], self._biases[conv], plus)

@@ -1,25 +1,25 @@
-"""The forward of our own in one patched model: where it stands in, whether it may run, and what it did."""
+"""The forward of our own in one patched model: where it stands in, and what it did."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from ..compiling import uncompiled
-from ..streams import is_capturing
+from ..sources.cache import LRUCache
 from . import blocks, dpt, heads, memory
-from .aggregator import ChunkSizes, GlobalAttention, aggregate, tokens_of_frame
+from .aggregator import GlobalAttention, aggregate, tokens_of_frame
 from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
+from .proofs import FRAMES, Proofs
 from .report import InferenceReport
-from .settings import Settings, Snapshot, has_values, is_replaced, is_watched
-from .verification import Verification, verify
+from .verification import Verification
 from .within_frames import AttentionWithinFrames, by_pytorch
 
 __all__ = ["FusedForward", "Outputs", "Precision"]
@@ -27,23 +27,10 @@ __all__ = ["FusedForward", "Outputs", "Precision"]
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
 
-FRAMES = 3
-"""Frames of a forward on which it is verified: the reference frame and others."""
-
 PART = 0.4
-"""Of these tokens so many run together, so that what mixes tokens of different parts is seen."""
+"""In a verification so many of the tokens run together, so that what mixes tokens of different parts is seen."""
 
-CAPTURED = "it was not verified before this CUDA graph was captured; run the model once, then capture"
 ON_THE_CPU = "on the CPU it gains nothing; patch(model, fused=True) runs it all the same"
-
-
-class Original(Protocol):
-    """What stands in the place of a module's forward; `original` runs that."""
-
-    name: str
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's forward."""
 
 
 class FusedForward:
@@ -54,7 +41,7 @@ class FusedForward:
 
     Args:
         model: The model that was given to `patch`, with its heads.
-        aggregator: The module in it that runs the blocks.
+        path: The name in it of the aggregator, the module that runs the blocks; empty for the model itself.
         attention: The attention modules that are patched; all of its global blocks' must be.
         fused: Whether to run at all; None for CUDA devices only.
         precision: Dtype of the residual stream and of the layer outputs kept: the model's own, or bfloat16.
@@ -69,7 +56,7 @@ class FusedForward:
     def __init__(
         self,
         model: nn.Module,
-        aggregator: Any,
+        path: str,
         attention: tuple[nn.Module, ...],
         *,
         fused: bool | None,
@@ -78,6 +65,7 @@ class FusedForward:
         backend: str | None,
         memory_budget: memory.MemoryBudget,
     ) -> None:
+        aggregator: Any = model.get_submodule(path)
         self.aggregator = aggregator
         self.fused = fused
         self.dtype = torch.bfloat16 if precision == "bf16" else None
@@ -85,20 +73,21 @@ class FusedForward:
         self._obstacle = obstacle_of_aggregator(aggregator)
         if self._obstacle is None and attention != tuple(block.attn for block in aggregator.global_blocks):
             self._obstacle = f"its global attention is not that of the global_blocks of {type(aggregator).__name__}"
-        self.depth: int = 0 if self._obstacle else len(self.aggregator.global_blocks)
-        stated = heads.layers_read(model, self.depth) if self.depth else None
-        self.layers = stated if keep == "read" else None
+        self.depth = 0 if self._obstacle else len(aggregator.global_blocks)
+        self.layers = heads.layers_read(model, self.depth) if self.depth and keep == "read" else None
         self._dpt = {name: head for name, head in model.named_modules() if heads.is_dpt_head(head)}
         self._cameras = {name: head for name, head in model.named_children() if heads.is_camera_head(head)}
-        self._name = (
-            next(name for name, module in model.named_modules() if module is aggregator) or type(model).__name__
-        )
+        self._name = path or type(model).__name__
         self._refuse_what_cannot_be(model, precision, keep)
         # A copy of the aggregator alone shall copy no more than heads.
         self._model = None if memory_budget is None else model
         self._within_frames = AttentionWithinFrames(backend)
-        self._positions = dpt.Positions()
-        self._forget()
+        self._positions: LRUCache[list[dpt.Table]] = LRUCache(sys.maxsize)  # CUDA graphs read them: none is dropped
+        self._proofs = Proofs()
+        self._attend: GlobalAttention | None = None
+        self._outputs: LayerOutputs | None = None
+        self._plan = memory.Plan.without_budget()
+        self.report = InferenceReport(self._obstacle, self.layers)
 
     def _refuse_what_cannot_be(self, model: nn.Module, precision: Precision, keep: Outputs) -> None:
         name = type(model).__name__
@@ -123,27 +112,6 @@ class FusedForward:
                 f"{name} is not ({'; '.join(reasons)}); leave memory_budget=None"
             )
 
-    def _forget(self) -> None:
-        self._settings = Settings()
-        self._snapshots: dict[nn.Module, tuple[Snapshot, Hashable, str | None]] = {}
-        self._verified: dict[Hashable, Verification] = {}
-        self._attend: GlobalAttention | None = None
-        self._outputs: LayerOutputs | None = None
-        self._plan: memory.Plan | None = None
-        self.report = InferenceReport("no forward yet", None, (), {}, self._layers_kept, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        forgotten = ("_settings", "_snapshots", "_verified", "_attend", "_outputs", "_plan", "report")
-        return {name: value for name, value in self.__dict__.items() if name not in forgotten}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    @property
-    def _layers_kept(self) -> tuple[int, ...] | None:
-        return None if self.layers is None else tuple(sorted(self.layers))
-
     def sites(self) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
         """Yield each module whose forward is stood in for, its name, and what runs around that forward."""
         if self._obstacle is None:
@@ -165,12 +133,12 @@ class FusedForward:
         Raises:
             ValueError: If the budget cannot be kept, or the forward is not one of inference.
         """
-        self._attend, self._plan = attend, None
+        self._attend = attend
         self._within_frames.ran.clear()
-        self.report = replace(
-            self.report, reason=self._obstacle, verification=None, within_frames=(), heads={}, memory=None
-        )
-        if self.budget is not None:
+        self.report = InferenceReport(self._obstacle, self.layers)
+        if self.budget is None:
+            self._plan = memory.Plan.without_budget()
+        else:
             self._plan = self._make_plan(images, tokens_per_frame, tokens_describe)
             self.report = replace(self.report, memory=self._plan)
 
@@ -204,7 +172,7 @@ class FusedForward:
             channels=block.attn.qkv.in_features,
             pixels=images.shape[3] * images.shape[4],
             depth=self.depth,
-            layers=tuple(sorted(self.layers)),
+            layers=self.layers,
             heads=sum(not getattr(head, "feature_only", False) for head in self._dpt.values()),
             wide=weights.itemsize,
             residual=(self.dtype or weights).itemsize,
@@ -222,40 +190,34 @@ class FusedForward:
         return memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
 
     @uncompiled(recursive=False)
-    def _run_aggregator(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
+    def _run_aggregator(self, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the aggregator by our own code where that may be."""
-        ours = None if self._attend is None else self._aggregated(*args, **kwargs)
+        ours = self._aggregated(*args, **kwargs)
         return stand_in.original(*args, **kwargs) if ours is None else ours
 
     @uncompiled(recursive=True)
     def _aggregated(self, *args: Any, **kwargs: Any) -> tuple[LayerOutputs, int] | None:
         """Return what the aggregator returns, or None if it must run as it is."""
-        assert self._attend is not None
         images = [*args, *kwargs.values()][0] if len(args) + len(kwargs) == 1 else None
         reason, found = self._may_run(images)
         self.report = replace(self.report, reason=reason, verification=found)
-        if reason is not None and self._plan is not None:
+        if reason is not None:
+            if self.budget is None:
+                return None
             raise ValueError(
                 f"memory_budget is kept by the fused forward, which cannot run: {reason}; mend that, or leave "
                 "memory_budget=None"
             )
-        if reason is not None:
-            return None
-        assert isinstance(images, Tensor)
-        if self._plan is None:
-            parts = ChunkSizes.of(self.aggregator, images, memory.TOKENS_TOGETHER)
-        else:
-            parts = ChunkSizes(self._plan.images_together, self._plan.tokens_together)
+        assert isinstance(images, Tensor) and self._attend is not None
         own_dtype = None if self.dtype is None else self.aggregator.camera_token.dtype
-        offloaded = () if self._plan is None else self._plan.offloaded
-        self._outputs = outputs = LayerOutputs(self.depth, self.layers, own_dtype, offloaded)
+        self._outputs = outputs = LayerOutputs(self.depth, self.layers, own_dtype, self._plan.offloaded)
         aggregate(
             self.aggregator,
             images,
             outputs,
             attend=self._attend,
             attend_within_frames=self._within_frames,
-            parts=parts,
+            tokens_together=self._plan.tokens_together,
             dtype=self.dtype,
         )
         self.report = replace(self.report, within_frames=tuple(sorted(self._within_frames.ran)))
@@ -267,22 +229,14 @@ class FusedForward:
             return "its forward is given more than images [B, S, 3, H, W]", None
         if self.fused is None and images.device.type != "cuda":
             return ON_THE_CPU, None
-        reason = _obstacle_of_call() or self._unsettled(self.aggregator, obstacle_of_aggregator)
+        reason = self._proofs.obstacle(self.aggregator, obstacle_of_aggregator)
         if reason is not None:
             return reason, None
-        some = images[:1, :FRAMES]
 
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
-            tokens = int(PART * some.shape[1] * tokens_of_frame(aggregator, some))
-            aggregate(
-                aggregator,
-                some,
-                outputs,
-                attend=_Dense(),
-                attend_within_frames=by_pytorch,
-                parts=ChunkSizes.of(aggregator, some, tokens),
-            )
+            tokens = max(1, int(PART * some.shape[1] * tokens_of_frame(aggregator, some)))
+            aggregate(aggregator, some, outputs, attend=_dense, attend_within_frames=by_pytorch, tokens_together=tokens)
             return outputs, aggregator.patch_start_idx
 
         def read(result: Any) -> list[Tensor]:
@@ -291,58 +245,16 @@ class FusedForward:
                 raise TypeError(f"it returns layers in a {type(layers).__name__}, not in a list")
             if first != self.aggregator.patch_start_idx or len(layers) != self.depth:
                 raise ValueError(f"it returns {len(layers)} layers with patches from {first}")
-            return [layers[layer] for layer in sorted(self.layers or range(self.depth))]
+            return [layers[layer] for layer in self.layers or range(self.depth)]
 
-        found = self._verify(self.aggregator, own, read, lambda: (some,), images)
-        return (CAPTURED, None) if found is None else (found.reason, found)
-
-    def _unsettled(self, module: nn.Module, obstacle: Callable[[Any], str | None]) -> str | None:
-        """Return why a module must run as it is with the settings that it has, or None; asked again if they change."""
-        self._settings.begin()
-        known = self._snapshots.get(module)
-        if known is None or not known[0].holds():
-            if is_capturing(next(module.parameters()).device):
-                return CAPTURED
-            reason = obstacle(module) or _obstacle_inside(module)
-            settings = (self._settings.of(module), has_values(module)) if reason is None else None
-            known = self._snapshots[module] = Snapshot(module), settings, reason
-        return known[2]
-
-    def _verify(
-        self,
-        module: nn.Module,
-        own: Callable[..., Any],
-        read: Callable[[Any], Any],
-        inputs: Callable[[], tuple[Any, ...]],
-        images: Tensor,
-    ) -> Verification | None:
-        """Return the verification of a module for its settings, the size of images and dtypes; None while captured.
-
-        `own`, `read` and what `inputs` returns are those of `verify`, which runs once.
-        """
-        device = images.device.type
-        key = (
-            self._snapshots[module][1],
-            (min(FRAMES, images.shape[1]), *images.shape[2:], images.dtype, images.device),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            torch.backends.cuda.matmul.fp32_precision,
-            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        )
-        if key not in self._verified:
-            if is_capturing(images.device):
-                return None
-            found = verify(module, own, read, inputs())
-            if not found.is_final:
-                return found
-            self._verified[key] = found
-        return self._verified[key]
+        return self._proofs.verify(self.aggregator, own, read, lambda: (images[:1, :FRAMES],), images)
 
     @uncompiled(recursive=False)
-    def _run_camera_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
+    def _run_camera_head(self, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a camera head; if it reads special tokens of the last layer alone, only those are brought together."""
         outputs, *others = args or (kwargs.pop(heads.LAYERS, None),)
         if isinstance(outputs, LayerOutputs):
-            outputs = self._read_by_camera(stand_in.module, outputs)  # type: ignore[attr-defined]
+            outputs = self._read_by_camera(stand_in.module, outputs)
         return stand_in.original(outputs, *others, **kwargs)
 
     @uncompiled(recursive=True)
@@ -357,51 +269,45 @@ class FusedForward:
         def inputs() -> tuple[Any, ...]:
             return (_first_frames(outputs, sorted(outputs.layers)),)
 
-        if self._unsettled(head, lambda _: None) is not None:
-            return outputs
-        found = self._verify(head, own, heads.tensors, inputs, special)
-        return outputs if found is None or found.reason is not None else [special]
+        reason = self._proofs.obstacle(head, lambda _: None)
+        if reason is None:
+            reason, _ = self._proofs.verify(head, own, heads.tensors, inputs, special)
+        return [special] if reason is None else outputs
 
     @uncompiled(recursive=False)
-    def _run_dpt_head(self, stand_in: Original, *args: Any, **kwargs: Any) -> Any:
+    def _run_dpt_head(self, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a DPT head on kept layer outputs, some frames at a time, fused where that may be."""
-        head: Any = stand_in.module  # type: ignore[attr-defined]
+        head = stand_in.module
         bound = inspect.signature(type(head).forward).bind(head, *args, **kwargs)
         bound.apply_defaults()
         _, outputs, images, first_patch, frames = bound.arguments.values()
         if not isinstance(outputs, LayerOutputs):
             return stand_in.original(*args, **kwargs)
-        return self._run_on_kept(stand_in, head, outputs, images, first_patch, frames or images.shape[1])
+        return self._run_on_kept(stand_in, outputs, images, first_patch, frames or images.shape[1])
 
     @uncompiled(recursive=True)
-    def _run_on_kept(
-        self, stand_in: Original, head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int, frames: int
-    ) -> Any:
+    def _run_on_kept(self, stand_in: Any, outputs: LayerOutputs, images: Tensor, first_patch: int, frames: int) -> Any:
+        head = stand_in.module
         reason = self._may_run_fused(head, outputs, images, first_patch)
         self.report = replace(self.report, heads=self.report.heads | {stand_in.name: reason})
-        ready = None
         if reason is None:
-            height, width = images.shape[-2:]
-            tables = self._positions.of(head, self._snapshots[head][1], (height, width), head.norm.weight)
-            assert tables is not None
-            ready = dpt.ReadyHead(head, tables, head.norm.weight.dtype)
-        together = memory.FRAMES_TOGETHER if self._plan is None else self._plan.frames_together
-        return heads.run_dpt_head(stand_in.original, ready, head, outputs, images, first_patch, min(frames, together))
+            size, weight = tuple(images.shape[-2:]), head.norm.weight
+            key = self._proofs.settings(head), size
+            tables = self._positions.get(key, lambda: dpt.position_tables(head, size, weight))
+            run: Callable[..., Any] = dpt.ReadyHead(head, tables, weight.dtype)
+        else:
+            run = heads.own_forward(stand_in.original, len(outputs))
+        together = min(frames, self._plan.frames_together)
+        return heads.run_dpt_head(run, head.intermediate_layer_idx, outputs, images, first_patch, together)
 
     def _may_run_fused(self, head: Any, outputs: LayerOutputs, images: Tensor, first_patch: int) -> str | None:
-        reason = (
-            _obstacle_of_call()
-            or self._unsettled(head, dpt.obstacle)
-            or heads.mismatch(head, outputs, images, first_patch)
-        )
-        if reason is not None:
-            return reason
+        """Return why a DPT head must run as it is in this call, or None."""
 
         def inputs() -> tuple[Any, ...]:
             return _first_frames(outputs, head.intermediate_layer_idx), images[:1, :FRAMES], first_patch
 
-        found = self._verify(head, heads.run_fused, heads.compared, inputs, images)
-        return CAPTURED if found is None else found.reason
+        reason = self._proofs.obstacle(head, dpt.obstacle) or heads.mismatch(head, outputs, images, first_patch)
+        return reason or self._proofs.verify(head, heads.run_fused, heads.compared, inputs, images)[0]
 
 
 def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:
@@ -410,37 +316,6 @@ def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor |
     return heads.as_list({layer: each[:1] for layer, each in tokens.items()}, len(outputs))
 
 
-class _Dense:
-    """Dense attention in every layer."""
-
-    def enter(self, tokens: Callable[[], Tensor]) -> None:
-        """Do without the tokens."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        """Attend."""
-        return by_pytorch(q, k, v, scale)
-
-
-def _obstacle_of_call() -> str | None:
-    """Return why every module must run as it is in this call, or None."""
-    if torch.is_grad_enabled():
-        return "gradients are on"
-    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-        return "there is a hook on all modules"
-    return None
-
-
-def _obstacle_inside(module: nn.Module) -> str | None:
-    """Return why a module must run as it is with its settings, or None.
-
-    Modules inside are passed over, see a part of what they would, or return what is changed in place. Hooks on the
-    module itself run around it as ever.
-    """
-    for name, inner in module.named_modules():
-        if inner.training:
-            return f"{name or 'it'} is in training mode"
-        if is_replaced(inner):
-            return f"another forward was put on {name or 'it'}"
-        if inner is not module and is_watched(inner):
-            return f"there is a hook on {name}"
-    return None
+def _dense(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, *, tokens: Callable[[], Tensor]) -> Tensor:
+    """Attend densely in every global layer."""
+    return by_pytorch(q, k, v, scale)

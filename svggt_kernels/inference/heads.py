@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import dpt
 from .layer_outputs import LayerOutputs
 
-__all__ = ["LAYERS", "is_camera_head", "is_dpt_head", "layers_read", "run_dpt_head"]
+__all__ = ["LAYERS", "is_camera_head", "is_dpt_head", "layers_read", "own_forward", "run_dpt_head"]
 
 LAYERS = "aggregated_tokens_list"
 DPT_ARGUMENTS = [LAYERS, "images", "patch_start_idx", "frames_chunk_size"]
@@ -32,21 +32,20 @@ def _arguments(head: nn.Module) -> list[str]:
     return list(inspect.signature(type(head).forward).parameters)[1:]
 
 
-def layers_read(model: nn.Module, depth: int) -> frozenset[int] | None:
-    """Return which of `depth` layers the heads of a model read; None if it has no head that says so.
+def layers_read(model: nn.Module, depth: int) -> tuple[int, ...] | None:
+    """Return which of `depth` layers the heads of a model read, in order; None if it has no head that says so.
 
     Heads say so by `intermediate_layer_idx`, as DPT heads do; camera heads read the last.
     """
     stated = [indices for module in model.modules() if (indices := getattr(module, "intermediate_layer_idx", None))]
     if not stated:
         return None
-    return frozenset(index % depth for indices in stated for index in indices) | {depth - 1}
+    return tuple(sorted({index % depth for indices in stated for index in indices} | {depth - 1}))
 
 
 def run_dpt_head(
-    original: Callable[..., Any],
-    ready: dpt.ReadyHead | None,
-    head: Any,
+    run: Callable[[dict[int, Tensor], Tensor, int], Any],
+    layers: Sequence[int],
     outputs: LayerOutputs,
     images: Tensor,
     first_patch: int,
@@ -55,9 +54,8 @@ def run_dpt_head(
     """Run a DPT head some frames at a time.
 
     Args:
-        original: The head's forward.
-        ready: The fused head, or None to run `original`.
-        head: A head for which `is_dpt_head` is true.
+        run: A `ReadyHead`, or `own_forward`.
+        layers: The layers that it reads.
         outputs: The layer outputs.
         images: `[B, S, 3, H, W]`.
         first_patch: The first token of a frame that is a patch.
@@ -66,20 +64,23 @@ def run_dpt_head(
     count = images.shape[1]
     parts = [slice(start, min(start + frames, count)) for start in range(0, count, frames)]
     whole: tuple[Tensor, ...] = ()
-    is_single = False
-    for part, tokens in zip(parts, outputs.frames(head.intermediate_layer_idx, parts), strict=True):
-        some = images[:, part].contiguous()
-        if ready is None:
-            result = original(as_list(tokens, len(outputs)), some, first_patch, some.shape[1])
-        else:
-            result = ready(tokens, some, first_patch)
+    for part, tokens in zip(parts, outputs.frames(layers, parts), strict=True):
+        result = run(tokens, images[:, part].contiguous(), first_patch)
         tokens.clear()
-        is_single, results = isinstance(result, Tensor), tensors(result)
-        if not whole:
-            whole = tuple(each.new_empty(each.shape[0], count, *each.shape[2:]) for each in results)
+        results = tensors(result)
+        whole = whole or tuple(each.new_empty(each.shape[0], count, *each.shape[2:]) for each in results)
         for target, each in zip(whole, results, strict=True):
             target[:, part] = each
-    return whole[0] if is_single else whole
+    return whole[0] if isinstance(result, Tensor) else whole
+
+
+def own_forward(original: Callable[..., Any], depth: int) -> Callable[[dict[int, Tensor], Tensor, int], Any]:
+    """Return the forward of a DPT head as a function of the outputs of those of `depth` layers that it reads."""
+
+    def run(tokens: dict[int, Tensor], images: Tensor, first_patch: int) -> Any:
+        return original(as_list(tokens, depth), images, first_patch, images.shape[1])
+
+    return run
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -97,11 +98,8 @@ def as_list(tokens: dict[int, Tensor], depth: int) -> list[Tensor | None]:
 
 def run_fused(head: Any, layers: Sequence[Tensor], images: Tensor, first_patch: int) -> Any:
     """Run a head, for which `dpt.obstacle` is None, fused, in the dtype of the tokens that it is given."""
-    height, width = images.shape[-2:]
     dtype = next(layer.dtype for layer in layers if layer is not None)
-    tables = dpt.Positions().of(head, None, (height, width), head.norm.weight.to(dtype))
-    if tables is None:
-        raise ValueError("what it adds to pixels is no sum over their columns and rows")
+    tables = dpt.position_tables(head, images.shape[-2:], head.norm.weight.to(dtype))
     return dpt.ReadyHead(head, tables, dtype)(layers, images, first_patch)
 
 

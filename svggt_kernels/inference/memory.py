@@ -93,8 +93,7 @@ class Plan:
 
     Attributes:
         offloaded: Layers whose outputs lie in host memory until heads read them.
-        tokens_together: Tokens that run together in the MLP of a block.
-        images_together: Images that run together in the patch embedding, of about as many tokens.
+        tokens_together: Tokens that run together in the MLP of a block; images of about as many in the patch embedding.
         frames_together: Frames that run together in heads, or fewer if they ask for fewer.
         host_bytes: What is in host memory at the end of the aggregator.
         moments: Bytes alive on the device at the moments that may be the highest, by name.
@@ -102,10 +101,14 @@ class Plan:
 
     offloaded: tuple[int, ...]
     tokens_together: int
-    images_together: int
     frames_together: int
     host_bytes: int
     moments: dict[str, int]
+
+    @classmethod
+    def without_budget(cls) -> Plan:
+        """Return what a forward does that may take whatever memory it takes."""
+        return cls((), TOKENS_TOGETHER, FRAMES_TOGETHER, 0, {})
 
     @property
     def peak_bytes(self) -> int:
@@ -168,8 +171,7 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     some = max(min(tokens, tokens_together), sizes.tokens) * sizes.channels
     of_mlp = 7 * some * sizes.product
     # Of some images: two copies, as they are normalised, and the stream of DINOv2 before and after a block.
-    images_together = max(1, tokens_together // sizes.tokens)
-    of_images = 2 * 3 * min(frames, images_together) * sizes.pixels * sizes.wide
+    of_images = 2 * 3 * min(frames, max(1, tokens_together // sizes.tokens)) * sizes.pixels * sizes.wide
     of_embedding = of_images + 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
     attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
@@ -187,7 +189,7 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     }
     if sizes.tokens_describe:
         moments["graph"] = base + residual + 3 * product + 4 * values
-    return Plan(offloaded, tokens_together, images_together, frames_together, sizes.output * len(offloaded), moments)
+    return Plan(offloaded, tokens_together, frames_together, sizes.output * len(offloaded), moments)
 
 
 def check(budget: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import memory
 from .verification import Verification
@@ -16,19 +16,19 @@ class InferenceReport:
 
     Attributes:
         reason: Why it did not run; None if it did.
+        layers_kept: The layers whose outputs are kept; None for all.
         verification: Its comparison with the model's own forward; None if there was none.
         within_frames: What computed the attention within frames: names of backends, or "pytorch".
         heads: The DPT heads, by name: None if the head ran fused, or why it did not.
-        layers_kept: The layers whose outputs are kept; None for all.
         memory: How the forward kept to its budget; None without one.
     """
 
     reason: str | None
-    verification: Verification | None
-    within_frames: tuple[str, ...]
-    heads: dict[str, str | None]
     layers_kept: tuple[int, ...] | None
-    memory: memory.Plan | None
+    verification: Verification | None = None
+    within_frames: tuple[str, ...] = ()
+    heads: dict[str, str | None] = field(default_factory=dict)
+    memory: memory.Plan | None = None
 
     def __str__(self) -> str:
         if self.reason is not None:

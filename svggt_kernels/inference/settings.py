@@ -8,7 +8,8 @@ whether anything was put in the place of something else.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -20,58 +21,46 @@ TABLES = frozenset(vars(nn.Module())) - {"training"}
 CACHES = frozenset({"frequency_cache", "cache"})
 """Where VGGT's rotary embedding and CroCo's keep cosines and sines that they computed; no setting."""
 
+FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-class Settings:
-    """Reads the settings of modules."""
+def settings_of(module: nn.Module) -> Hashable:
+    """Return the settings of a module and of those inside it, without the hooks on the module itself."""
+    seen: list[Any] = []
+    _read(module, seen)
+    contents = (name_and_value for kind in _classes(module) for name_and_value in vars(kind).items())
+    return *seen, *((name, _setting(value)) for name, value in contents)
 
-    def __init__(self) -> None:
-        self._classes: dict[type, int] = {}
-        self._contents: dict[Hashable, int] = {}
 
-    def __reduce__(self) -> tuple[type[Settings], tuple[()]]:
-        # What classes hold can seldom be pickled, and a copy reads it again.
-        return Settings, ()
-
-    def begin(self) -> None:
-        """Begin a forward: classes may have changed since the last."""
-        self._classes.clear()
-
-    def of(self, module: nn.Module) -> Hashable:
-        """Return the settings of a module and of those inside it, without the hooks on the module itself."""
-        seen: list[Hashable] = []
-        self._read(module, seen)
-        return tuple(seen)
-
-    def _read(self, module: nn.Module, seen: list[Hashable]) -> None:
-        state, kind = module.__dict__, type(module)
-        content = self._classes.get(kind)
-        seen.append(self._content(kind) if content is None else content)
-        for name, value in state.items():
-            if name == "forward":
-                seen.append(is_replaced(module))
-            elif name not in TABLES and name not in CACHES:
-                seen += (name, value if type(value) in _PLAIN else _setting(value))
-        for table in (state["_parameters"], state["_buffers"]):
-            seen.append(len(table))
-            for name, tensor in table.items():
-                seen.append(name)
-                if tensor is not None:
-                    seen.append((type(tensor), tensor.dtype, tensor.shape, tensor.device))
-        for name, inner in state["_modules"].items():
+def _read(module: nn.Module, seen: list[Any]) -> None:
+    """Add the settings of a module and of those inside it, but for what their classes hold."""
+    state = module.__dict__
+    seen.append(type(module))
+    for name, value in state.items():
+        if name == "forward":
+            seen.append(is_replaced(module))
+        elif name not in TABLES and name not in CACHES:
+            seen += (name, value if type(value) in _PLAIN else _setting(value))
+    for table in (state["_parameters"], state["_buffers"]):
+        seen.append(len(table))
+        for name, tensor in table.items():
             seen.append(name)
-            if inner is not None:
-                seen.append(is_watched(inner))
-                self._read(inner, seen)
-        seen.append(None)
+            if tensor is not None:
+                seen.append((type(tensor), tensor.dtype, tensor.shape, tensor.device))
+    for name, inner in state["_modules"].items():
+        seen.append(name)
+        if inner is not None:
+            seen.append(is_watched(inner))
+            _read(inner, seen)
+    seen.append(None)
 
-    def _content(self, kind: type) -> int:
-        """Return a number for a class and all that it and its bases hold; for other content another number."""
-        bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-        content = kind, *((name, _setting(value)) for base in bases for name, value in vars(base).items())
-        self._classes[kind] = self._contents.setdefault(content, len(self._contents))
-        return self._classes[kind]
+
+def _classes(module: nn.Module) -> list[type]:
+    """Return the classes of a module and of those inside it, with their bases, each once."""
+    kinds = (base for inner in module.modules() for base in type(inner).__mro__)
+    return [kind for kind in dict.fromkeys(kinds) if kind not in (nn.Module, object)]
 
 
 class _Object:
@@ -105,6 +94,26 @@ def is_plain(value: object) -> bool:
     return type(value) in _PLAIN or (isinstance(value, (tuple, list)) and all(map(is_plain, value)))
 
 
+def is_setting(value: object) -> bool:
+    """Whether what an attribute does follows from its settings: those of a function are its identity."""
+    return is_plain(value) or isinstance(value, FUNCTIONS)
+
+
+def attributes_of(module: nn.Module) -> dict[str, object]:
+    """Return what a module holds beside parameters, buffers, submodules, hooks, its mode and its forward."""
+    known = TABLES | {"training", "forward"}
+    return {name: value for name, value in vars(module).items() if name not in known}
+
+
+def stranger(module: nn.Module, known: frozenset[str], is_harmless: Callable[[object], bool]) -> str | None:
+    """Return the name of an attribute, parameter, buffer or submodule that is neither known nor harmless, or None."""
+    for table in (attributes_of(module), module._parameters, module._buffers, module._modules):
+        for name, value in table.items():
+            if name not in known and value is not None and not is_harmless(value):
+                return name
+    return None
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether another than a patch has put a forward on a module, as tools that offload weights do."""
     forward: Any = module.__dict__.get("forward")
@@ -130,7 +139,7 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._held = [(inner, _held(inner), _in_place(inner)) for inner in module.modules()]
-        kinds = {base for inner in module.modules() for base in type(inner).__mro__ if base not in (nn.Module, object)}
+        kinds = _classes(module)
         self._containers = [
             (value, _setting(value))
             for owner in (*module.modules(), *kinds)

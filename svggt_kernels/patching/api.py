@@ -139,7 +139,7 @@ def patch(
     if fused is not False:
         own = FusedForward(
             model,
-            root,
+            path,
             tuple(attention.values()),
             fused=fused,
             precision=precision,

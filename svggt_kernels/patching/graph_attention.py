@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,14 +33,6 @@ class GraphAttention:
     def __init__(self, planner: Planner, forwards: Forwards, layers: tuple[str, ...], backend: str | None) -> None:
         self.planner, self.forwards, self.layers, self.backend = planner, forwards, layers, backend
         self.calls = 0
-        self._entering: Callable[[], tuple[Any, ...]] = tuple
-
-    def __getstate__(self) -> Mapping[str, Any]:
-        return {**self.__dict__, "_entering": tuple}
-
-    def enter(self, tokens: Callable[[], Tensor]) -> None:
-        """Take note of the tokens `[B, N, C]` that enter the first global layer of a forward of our own."""
-        self._entering = lambda: (tokens(),)
 
     def __call__(
         self,
@@ -48,18 +40,12 @@ class GraphAttention:
         q: Tensor,  # [B, H, N, D]
         k: Tensor,  # [B, H, N, D]
         v: Tensor,  # [B, H, N, D]
-        *,
         scale: float,
+        *,
+        tokens: Callable[[], Tensor],
     ) -> Tensor:
-        """Return the output `[B, H, N, D]` of a global layer of a forward of our own."""
-        try:
-            return self.answer(self.layers[layer], self._entering, q, k, v, scale=scale)
-        finally:
-            self._entering = tuple
-
-    def leave(self) -> None:
-        """End a forward, also one that raised: let its tokens go."""
-        self._entering = tuple
+        """Return the output `[B, H, N, D]` of a global layer of a forward of our own; see `GlobalAttention`."""
+        return self.answer(self.layers[layer], lambda: (tokens(),), q, k, v, scale=scale)
 
     def answer(
         self,

@@ -203,7 +203,6 @@ class Patch:
                 with self._forwards.run(forward):
                     output = stand_in.original(*args, **kwargs)
             finally:
-                self._attention.leave()
                 if self._own is not None:
                     self._own.end()
             missed = [name for name in self.modules if not forward.answered[name]]

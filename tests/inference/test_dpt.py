@@ -214,17 +214,6 @@ def test_maps_too_large_for_one_convolution_are_made_of_fewer_frames(monkeypatch
     assert counts == [2, 2, 1]
 
 
-def test_what_is_added_to_pixels_is_computed_once_for_each_size():
-    module, calls, positions = head(), [], dpt.Positions()
-    module._apply_pos_embed = lambda x, *others: (
-        calls.append(1) or ConvolutionalHead._apply_pos_embed(module, x, *others)
-    )
-    for grid, is_new in (((7, 8), True), ((7, 8), False), ((8, 7), True), ((7, 8), False)):
-        positions.of(module, None, (PATCH * grid[0], PATCH * grid[1]), module.norm.weight)
-        assert bool(calls) == is_new
-        calls.clear()
-
-
 def test_a_fused_head_leaves_parameters_as_they_are():
     module = head()
     before = {name: (each.clone(), each.stride(), each.data_ptr()) for name, each in module.named_parameters()}

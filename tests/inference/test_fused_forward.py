@@ -16,7 +16,7 @@ from doubles.vggt import DIM, HEADS, PATCH, Mlp
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference import fused_forward, verification, within_frames
+from svggt_kernels.inference import fused_forward, proofs, verification, within_frames
 
 # What runs fused
 
@@ -251,7 +251,7 @@ def test_equal_settings_are_verified_once_for_each_size(monkeypatch: pytest.Monk
         verified.append(type(module).__name__)
         return verification.verify(module, *given)
 
-    monkeypatch.setattr(fused_forward, "verify", counted)
+    monkeypatch.setattr(proofs, "verify", counted)
     network = model()
     with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True):
         for pictures in (IMAGES, IMAGES, IMAGES[:, :4], IMAGES.repeat(2, 1, 1, 1, 1)):
@@ -290,11 +290,10 @@ def test_nothing_is_verified_while_a_cuda_graph_is_captured(monkeypatch: pytest.
         is_cuda, shape, dtype, device = True, IMAGES.shape, torch.float32, torch.device("cuda")
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    network = model()
-    with svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
-        own = handle._own
-        assert own._unsettled(network.aggregator, lambda _: None) is None
-        assert own._verify(network.aggregator, None, None, (), OnCuda()) is None
+    known, network = proofs.Proofs(), model()
+    with torch.no_grad():
+        assert known.obstacle(network.aggregator, lambda _: None) is None
+        assert known.verify(network.aggregator, None, None, (), OnCuda()) == (proofs.CAPTURED, None)
 
 
 # Traces
@@ -345,12 +344,3 @@ def test_a_forward_that_was_replaced_is_named():
         handle.undo()
     network.camera_head.forward = before
     handle.undo()
-
-
-def test_tokens_are_let_go_where_attention_raises(monkeypatch: pytest.MonkeyPatch):
-    network = model()
-    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True) as handle:
-        monkeypatch.setattr(type(handle._attention), "answer", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            network(IMAGES)
-        assert handle._attention._entering() == ()

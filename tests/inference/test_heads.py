@@ -13,7 +13,7 @@ from doubles.vggt import DIM, PATCH, VGGT, CameraHead
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference import dpt, fused_forward, memory
+from svggt_kernels.inference import dpt, memory, proofs
 from svggt_kernels.inference.layer_outputs import LayerOutputs
 from svggt_kernels.inference.report import InferenceReport
 
@@ -69,13 +69,13 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Classes of the modules that are verified, each time."""
     kinds: list[str] = []
-    verify = fused_forward.verify
+    verify = proofs.verify
 
     def watched(module, *others):
         kinds.append(type(module).__name__)
         return verify(module, *others)
 
-    monkeypatch.setattr(fused_forward, "verify", watched)
+    monkeypatch.setattr(proofs, "verify", watched)
     return kinds
 
 
@@ -210,6 +210,27 @@ def test_a_class_that_is_changed_after_the_verification_is_seen(monkeypatch: pyt
         assert why_not(network, handle) is None
         monkeypatch.setattr(ConvolutionalHead, "scratch_forward", lambda self, maps: 1.02 * forward(self, maps))
         assert "something else" in why_not(network, handle)
+
+
+class Counts(ConvolutionalHead):
+    def _apply_pos_embed(self, x: Tensor, width: int, height: int) -> Tensor:
+        ADDED.append((height, width))
+        return super()._apply_pos_embed(x, width, height)
+
+
+ADDED: list[tuple[int, int]] = []
+
+
+def test_what_is_added_to_pixels_is_computed_once_for_each_size_after_the_verification():
+    network = model()
+    network.depth_head.__class__ = Counts
+    with torch.no_grad(), patched(network):
+        for images in (IMAGES, pictures(3, 2)):
+            network(images)
+        ADDED.clear()
+        for images in (IMAGES, pictures(3, 2), IMAGES[:, :5]):
+            network(images)
+    assert ADDED == []
 
 
 class AddsByItsOwnRatio(ConvolutionalHead):

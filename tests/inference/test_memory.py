@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import svggt_kernels
 from svggt_kernels.demo.toy import ToyMultiViewTransformer
-from svggt_kernels.inference import blocks, fused_forward, layer_outputs, memory
+from svggt_kernels.inference import blocks, layer_outputs, memory, proofs
 from svggt_kernels.inference.verification import Verification
 from svggt_kernels.patching.graph_attention import GraphAttention
 
@@ -63,7 +63,6 @@ def test_parts_are_halved_only_after_all_outputs_are_offloaded():
     assert [plan.tokens_together for plan in plans] == sorted((plan.tokens_together for plan in plans), reverse=True)
     for plan in plans:
         assert plan.offloaded == sizes.layers or (plan.tokens_together, plan.frames_together) == (2**16, 8)
-        assert plan.images_together == plan.tokens_together // 1041
     assert plans[-1].tokens_together < 2**16 and plans[-1].frames_together < 8
 
 
@@ -170,7 +169,7 @@ def away(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without verifications, which take more than a double this small."""
-    monkeypatch.setattr(fused_forward, "verify", lambda *arguments: Verification(None, 1.0, 0.0, 0.0))
+    monkeypatch.setattr(proofs, "verify", lambda *arguments: Verification(None, 1.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])

@@ -10,7 +10,7 @@ import torch
 from doubles.vggt import DIM, Attention, Block, Rotary
 from torch import nn
 
-from svggt_kernels.inference.settings import Settings, Snapshot, is_plain
+from svggt_kernels.inference.settings import Snapshot, is_plain, settings_of
 
 
 class Tempered(Attention):
@@ -68,52 +68,50 @@ def class_as_it_was(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_change_is_noticed(kind: str):
-    settings, block = Settings(), block_of()
-    before, snapshot = settings.of(block), Snapshot(block)
-    assert snapshot.holds() and settings.of(block) == before
+    block = block_of()
+    before, snapshot = settings_of(block), Snapshot(block)
+    assert snapshot.holds() and settings_of(block) == before
     CHANGES[kind](block)
-    settings.begin()
     assert not snapshot.holds()
-    assert settings.of(block) != before
+    assert settings_of(block) != before
 
 
 def test_a_forward_of_a_class_that_is_replaced_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    settings, block = Settings(), block_of()
-    before, snapshot = settings.of(block), Snapshot(block)
+    block = block_of()
+    before, snapshot = settings_of(block), Snapshot(block)
     monkeypatch.setattr(Attention, "attend", lambda self, q, k, v: v)
-    settings.begin()
-    assert not snapshot.holds() and settings.of(block) != before
+    assert not snapshot.holds() and settings_of(block) != before
 
 
 def test_caches_are_no_settings():
-    settings, block = Settings(), block_of()
-    before, snapshot = settings.of(block), Snapshot(block)
+    block = block_of()
+    before, snapshot = settings_of(block), Snapshot(block)
     block.attn.rope.frequency_cache["key"] = torch.ones(2)
-    assert snapshot.holds() and settings.of(block) == before
+    assert snapshot.holds() and settings_of(block) == before
 
 
 @pytest.mark.parametrize("written", ["attn.qkv.weight", "offset"])
 def test_values_written_in_place_end_a_snapshot_and_are_no_settings(written: str):
-    settings, block = Settings(), block_of()
-    before, snapshot = settings.of(block), Snapshot(block)
+    block = block_of()
+    before, snapshot = settings_of(block), Snapshot(block)
     with torch.no_grad():
         block.state_dict()[written].add_(1)
-    assert not snapshot.holds() and settings.of(block) == before
+    assert not snapshot.holds() and settings_of(block) == before
 
 
 def test_replaced_parameters_are_noticed_and_have_the_same_settings():
-    settings, block = Settings(), block_of()
-    before, snapshot = settings.of(block), Snapshot(block)
+    block = block_of()
+    before, snapshot = settings_of(block), Snapshot(block)
     block.norm1.weight = nn.Parameter(torch.full((DIM,), 2.0))
-    assert not snapshot.holds() and settings.of(block) == before
+    assert not snapshot.holds() and settings_of(block) == before
 
 
 def test_equal_modules_have_equal_settings():
-    settings, block = Settings(), block_of()
+    block = block_of()
     twin = copy.deepcopy(block)
-    assert settings.of(block) == settings.of(twin) and hash(settings.of(block)) == hash(settings.of(twin))
+    assert settings_of(block) == settings_of(twin) and hash(settings_of(block)) == hash(settings_of(twin))
     twin.norm1.eps = 1e-6
-    assert settings.of(block) != settings.of(twin)
+    assert settings_of(block) != settings_of(twin)
 
 
 def test_what_can_neither_be_copied_nor_compared_can_be_held():
