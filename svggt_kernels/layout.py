@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -127,8 +127,9 @@ class BlockLayout:
             special_tokens: The first R tokens of each frame; `(a, b)` for the first a and the last b.
             dense_special: If True special tokens see everything and are seen by everything; if False they are
                 ordinary tokens of their frame.
-            trailing_tokens: Tokens after the last frame that belong to no frame; they are always dense, so from one
-                layer to the next they carry what any frame holds to every other, also where the graph is causal.
+            trailing_tokens: Tokens after the last frame that belong to no frame. Where the graph has a core and special
+                tokens are not dense they belong to the core. Else they are dense, so from one layer to the next they
+                carry what any frame holds to every other, also where the graph is causal.
             key_tokens_per_frame: The same as `tokens_per_frame` for the key frames where they are other frames than
                 the query frames. By default one int of `tokens_per_frame` serves both sides.
 
@@ -162,6 +163,10 @@ class BlockLayout:
                     'frames after it; use dense_special=False (special_tokens="masked" in patch), or give '
                     "key_tokens_per_frame if the key frames are other frames than the query frames"
                 )
+            if graph.core_frames is not None and trailing_tokens and not dense_special:
+                # The trailing tokens are one frame more of the core: they see it, and all see them.
+                whole = _frame_lengths("tokens_per_frame", tokens_per_frame, graph.num_frames, leading + closing)
+                return cls.from_graph(_with_core_frame(graph), (*whole, trailing_tokens), dense_special=False)
         lengths = _frame_lengths("tokens_per_frame", tokens_per_frame, graph.num_frames, leading + closing)
         key_lengths = _frame_lengths(
             "key_tokens_per_frame", key_tokens_per_frame, graph.num_key_frames, leading + closing
@@ -371,6 +376,16 @@ class BlockLayout:
             f"BlockLayout(frames={self.graph.num_frames}, tokens={self.num_tokens}, key_tokens={self.num_key_tokens}, "
             f"edges={self.graph.num_edges}, dense_tokens={len(self.queries.dense)})"
         )
+
+
+def _with_core_frame(graph: CovisibilityGraph) -> CovisibilityGraph:
+    """Return a graph that has a core with one frame more, the last, which belongs to it."""
+    last, core = graph.num_frames, graph.core_frames
+    assert core is not None
+    everyone, new = torch.arange(last, device=core.device), torch.tensor([last], device=core.device)
+    edges = torch.stack([graph.rows, graph.indices], dim=1)
+    edges = torch.cat([edges, torch.cartesian_prod(everyone, new), torch.cartesian_prod(new, core)])
+    return replace(CovisibilityGraph.from_pairs(last + 1, edges), core_frames=torch.cat([core, new]))
 
 
 def owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:

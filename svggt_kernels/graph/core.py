@@ -50,6 +50,21 @@ def choose_core(
     return chosen(first, size).to(descriptors.device)
 
 
+def nearest_frames(
+    descriptors: Tensor | np.ndarray,  # [S, C] floating point
+    count: int,
+) -> Tensor:
+    """Return the frames most similar to each frame, the most similar first, `[S, min(count, S - 1)]` int64.
+
+    Raises:
+        TypeError: If the descriptors are not floating point.
+        ValueError: If they are not `[S, C]`, or hold NaN, infinity or a zero row.
+    """
+    descriptors = checked_descriptors(descriptors)
+    similarity = FrameSimilarity.from_descriptors(descriptors, len(descriptors))
+    return similarity.nearest(min(integer("count", count, 0), len(descriptors) - 1)).to(descriptors.device)
+
+
 def spread_evenly(num_frames: int, size: int) -> Tensor:
     """Return `min(size, num_frames)` frames at equal distances, the first and the last among them, rising int64."""
     size = min(integer("size", size, 1), integer("num_frames", num_frames, 1))

@@ -26,6 +26,7 @@ class GraphSummary:
         key_frames: Key frames.
         edges: Visible (query frame, key frame) pairs.
         density: Edges over all such pairs.
+        core: Frames of the core that all see; None if the graph has none.
         components: Connected components, edges taken both ways; None for a rectangular graph.
         hop_diameter: Hops between the two frames farthest apart in one component, edges taken both ways; None for a
             rectangular graph.
@@ -44,6 +45,7 @@ class GraphSummary:
     key_frames: int
     edges: int
     density: float
+    core: int | None
     components: int | None
     hop_diameter: int | None
     hop_diameter_is_exact: bool
@@ -61,6 +63,7 @@ class GraphSummary:
         frames, square, origin = graph.num_frames, graph.is_square, graph.origin
         degrees = graph.indptr.diff().to(torch.int64)
         components = diameter = None
+        core = None if graph.core_frames is None else len(graph.core_frames)
         if square:
             degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=frames)
             both_ways = graph.symmetrized()
@@ -68,9 +71,10 @@ class GraphSummary:
         blind = int((degrees == 0).sum())
         bridges = None if origin is None else len(origin.bridges)
         lonely = () if origin is None else origin.lonely()
+        useless = graph.density > USELESS_DENSITY and core is None
         warnings = {
             f"density {graph.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use a "
-            "sparser graph (fewer neighbours, a smaller window), or dense attention": graph.density > USELESS_DENSITY,
+            "sparser graph (fewer neighbours, a smaller window), or dense attention": useless,
             f"the graph has {components} components that cannot see one another; add pairs, or build it from "
             "descriptors with bridge=True": (components or 1) > 1,
             f"frames that see no other frame: {blind}": blind and square and frames > 1,
@@ -86,6 +90,7 @@ class GraphSummary:
             key_frames=graph.num_key_frames,
             edges=graph.num_edges,
             density=graph.density,
+            core=core,
             components=components,
             hop_diameter=diameter,
             hop_diameter_is_exact=square and frames <= EXACT_DIAMETER_FRAMES,
@@ -105,6 +110,8 @@ class GraphSummary:
             f"{frames}, {self.edges} edges, density {self.density:.3g}",
             f"other frames seen by a frame: {self.degree_min} to {self.degree_max}, median {self.degree_median:g}",
         ]
+        if self.core is not None:
+            lines.append(f"a core of {self.core} frames, which all see and which see one another alone")
         if self.components is not None:
             bound = "" if self.hop_diameter_is_exact else "at least "
             lines.append(f"components: {self.components}, hop diameter: {bound}{self.hop_diameter}")

@@ -23,7 +23,7 @@ def patch(
     model: nn.Module,
     *,
     covisibility: Covisibility = "megaloc",
-    special_tokens: Literal["dense", "masked"] = "dense",
+    special_tokens: Literal["dense", "masked"] | None = None,
     backend: str | None = None,
     fused: bool | None = None,
     precision: Precision = "upstream",
@@ -51,6 +51,8 @@ def patch(
     Args:
         model: The model, or any module that holds it.
         covisibility: Which frames see which:
+            "core", or a `Core` with other options: itself and a core of frames that represent all, chosen by
+            MegaLoc's descriptors;
             "megaloc", or a `MegaLocSimilarity` with other options: similarity of the images by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
             "thumbnails", or a `ThumbnailSimilarity`: similarity of the images made small, crude but without weights;
@@ -60,7 +62,9 @@ def patch(
             a function of the images `[B, S, 3, H, W]` that returns either;
             any other `svggt_kernels.sources.Source` (docs/covisibility.md).
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
-            "masked": they are ordinary tokens of their frame.
+            "masked": they are ordinary tokens of their frame. None: masked where the graph has a core, as they would
+            make the cost quadratic again and were measured to do harm (docs/accuracy.md), and in causal models; else
+            dense.
         backend: The backend that must run, or None for the best that can; see `block_sparse_attention`.
         fused: At inference run models of VGGT's shape, their heads included, by a forward of our own with the model's
             parameters, in few passes over memory. What is computed is the same up to rounding: that is verified against
@@ -94,8 +98,8 @@ def patch(
         FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
         ImportError: If the packages that fetch and read them are missing; the message says how to install them.
     """
-    if special_tokens not in ("dense", "masked"):
-        raise ValueError(f'special_tokens must be "dense" or "masked", got {special_tokens!r}')
+    if special_tokens not in ("dense", "masked", None):
+        raise ValueError(f'special_tokens must be "dense", "masked" or None, got {special_tokens!r}')
     if precision not in ("upstream", "bf16") or outputs not in ("read", "all"):
         raise ValueError(
             'precision must be "upstream" or "bf16" and outputs "read" or "all", '
@@ -132,9 +136,9 @@ def patch(
     if record.causal and special_tokens == "dense":
         raise ValueError(
             f"{record.name} is causal, and dense special tokens would show it later frames; "
-            'use patch(model, special_tokens="masked")'
+            'use patch(model, special_tokens="masked"), or leave it out'
         )
-    planner = Planner(record, covisibility, special_tokens == "dense")
+    planner = Planner(record, covisibility, None if special_tokens is None else special_tokens == "dense")
     own = None
     if fused is not False:
         own = FusedForward(

@@ -149,7 +149,7 @@ class Patch:
         return PatchReport(
             model=self.record.name,
             modules=self.modules,
-            special_tokens="dense" if self._planner.dense_special else "masked",
+            special_tokens=self._planner.special_tokens(forward.layouts),
             calls_last_forward=sum(forward.answered.values()),
             calls_total=self._attention.calls,
             graphs=tuple(graph.summary() for graph in forward.graphs),

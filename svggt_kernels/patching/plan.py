@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -32,7 +32,8 @@ class Planner:
     Args:
         record: What is known about the model.
         covisibility: As given to `patch`.
-        dense_special: Whether special tokens see everything and are seen by everything.
+        dense_special: Whether special tokens see everything and are seen by everything; None for all graphs but those
+            of a core, and models that are not causal.
 
     Raises:
         ValueError: If `covisibility` is an unknown word, or MegaLoc's weights are not what they must be.
@@ -41,7 +42,7 @@ class Planner:
         ImportError: If a package is missing that fetches or reads them.
     """
 
-    def __init__(self, record: ModelRecord, covisibility: Covisibility, dense_special: bool) -> None:
+    def __init__(self, record: ModelRecord, covisibility: Covisibility, dense_special: bool | None) -> None:
         self.record = record
         self.dense_special = dense_special
         self._function: Callable[[Any], Any] | None = None
@@ -179,7 +180,7 @@ class Planner:
                 in_order(usable, order),
                 per_frame,
                 special_tokens=inputs.special_tokens,
-                dense_special=self.dense_special,
+                dense_special=self._dense_special(usable),
                 trailing_tokens=inputs.trailing_tokens,
             )
             return usable, layout if layout.device == device else layout.to(device)
@@ -188,6 +189,17 @@ class Planner:
             return new_layout()
         key = (graph, order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
         return self._layouts.get(key, new_layout)
+
+    def special_tokens(self, layouts: Sequence[BlockLayout]) -> str:
+        """Say how special tokens attend in the layouts of a forward, or of forwards to come where there are none."""
+        dense: set[bool | None] = {layout.queries.dense_special for layout in layouts}
+        words = {True: "dense", False: "masked", None: "masked where there is a core, else dense"}
+        return ", ".join(words[each] for each in sorted(dense or {self.dense_special}, key=str))
+
+    def _dense_special(self, graph: CovisibilityGraph) -> bool:
+        if self.dense_special is None:
+            return graph.core_frames is None and not self.record.causal
+        return self.dense_special
 
     def _warn(self, graph: CovisibilityGraph, reference: int | None) -> None:
         """Say what is probably no intention of whoever made a graph by hand; reads it from its device."""

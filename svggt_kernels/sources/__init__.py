@@ -2,6 +2,7 @@
 
 from .base import Scene, Source
 from .colmap import from_colmap
+from .core import Core
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
 from .poses import from_poses
@@ -14,6 +15,7 @@ from .tokens import TokenSimilarity
 __all__ = [
     "SOURCES",
     "AllFrames",
+    "Core",
     "Covisibility",
     "GivenGraphs",
     "MegaLoc",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -11,6 +12,9 @@ from ..graph import CovisibilityGraph
 from .base import Scene
 from .cache import LRUCache
 from .fingerprint import fingerprint
+
+Rule = Callable[[Tensor, "int | None"], CovisibilityGraph]
+"""Makes the graph of S frames of their descriptors `[S, C]` and the model's reference frame."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Similarity:
     also: CovisibilityGraph | None = None
 
     by: ClassVar[str]
+    needs: ClassVar[Literal["images", "tokens"]]
 
     @property
     def label(self) -> str:
@@ -50,8 +55,12 @@ class Similarity:
         """Return one descriptor per frame, `[S, C]` floating point."""
         raise NotImplementedError
 
-    def graph(self, scene: Scene) -> CovisibilityGraph:
+    def graph(self, scene: Scene, rule: Rule | None = None) -> CovisibilityGraph:
         """Return the graph of a scene, on the device of its descriptors.
+
+        Args:
+            scene: The scene.
+            rule: What makes a graph of the descriptors; None for `from_descriptors`.
 
         Raises:
             ValueError: If a descriptor is not finite or zero, or `also` is over other frames.
@@ -59,7 +68,7 @@ class Similarity:
         with scene.step("descriptors"):
             descriptors = self.descriptors(scene)
         with scene.step("graph"):
-            return self.from_descriptors(descriptors, scene.reference_frame)
+            return (rule or self.from_descriptors)(descriptors, scene.reference_frame)
 
     def from_descriptors(
         self,
@@ -99,8 +108,8 @@ class ImageSimilarity(Similarity):
         """Return the same source with a cache of its own."""
         return replace(self)
 
-    def graph(self, scene: Scene) -> CovisibilityGraph:
-        """Return the graph of a scene's images.
+    def graph(self, scene: Scene, rule: Rule | None = None) -> CovisibilityGraph:
+        """Return the graph of a scene's images, always by the same rule.
 
         Raises:
             ValueError: If the scene has no images, a descriptor is not finite, or `also` is over other frames.
@@ -109,7 +118,7 @@ class ImageSimilarity(Similarity):
             raise ValueError(f"{self.by} compares images, but the scene has none")
         with scene.step("look-up"):
             key = (fingerprint(scene.images, scene.word_sums), scene.images_are_normalised, scene.reference_frame)
-        return self._graphs.get(key, lambda: super(ImageSimilarity, self).graph(scene))
+        return self._graphs.get(key, lambda: super(ImageSimilarity, self).graph(scene, rule))
 
 
 def frames_around(window: int) -> str:

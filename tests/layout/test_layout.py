@@ -246,3 +246,15 @@ def test_bad_arguments_are_named(arguments: dict, error: type[Exception], messag
 def test_a_graph_is_needed():
     with pytest.raises(TypeError, match="graph must be a CovisibilityGraph, got Tensor"):
         BlockLayout.from_graph(torch.ones(3, 3), 4)  # type: ignore[arg-type]
+
+
+def test_trailing_tokens_belong_to_a_core():
+    """They see the core and themselves and are seen by all, so that the cost stays linear."""
+    graph = CovisibilityGraph.core(4, [2, 0])
+    layout = BlockLayout.from_graph(graph, 3, special_tokens=1, trailing_tokens=2, dense_special=False)
+    expected = torch.zeros(14, 14, dtype=torch.bool)
+    expected[:12, :12] = graph.to_dense().repeat_interleave(3, 0).repeat_interleave(3, 1)
+    expected[:, 12:] = True
+    expected[12:, :3] = expected[12:, 6:9] = True
+    assert torch.equal(layout.to_dense(), expected)
+    assert layout.visible_pairs == expected.sum()

@@ -1,0 +1,92 @@
+"""A closed core: every frame sees itself and the same few frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+from torch import Tensor
+
+from ..graph import CovisibilityGraph
+from ..graph.arguments import integer
+from ..graph.core import Choice, choose_core, nearest_frames, spread_evenly
+from .base import Scene
+from .megaloc import MegaLocSimilarity
+from .similarity import Similarity
+
+CORE_SIZE = 48
+GRAPHS_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Core:
+    """Every frame sees itself and a core of frames that represent all; frames of the core see the core alone.
+
+    All frames answer to the same frames, the model's reference frame among them, and so in one coordinate system; the
+    cost is linear in the number of frames. Up to `size` frames everything sees everything. Special tokens are ordinary
+    tokens of their frames unless `patch` is told otherwise.
+
+    Attributes:
+        size: Frames of the core.
+        by: Whose descriptors choose them, a similarity of which nothing else is used; None takes frames at equal
+            distances in their order.
+        choice: How they are chosen; see `graph.core.choose_core`.
+        nearest: Most similar frames that each frame outside the core sees besides.
+    """
+
+    size: int = CORE_SIZE
+    by: Similarity | None = field(default_factory=MegaLocSimilarity)
+    choice: Choice = "farthest"
+    nearest: int = 0
+
+    def __post_init__(self) -> None:
+        integer("size", self.size, 1)
+        integer("nearest", self.nearest, 0)
+        if self.by is None and self.nearest:
+            raise ValueError(f"nearest={self.nearest} frames need descriptors; give `by`, or leave nearest=0")
+
+    @property
+    def label(self) -> str:
+        """How the graph is made, in words."""
+        how = "at equal distances" if self.by is None else f"chosen by {self.by.by}"
+        beside = f", and {self.nearest} nearest frames" if self.nearest else ""
+        return f"a core of {self.size} frames {how}{beside}"
+
+    @property
+    def needs(self) -> Literal["nothing", "images", "tokens"]:
+        """What a scene must have."""
+        return "nothing" if self.by is None else self.by.needs
+
+    @property
+    def reads_fingerprints(self) -> bool:
+        """Whether the images of a scene are looked up."""
+        return getattr(self.by, "reads_fingerprints", False)
+
+    def opened(self) -> Core:
+        """Return the same source, ready to be used by one patch."""
+        opened = getattr(self.by, "opened", None)
+        return self if opened is None else replace(self, by=opened())
+
+    def graph(self, scene: Scene) -> CovisibilityGraph:
+        """Return the graph of a scene.
+
+        Raises:
+            ValueError: If a descriptor is not finite or zero, or the scene has not what descriptors need.
+        """
+        if self.by is not None:
+            return self.by.graph(scene, self._from_descriptors)
+        return _evenly(scene.num_frames, self.size, scene.reference_frame)
+
+    def _from_descriptors(self, descriptors: Tensor, reference_frame: int | None) -> CovisibilityGraph:
+        core = choose_core(descriptors, self.size, choice=self.choice, first=reference_frame or 0)
+        nearest = nearest_frames(descriptors, self.nearest) if self.nearest else None
+        return CovisibilityGraph.core(len(descriptors), core, nearest=nearest)
+
+
+@lru_cache(GRAPHS_KEPT)
+def _evenly(num_frames: int, size: int, reference_frame: int | None) -> CovisibilityGraph:
+    core = spread_evenly(num_frames, size)
+    if reference_frame is not None:
+        core[(core - reference_frame).abs().argmin()] = reference_frame
+    return CovisibilityGraph.core(num_frames, core)

@@ -1,0 +1,76 @@
+"""A closed core as a source of graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svggt_kernels.graph import CovisibilityGraph
+from svggt_kernels.graph.core import choose_core
+from svggt_kernels.sources import Core, Scene, ThumbnailSimilarity, TokenSimilarity, as_source
+from svggt_kernels.sources.thumbnails import thumbnails
+
+
+def scene(frames: int, **options: object) -> Scene:
+    generator = torch.Generator().manual_seed(frames)
+    return Scene(
+        frames,
+        images=torch.rand(frames, 3, 28, 42, generator=generator),
+        tokens=torch.randn(frames, 6, 8, generator=generator),
+        **options,
+    )
+
+
+def test_descriptors_choose_the_core_and_the_reference_frame_is_first():
+    shown = scene(9, reference_frame=5)
+    graph = as_source(Core(3, by=ThumbnailSimilarity())).graph(shown)
+    expected = choose_core(thumbnails(shown.rgb), 3, first=5)
+    assert torch.equal(graph.core_frames, expected) and expected[0] == 5
+    assert torch.equal(graph.to_dense(), CovisibilityGraph.core(9, expected).to_dense())
+
+
+@pytest.mark.parametrize("choice", ["farthest", "covering"])
+def test_tokens_choose_too(choice):
+    shown, by = scene(9), TokenSimilarity()
+    graph = as_source(Core(4, by=by, choice=choice)).graph(shown)
+    assert torch.equal(graph.core_frames, choose_core(by.descriptors(shown), 4, choice=choice))
+
+
+def test_without_descriptors_the_core_lies_evenly_and_holds_the_reference_frame():
+    source = as_source(Core(4, by=None))
+    assert source.needs == "nothing"
+    assert source.graph(scene(10)).core_frames.tolist() == [0, 3, 6, 9]
+    assert source.graph(scene(10, reference_frame=7)).core_frames.tolist() == [0, 3, 7, 9]
+    assert source.graph(scene(10)) is source.graph(scene(10))
+
+
+def test_images_are_described_once():
+    source, shown = as_source(Core(3, by=ThumbnailSimilarity())), scene(6)
+    assert source.graph(shown) is source.graph(shown)
+    assert source.graph(scene(7)).num_frames == 7
+
+
+def test_few_frames_see_all():
+    assert as_source(Core(by=TokenSimilarity())).graph(scene(20)).to_dense().all()
+
+
+def test_nearest_frames_are_added():
+    shown = scene(12)
+    plain, more = (Core(3, by=TokenSimilarity(), nearest=nearest).graph(shown) for nearest in (0, 2))
+    added = more.to_dense().int() - plain.to_dense().int()
+    assert torch.equal(plain.core_frames, more.core_frames)
+    assert (added[plain.core_frames] == 0).all() and (added >= 0).all() and added.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"size": 0}, "size must be at least 1"), ({"by": None, "nearest": 2}, "nearest=2 frames need descriptors")],
+)
+def test_settings_without_a_meaning_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Core(**options)
+
+
+def test_labels_say_how_the_core_is_chosen():
+    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames chosen by similar tokens of the model"
+    assert Core(8, by=None).label == "a core of 8 frames at equal distances"
