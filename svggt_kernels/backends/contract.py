@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,26 @@ class Traits:
     trials: Callable[[torch.device], list[dict[str, object]]] = lambda device: []
     choices: Callable[[torch.dtype], Mapping[str, str]] = lambda dtype: {}
     variants: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
+
+
+def unfit(
+    dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_size: int = 0, head_sizes: Sequence[int] = (0,)
+) -> str | None:
+    """Return why a backend that takes these dtypes and head sizes, by default any, cannot take inputs, or None."""
+    if dtype not in dtypes:
+        names = [str(known).removeprefix("torch.") for known in dtypes]
+        return f"it takes {', '.join(names[:-1])} and {names[-1]}, got {dtype}"
+    if head_size not in head_sizes:
+        return f"it takes head sizes {', '.join(map(str, head_sizes))}, got {head_size}"
+    return None
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return x, copied if TMA cannot read it: unit last stride, base and other strides 16-byte aligned."""
+    unit = 16 // x.element_size()
+    aligned = all(n == 1 or (s > 0 and s % unit == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    as_it_is = x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
+    return x if as_it_is else x.clone(memory_format=torch.contiguous_format)
 
 
 class Backend(Protocol):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import DENSE, BlockLayout, Runs
-from .contract import Traits
+from .contract import Traits, unfit
 
 NAME = "reference"
 TRAITS = Traits(saves_lse=False)
@@ -35,7 +35,7 @@ MAX_SCORES = 2**28
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return why PyTorch's attention cannot run such inputs, or None."""
-    return None if dtype in DTYPES else f"it takes float16, bfloat16, float32 and float64, got {dtype}"
+    return unfit(dtype, DTYPES)
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
@@ -58,15 +58,14 @@ def forward(
     """Return out `[B, H, N, D]` and, if needed, LSE `[B, H, N]`; one SDPA call per frame over its gathered keys."""
     B, H, N, D = q.shape
     out = q.new_zeros(B, N, H, D).transpose(1, 2)
-    accumulate = _accumulator(q.dtype)
+    accumulate = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_full((B, H, N) if need_lse else (0,), -math.inf, dtype=accumulate)
     for rows, columns in _groups(tables, B * H, MAX_SCORES if need_lse else MAX_FUSED_SCORES):
         keys, values = k.index_select(2, columns), v.index_select(2, columns)
-        for part in rows:
-            out[:, :, part] = F.scaled_dot_product_attention(q[:, :, part], keys, values, scale=scale)
-            if need_lse:
-                scores = q[:, :, part].to(accumulate) @ keys.to(accumulate).mT * scale
-                lse[:, :, part] = scores.logsumexp(-1)
+        out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], keys, values, scale=scale)
+        if need_lse:
+            scores = q[:, :, rows].to(accumulate) @ keys.to(accumulate).mT * scale
+            lse[:, :, rows] = scores.logsumexp(-1)
     return out, lse
 
 
@@ -82,29 +81,24 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v by the formula above, in float32 (float64 for float64 inputs)."""
-    accumulate = _accumulator(q.dtype)
+    accumulate = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (x.new_zeros(x.transpose(1, 2).shape, dtype=accumulate).transpose(1, 2) for x in (q, k, v))
     inner = (grad_out.to(accumulate) * out.to(accumulate)).sum(-1)
     if grad_lse is not None:
         inner = inner - grad_lse
     for rows, columns in _groups(tables, q.shape[0] * q.shape[1], MAX_SCORES):
         keys, values = (x.index_select(2, columns).to(accumulate) for x in (k, v))
-        for part in rows:
-            queries, grad = q[:, :, part].to(accumulate), grad_out[:, :, part].to(accumulate)
-            p = (queries @ keys.mT * scale).softmax(-1)
-            ds = p * (grad @ values.mT - inner[:, :, part, None]) * scale
-            dq[:, :, part] = ds @ keys
-            dk.index_add_(2, columns, ds.mT @ queries)
-            dv.index_add_(2, columns, p.mT @ grad)
+        queries, grad = q[:, :, rows].to(accumulate), grad_out[:, :, rows].to(accumulate)
+        p = (queries @ keys.mT * scale).softmax(-1)
+        ds = p * (grad @ values.mT - inner[:, :, rows, None]) * scale
+        dq[:, :, rows] = ds @ keys
+        dk.index_add_(2, columns, ds.mT @ queries)
+        dv.index_add_(2, columns, p.mT @ grad)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _groups(tables: list[Tensor], batch: int, most_scores: int) -> Iterator[tuple[list[slice | Tensor], Tensor]]:
-    """Yield, for every group of rows that sees something, its rows in parts and the columns they see, int64 `[n]`.
+def _groups(tables: list[Tensor], batch: int, most_scores: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Yield, of every group of rows that sees something, some rows and the columns they see, int64 `[n]`.
 
     No part has more than `most_scores` scores in all of the batch, unless a single row has.
     """
@@ -113,7 +107,6 @@ def _groups(tables: list[Tensor], batch: int, most_scores: int) -> Iterator[tupl
     offsets, starts, lengths = runs.offsets.tolist(), runs.start.tolist(), runs.length.tolist()
     groups = list(zip(runs.row_start.tolist(), runs.row_length.tolist(), strict=True))
     for group, (row, num_rows) in enumerate(groups):
-        is_dense = group == len(groups) - 1
         ranges = [
             torch.arange(starts[r], starts[r] + lengths[r], device=device)
             if starts[r] >= 0
@@ -124,8 +117,7 @@ def _groups(tables: list[Tensor], batch: int, most_scores: int) -> Iterator[tupl
         if num_rows == 0 or len(columns) == 0:
             continue
         step = max(1, most_scores // (batch * len(columns)))
-        bounds = [(a, min(a + step, num_rows)) for a in range(0, num_rows, step)]
-        if is_dense:
-            yield [runs.dense_rows[a:b].long() for a, b in bounds], columns
-        else:
-            yield [slice(row + a, row + b) for a, b in bounds], columns
+        for begin in range(0, num_rows, step):
+            end = min(begin + step, num_rows)
+            is_dense = group == len(groups) - 1
+            yield runs.dense_rows[begin:end].long() if is_dense else slice(row + begin, row + end), columns

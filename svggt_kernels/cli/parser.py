@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..packages import installed
@@ -59,7 +59,8 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
     """
     readers: Mapping[str, Sequence[str]] = getattr(arguments, "read_by", {})
     for option, graphs in readers.items():
-        if _value(arguments, option) is not None and arguments.covisibility not in graphs:
+        value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
+        if value is not None and arguments.covisibility not in graphs:
             raise CommandError(
                 f"{option} does not go with --covisibility {arguments.covisibility}; it is for --covisibility "
                 f"{' or '.join(graphs)}"
@@ -68,14 +69,22 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
         raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
 
 
-def positive(text: str) -> int:
-    """Read an integer of at least 1."""
-    return _at_least(text, 1)
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a function that reads an integer of at least so much."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return read
 
 
-def natural(text: str) -> int:
-    """Read an integer of at least 0."""
-    return _at_least(text, 0)
+natural, positive = at_least(0), at_least(1)
 
 
 def number(text: str) -> float:
@@ -252,17 +261,3 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="DIR",
         help=f"folder for report and pictures (default: {default})",
     )
-
-
-def _value(arguments: argparse.Namespace, option: str) -> object:
-    return getattr(arguments, option.removeprefix("--").replace("-", "_"))
-
-
-def _at_least(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-    return value

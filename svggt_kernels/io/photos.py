@@ -109,6 +109,7 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
     if not paths:
         raise ValueError("at least one photo is needed, none was given")
     files = [Path(path) for path in paths]
+    fit = _pillow("PIL.ImageOps").fit
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor() as workers:
         sizes = list(workers.map(_upright_size, files))
@@ -118,7 +119,8 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
         frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
 
         def fill(frame: Tensor, file: Path) -> None:
-            pixels = np.array(_cover(_read(file), width, height), dtype=np.uint8)  # [H, W, 3]
+            photo = fit(_read(file), (width, height), _pillow().Resampling.BICUBIC)
+            pixels = np.array(photo, dtype=np.uint8)  # [H, W, 3]
             frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
 
         list(workers.map(fill, frames, files))
@@ -189,9 +191,9 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
         )
 
 
-def _pillow() -> Any:
-    """Return `PIL.Image`."""
-    return optional("PIL.Image", "reading photos", "Pillow", "'svggt-kernels[viz]'")
+def _pillow(module: str = "PIL.Image") -> Any:
+    """Return a module of Pillow."""
+    return optional(module, "reading photos", "Pillow", "'svggt-kernels[viz]'")
 
 
 @contextmanager
@@ -257,16 +259,3 @@ def _to_rgb(image: Image) -> Image:
         image = image.convert("RGBA")
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _cover(image: Image, width: int, height: int) -> Image:
-    """Scale to cover `width` x `height` and cut off equally on both sides."""
-    scale = max(width / image.width, height / image.height)
-    half_width, half_height = width / scale / 2, height / scale / 2
-    box = (
-        max(0.0, image.width / 2 - half_width),
-        max(0.0, image.height / 2 - half_height),
-        min(float(image.width), image.width / 2 + half_width),
-        min(float(image.height), image.height / 2 + half_height),
-    )
-    return image.resize((width, height), _pillow().Resampling.BICUBIC, box=box)

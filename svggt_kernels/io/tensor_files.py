@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ImportError: safetensors is needed and not installed.
     """
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True) if _is_pickle(path) else _safetensors(path)
+        if path.suffix.lower() in PICKLES:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            held = optional("safetensors.torch", f"reading {path}", "safetensors", "safetensors").load_file(path)
     except ImportError:
         raise
     except Exception as error:  # both readers raise whatever the bytes lead them to
@@ -72,11 +74,3 @@ def _same_kind(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.layout == torch.strided and (
         tensor.dtype == dtype or (tensor.dtype in FLOATING and dtype in FLOATING)
     )
-
-
-def _is_pickle(path: Path) -> bool:
-    return path.suffix.lower() in PICKLES
-
-
-def _safetensors(path: Path) -> Any:
-    return optional("safetensors.torch", f"reading {path}", "safetensors", "safetensors").load_file(path)

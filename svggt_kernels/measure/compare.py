@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -151,11 +151,6 @@ class Outputs:
     graph: CovisibilityGraph
 
 
-@contextmanager
-def _silent(what: str) -> Iterator[Tell]:
-    yield lambda progress: None
-
-
 def compare(
     model: LoadedModel,
     frames: Tensor,  # [S, 3, H, W]
@@ -164,7 +159,7 @@ def compare(
     described: str,
     backend: str | None = None,
     repeats: int = 3,
-    stage: Stage = _silent,
+    stage: Stage = lambda what: nullcontext(lambda progress: None),
 ) -> tuple[Comparison, Outputs]:
     """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 

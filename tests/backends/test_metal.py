@@ -24,7 +24,7 @@ from svggt_kernels import (
 from svggt_kernels.attention import choose_backend
 from svggt_kernels.backend_errors import error_ratios
 from svggt_kernels.backends import metal
-from svggt_kernels.backends.metal import shader, trial, work
+from svggt_kernels.backends.metal import shader, trial
 from svggt_kernels.proof import within_budget
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs g++")
@@ -251,7 +251,7 @@ class TestLauncher:
 
     @pytest.mark.parametrize("columns", [[], [5], [5, 5, 5], [9, 1, 1], [1, 9, 1, 4, 4]])
     def test_pieces_cover_every_tile_once(self, columns: list[int]):
-        found = list(work.pieces(columns, 8))
+        found = list(shader.pieces(columns, 8))
         assert [i for begin, end in found for i in range(begin, end)] == list(range(len(columns)))
         assert all(sum(columns[a:b]) <= 8 or b - a == 1 for a, b in found)
 

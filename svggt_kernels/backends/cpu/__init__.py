@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from ..contract import Traits
+from ..contract import Traits, unfit
 from .tables import walk
 
 NAME = "cpu"
@@ -64,7 +64,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     """Return why the CPU kernels cannot run such inputs, or None."""
     if device.type != "cpu":
         return f"it needs tensors on the CPU, got {device.type}"
-    return _missing() if dtype in DTYPES else f"it takes float16, bfloat16 and float32, got {dtype}"
+    return unfit(dtype, DTYPES) or _missing()
 
 
 def _missing() -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...layout import BlockLayout
 from .. import _nvrtc as runtime
-from ..contract import Traits
+from ..contract import Traits, readable, unfit
 from . import backward_pass, forward_pass
 from .tables import Tables, make_tables
 
@@ -38,11 +38,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
         return f"it needs compute capability 9.0 (H100, H200), this device has {capability[0]}.{capability[1]}"
     if (reason := _without_bindings(str(torch.version.cuda)) or _without_compiler()) is not None:
         return reason
-    if dtype not in DTYPES:
-        return f"it takes float16 and bfloat16, got {dtype}"
-    if head_size not in HEAD_SIZES:
-        return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, got {head_size}"
-    return None
+    return unfit(dtype, DTYPES, head_size, HEAD_SIZES)
 
 
 @cache
@@ -185,7 +181,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out `[B, H, N, D]` and, if needed, LSE `[B, H, N]`."""
     with torch.cuda.device(q.device):
-        q, k, v = (_readable(x) for x in (q, k, v))
+        q, k, v = (readable(x) for x in (q, k, v))
         return forward_pass.forward(q, k, v, Tables(*tables), scale, _is_bounded(q.dtype), need_lse)
 
 
@@ -201,17 +197,10 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v; bitwise the same from run to run unless `gradients` says otherwise."""
-    grad, q, k, v, out = (_readable(x) for x in (grad_out, q, k, v, out))
+    grad, q, k, v, out = (readable(x) for x in (grad_out, q, k, v, out))
     half = len(Tables._fields)
     with torch.cuda.device(q.device):
         return backward_pass.backward(
             grad, None if grad_lse is None else grad_lse.contiguous(), q, k, v, out, lse.contiguous(),
             Tables(*tables[:half]), Tables(*tables[half:]), scale, _accumulates(),
         )  # fmt: skip
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Return x, copied if the copy engine cannot read it: unit last stride, base and other strides 16-byte aligned."""
-    aligned = all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    readable = x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
-    return x if readable else x.clone(memory_format=torch.contiguous_format)

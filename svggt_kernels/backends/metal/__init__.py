@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from ..contract import Traits
+from ..contract import Traits, unfit
 from . import shader, trial
-from .work import Work, make_work
+from .shader import Work, make_work
 
 NAME = "metal"
 
@@ -27,12 +27,10 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
         return f"it needs an Apple GPU (mps), got {device.type}"
     if not hasattr(torch.mps, "compile_shader"):
         return f"it needs torch 2.7 or newer, which compiles shaders, got {torch.__version__}: pip install -U torch"
-    if dtype not in DTYPES:
-        return f"it takes float16, bfloat16 and float32, got {dtype}"
-    if head_size not in HEAD_SIZES:
-        return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, got {head_size}"
-    # torch.compile traces only what `prepare` has tried before.
-    return None if torch.compiler.is_compiling() else trial.failure(_attend, device, dtype, head_size)
+    reason = unfit(dtype, DTYPES, head_size, HEAD_SIZES)
+    if reason is not None or torch.compiler.is_compiling():  # it traces only what `prepare` has tried before
+        return reason
+    return trial.failure(_attend, device, dtype, head_size)
 
 
 def slower(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...layout import BlockLayout
-from ..contract import Traits
+from ..contract import Traits, readable, unfit
 from .tiles import Tiles, make_tiles
 
 NAME = "triton"
@@ -73,13 +73,9 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_size: int) -> str
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"it needs compute capability 8.0 or newer, this device has {capability[0]}.{capability[1]}"
-    if dtype not in DTYPES:
-        return f"it takes float16, bfloat16 and float32, got {dtype}"
     if INTERPRETED and dtype == torch.bfloat16:
         return "the interpreter computes bfloat16 products wrongly; use float16 or float32"
-    if head_size not in HEAD_SIZES:
-        return f"it takes head sizes {', '.join(map(str, HEAD_SIZES))}, got {head_size}"
-    return None
+    return unfit(dtype, DTYPES, head_size, HEAD_SIZES)
 
 
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
@@ -112,7 +108,7 @@ def forward(
 
     B, H, N, D = q.shape
     config = configs(q.device, q.dtype, D)
-    q, k, v = (_readable(x) for x in (q, k, v))
+    q, k, v = (readable(x) for x in (q, k, v))
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     walk = _Walk(tables, q, config.forward, config.tail)
@@ -142,7 +138,7 @@ def backward(
     B, H, N, D = q.shape
     config = configs(q.device, q.dtype, D)
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
-    q, k, v, grad, out = (_readable(x) for x in (q, k, v, grad_out, out))
+    q, k, v, grad, out = (readable(x) for x in (q, k, v, grad_out, out))
     lse = lse.contiguous()
     inner = torch.empty_like(lse)
     query_tables, key_tables = tables[: len(Tiles._fields)], tables[len(Tiles._fields) :]
@@ -210,14 +206,6 @@ def _descriptor(x: Tensor, tokens: int) -> object:
     # The stride of an axis of length 1 is never used, but must be valid.
     strides = [s if n > 1 else D for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tokens, D])
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Return x, copied if descriptors cannot read it: unit last stride, base and other strides 16-byte aligned."""
-    unit = 16 // x.element_size()
-    aligned = all(n == 1 or (s > 0 and s % unit == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    readable = x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
-    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -21,20 +21,17 @@ COUNTS = ["num_row_tiles", "num_first", "dense_group", "num_dense", "heads", "ba
 
 
 @triton.jit
-def _program(num_row_tiles, num_first, batch_heads):
-    """Row tile and (batch, head) of this program: the first tiles for all heads, then head after head."""
+def _row_tile(rows_ptr, dense_rows_ptr, num_row_tiles, num_first, dense_group, batch_heads, ROWS: tl.constexpr):
+    """(Batch, head) of this program; of its row tile the group, the tokens [ROWS] (int64) and which of them exist.
+
+    The first tiles are those of all heads, the others come head after head.
+    """
     pid = tl.program_id(0)
     num_others = num_row_tiles - num_first
     beyond = pid - num_first * batch_heads
     is_first = beyond < 0
     tile = tl.where(is_first, pid // batch_heads, num_first + beyond % tl.maximum(num_others, 1))
     batch_head = tl.where(is_first, pid % batch_heads, beyond // tl.maximum(num_others, 1))
-    return tile, batch_head
-
-
-@triton.jit
-def _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS: tl.constexpr):
-    """Group of a row tile, its tokens [ROWS] (int64) and which of them exist."""
     group = tl.load(rows_ptr + tile * 3)
     start = tl.load(rows_ptr + tile * 3 + 1)
     length = tl.load(rows_ptr + tile * 3 + 2)
@@ -42,7 +39,7 @@ def _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS: tl.constexpr):
     exists = place < length
     gathered = tl.load(dense_rows_ptr + start + place, mask=exists & (group == dense_group), other=0)
     tokens = tl.where(group == dense_group, gathered, start + place)
-    return group, tl.where(exists, tokens, 0).to(tl.int64), exists
+    return batch_head, group, tl.where(exists, tokens, 0).to(tl.int64), exists
 
 
 @triton.jit
@@ -115,10 +112,11 @@ def forward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write out and LSE of one tile of queries."""
-    tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
+    batch_head, group, rows, exists = _row_tile(
+        rows_ptr, dense_rows_ptr, num_row_tiles, num_first, dense_group, batch_heads, ROWS
+    )
     b, h = batch_head // heads, batch_head % heads
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    group, rows, exists = _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS)
     d = tl.arange(0, D)
     q_ptr += b64 * q_batch + h64 * q_head
     k_ptr += b64 * k_batch + h64 * k_head
@@ -212,10 +210,11 @@ def backward_queries(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of one tile of queries."""
-    tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
+    batch_head, group, rows, exists = _row_tile(
+        rows_ptr, dense_rows_ptr, num_row_tiles, num_first, dense_group, batch_heads, ROWS
+    )
     b, h = batch_head // heads, batch_head % heads
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    group, rows, exists = _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS)
     d = tl.arange(0, D)
     q_ptr += b64 * q_batch + h64 * q_head
     k_ptr += b64 * k_batch + h64 * k_head
@@ -276,10 +275,11 @@ def backward_keys(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one tile of keys; the tables are those of the transposed layout."""
-    tile, batch_head = _program(num_row_tiles, num_first, batch_heads)
+    batch_head, group, rows, exists = _row_tile(
+        rows_ptr, dense_rows_ptr, num_row_tiles, num_first, dense_group, batch_heads, ROWS
+    )
     b, h = batch_head // heads, batch_head % heads
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    group, rows, exists = _rows(tile, rows_ptr, dense_rows_ptr, dense_group, ROWS)
     d = tl.arange(0, D)
     q_ptr += b64 * q_batch + h64 * q_head
     k_ptr += b64 * k_batch + h64 * k_head
