@@ -55,7 +55,7 @@ def obstacle(block: Any) -> str | None:
         return "norm1 and norm2 are not LayerNorm with weight and bias"
     if not all(_is_scale(getattr(block, name, None)) for name in ("ls1", "ls2")):
         return "ls1 and ls2 are not LayerScale"
-    if not all(_is_linear(getattr(attn, name, None)) for name in ("qkv", "proj")):
+    if not all(_is_of(nn.Linear, getattr(attn, name, None)) for name in ("qkv", "proj")):
         return "attn.qkv and attn.proj are not Linear with floating-point weights"
     if not isinstance(getattr(attn, "num_heads", None), int) or attn.qkv.out_features != 3 * attn.qkv.in_features:
         return "attn does not say its num_heads, or its qkv is not three times as wide as its tokens"
@@ -70,7 +70,7 @@ def obstacle(block: Any) -> str | None:
 
 def _obstacle_of_embedding(attn: Any, head_size: int) -> str | None:
     norms: list[Any] = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
-    rotation = _rotation(attn)
+    rotation = getattr(attn, "rope", None)
     if all(norm is None or isinstance(norm, nn.Identity) for norm in norms):
         if rotation is None:
             return None
@@ -85,7 +85,7 @@ def _obstacle_of_embedding(attn: Any, head_size: int) -> str | None:
 
 def _stranger_in(block: Any) -> str | None:
     """Return what a block holds that the formula does not read."""
-    rotation = _rotation(block.attn)
+    rotation = getattr(block.attn, "rope", None)
     parts = [("the block", block, KNOWN_OF_BLOCK), ("attn", block.attn, KNOWN_OF_ATTENTION)]
     parts += [(name, getattr(block, name, None), KNOWN_OF_SCALE) for name in ("ls1", "ls2")]
     parts += [("its rotation", rotation, KNOWN_OF_ROTATION)]
@@ -137,7 +137,7 @@ def run(
     x = x.to(stream_dtype(block, x) if dtype is None else dtype)
     qkv = attn.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, attn.num_heads, C // attn.num_heads)
     scale = qkv.shape[-1] ** -0.5
-    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
+    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), getattr(attn, "rope", None)
     pos = None if rotation is None else pos
     if q_norm is not None or rotation is not None:
         # Scores in units of log2 spare the kernels a multiplication, and queries are rounded once even so.
@@ -180,8 +180,8 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Run an MLP; where it is two products with GELU between them, without a second tensor for its hidden values."""
     fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
     if (
-        _is_linear(fc1)
-        and _is_linear(fc2)
+        _is_of(nn.Linear, fc1)
+        and _is_of(nn.Linear, fc2)
         and type(act) is nn.GELU
         and act.approximate == "none"
         and stranger(mlp, frozenset({"fc1", "act", "fc2"}), _has_no_effect) is None
@@ -191,16 +191,14 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 
 
 def _is_affine(norm: Any) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and _has_floats(norm)
+    return _is_of(nn.LayerNorm, norm) and norm.weight is not None and norm.bias is not None
 
 
-def _is_linear(module: object) -> bool:
-    return type(module) is nn.Linear and _has_floats(module)
-
-
-def _has_floats(module: nn.Module) -> bool:
-    """Whether the parameters of a module are ordinary ones, of floating-point numbers."""
-    return all(type(each) is nn.Parameter and each.dtype in FLOATS for each in module.parameters(recurse=False))
+def _is_of(kind: type[nn.Module], module: Any) -> bool:
+    """Whether a module is just of this kind, with ordinary parameters of floating-point numbers."""
+    return type(module) is kind and all(
+        type(each) is nn.Parameter and each.dtype in FLOATS for each in module.parameters(recurse=False)
+    )
 
 
 def _is_scale(module: object) -> bool:
@@ -216,11 +214,6 @@ def _gamma(block: Any, name: str) -> Tensor | None:
 def _norm(attn: Any, name: str) -> nn.LayerNorm | None:
     norm = getattr(attn, name, None)
     return norm if isinstance(norm, nn.LayerNorm) else None
-
-
-def _rotation(attn: Any) -> Any:
-    """Return what rotates queries and keys, or None."""
-    return getattr(attn, "rope", None)
 
 
 def _base(rotation: Any) -> float | None:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from . import dpt
 from .layer_outputs import LayerOutputs
 
-__all__ = ["LAYERS", "is_camera_head", "is_dpt_head", "layers_read", "own_forward", "run_dpt_head"]
-
 LAYERS = "aggregated_tokens_list"
 DPT_ARGUMENTS = [LAYERS, "images", "patch_start_idx", "frames_chunk_size"]
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LayerOutputs"]
-
 
 class LayerOutputs(Sequence[Tensor]):
     """Tokens after the frame block and after the global block of each layer that is read, side by side over C.

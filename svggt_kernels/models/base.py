@@ -69,10 +69,6 @@ class RunnableModel:
     cell: int = 1
 
 
-def _keeps_order(module: nn.Module) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class ModelRecord:
     """The facts about one model that patching needs, and how to run it.
@@ -106,7 +102,7 @@ class ModelRecord:
     known: tuple[str, ...] | None = None
     reference_frame: int | None = 0
     causal: bool = False
-    reorders_between: Callable[[nn.Module], tuple[str, str] | None] = _keeps_order
+    reorders_between: Callable[[nn.Module], tuple[str, str] | None] | None = None
     images_are_normalised: bool = False
     runnable: RunnableModel | None = None
 

@@ -22,8 +22,6 @@ from ..layout import BlockLayout
 from ..models import ForwardInputs
 from .masks import Masks
 
-__all__ = ["FORWARDS_KEPT", "Forward", "Forwards"]
-
 FORWARDS_KEPT = 16
 """Forwards that activation checkpointing can run again in their backward."""
 

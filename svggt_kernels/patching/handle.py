@@ -19,11 +19,9 @@ from ..models.wrappers import arguments_of
 from .forwards import Forward, Forwards
 from .graph_attention import GraphAttention
 from .interception import StandIn
-from .parts import FrameOrder, Interception, Part, UnknownAttention
+from .parts import FrameOrder, Part, UnknownAttention
 from .plan import Planner
 from .report import PatchReport
-
-__all__ = ["Patch"]
 
 
 class Patch:
@@ -54,12 +52,12 @@ class Patch:
         self._planner, self._backend, self._own = planner, backend, own
         name = path or type(root).__name__
         self._forwards = Forwards(name)
-        self._attention = GraphAttention(planner, self._forwards, self.modules, backend)
-        parts: list[Part] = [] if own is None else [own]
-        parts.append(Interception(dict(zip(self.modules, attention.values(), strict=True)), self._attention))
+        modules = dict(zip(self.modules, attention.values(), strict=True))
+        self._attention = GraphAttention(planner, self._forwards, modules, backend)
+        parts: list[Part] = [self._attention] if own is None else [own, self._attention]
         unknown = {module: full(name) for name, module in self.record.unknown_attention(root).items()}
         parts.append(UnknownAttention(unknown, self._forwards, self.record.name))
-        self._reorders = self.record.reorders_between(root)
+        self._reorders = self.record.reorders_between and self.record.reorders_between(root)
         if self._reorders is not None:
             before, after = ((root.get_submodule(block), full(block)) for block in self._reorders)
             parts.append(FrameOrder(before, after, self._forwards))

@@ -9,17 +9,15 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 
-__all__ = ["Masks"]
-
 PAIRS_AT_ONCE = 2**24
 
 
 class Masks:
-    """Checks masks, each once for as long as it stays as it is and this object lives."""
+    """Checks the masks of one forward, each once for as long as it stays as it is."""
 
     def __init__(self) -> None:
-        # A mask is kept with what was found, so that its memory is no other mask's.
-        self._checked: dict[tuple[Any, ...], tuple[Tensor, tuple[BlockLayout, ...]]] = {}
+        # A mask that was checked is kept, so that its memory is no other mask's.
+        self._checked: dict[tuple[Any, ...] | None, Tensor] = {}
 
     def require_redundant(self, name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...]) -> None:
         """Raise unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
@@ -41,7 +39,7 @@ class Masks:
             )
         # Tensors of inference mode do not count their changes.
         key = None if attn_mask.is_inference() else _state(attn_mask)
-        if key in self._checked and self._checked[key][1] == layouts:
+        if key in self._checked:
             return
         mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
         for sample, layout in enumerate(layouts):
@@ -52,7 +50,7 @@ class Masks:
                     "Leave the mask out, or give a graph that shows only what the mask does"
                 )
         if key is not None:
-            self._checked[key] = attn_mask, layouts
+            self._checked[key] = attn_mask
 
 
 def _state(mask: Tensor) -> tuple[Any, ...]:
