@@ -48,15 +48,16 @@ def obstacle(block: Any) -> str | None:
     matter to more tokens than a proof sees: no other parameters, buffers or submodules, and other attributes only if
     these are None or False.
     """
-    if not all(isinstance(getattr(block, name, None), nn.Module) for name in ("attn", "mlp")):
-        return "it has no attn and mlp"
-    attn: Any = block.attn
-    if not all(_is_affine(getattr(block, name, None)) for name in ("norm1", "norm2")):
-        return "norm1 and norm2 are not LayerNorm with weight and bias"
-    if not all(_is_scale(getattr(block, name, None)) for name in ("ls1", "ls2")):
-        return "ls1 and ls2 are not LayerScale"
-    if not all(_is_of(nn.Linear, getattr(attn, name, None)) for name in ("qkv", "proj")):
-        return "attn.qkv and attn.proj are not Linear with floating-point weights"
+    attn: Any = getattr(block, "attn", None)
+    parts = (
+        (block, ("attn", "mlp"), _is_module, "it has no attn and mlp"),
+        (block, ("norm1", "norm2"), _is_affine, "norm1 and norm2 are not LayerNorm with weight and bias"),
+        (block, ("ls1", "ls2"), _is_scale, "ls1 and ls2 are not LayerScale"),
+        (attn, ("qkv", "proj"), _is_linear, "attn.qkv and attn.proj are not Linear with floating-point weights"),
+    )
+    for holder, names, fits, reason in parts:
+        if not all(fits(getattr(holder, name, None)) for name in names):
+            return reason
     if not isinstance(getattr(attn, "num_heads", None), int) or attn.qkv.out_features != 3 * attn.qkv.in_features:
         return "attn does not say its num_heads, or its qkv is not three times as wide as its tokens"
     head_size = attn.qkv.in_features // attn.num_heads
@@ -180,8 +181,8 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Run an MLP; where it is two products with GELU between them, without a second tensor for its hidden values."""
     fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
     if (
-        _is_of(nn.Linear, fc1)
-        and _is_of(nn.Linear, fc2)
+        _is_linear(fc1)
+        and _is_linear(fc2)
         and type(act) is nn.GELU
         and act.approximate == "none"
         and stranger(mlp, frozenset({"fc1", "act", "fc2"}), _has_no_effect) is None
@@ -190,15 +191,21 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp(x)
 
 
+def _is_module(module: object) -> bool:
+    return isinstance(module, nn.Module)
+
+
 def _is_affine(norm: Any) -> bool:
-    return _is_of(nn.LayerNorm, norm) and norm.weight is not None and norm.bias is not None
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and _has_floats(norm)
 
 
-def _is_of(kind: type[nn.Module], module: Any) -> bool:
-    """Whether a module is just of this kind, with ordinary parameters of floating-point numbers."""
-    return type(module) is kind and all(
-        type(each) is nn.Parameter and each.dtype in FLOATS for each in module.parameters(recurse=False)
-    )
+def _is_linear(module: object) -> bool:
+    return type(module) is nn.Linear and _has_floats(module)
+
+
+def _has_floats(module: nn.Module) -> bool:
+    """Whether the parameters of a module are ordinary ones, of floating-point numbers."""
+    return all(type(each) is nn.Parameter and each.dtype in FLOATS for each in module.parameters(recurse=False))
 
 
 def _is_scale(module: object) -> bool:

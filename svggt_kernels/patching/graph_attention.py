@@ -14,6 +14,7 @@ from ..compiling import uncompiled
 from ..layout import BlockLayout
 from .forwards import Forward, Forwards
 from .interception import Answering, StandIn
+from .masks import require_redundant
 from .parts import Around
 from .plan import Planner
 
@@ -128,7 +129,7 @@ class GraphAttention:
                 "agree; turn off what merges tokens (FastVGGT, ToMe) and stochastic depth over samples"
             )
         if attn_mask is not None and running is not None:  # what runs again was checked in its first run
-            running.masks.require_redundant(name, attn_mask, layouts)
+            require_redundant(name, attn_mask, layouts, running.masks)
         if len(layouts) == 1:
             out = self._run(query, key, value, layouts[0], scale)
         else:

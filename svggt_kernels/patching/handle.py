@@ -65,9 +65,15 @@ class Patch:
         sites = [site for part in parts for site in part.sites()]
         self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
         self._stand_ins.append(StandIn(root, name, self._run_model))
-        self._installed = False
+        for stand_in in self._stand_ins:
+            if isinstance(stand_in.in_place, StandIn):
+                raise ValueError(
+                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
+                )
+        for stand_in in self._stand_ins:
+            stand_in.install()
+        self._installed = True
         self._last: Forward | None = None
-        self._install()
 
     @classmethod
     def of(cls, model: nn.Module) -> Patch:
@@ -173,16 +179,6 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
-
-    def _install(self) -> None:
-        for stand_in in self._stand_ins:
-            if isinstance(stand_in.in_place, StandIn):
-                raise ValueError(
-                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
-                )
-        for stand_in in self._stand_ins:
-            stand_in.install()
-        self._installed = True
 
     def _finished(self) -> Forward:
         if self._last is None:
