@@ -71,7 +71,7 @@ def obstacle(block: Any) -> str | None:
 
 def _obstacle_of_embedding(attn: Any, head_size: int) -> str | None:
     norms: list[Any] = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
-    rotation = getattr(attn, "rope", None)
+    rotation = _rotation(attn)
     if all(norm is None or isinstance(norm, nn.Identity) for norm in norms):
         if rotation is None:
             return None
@@ -86,7 +86,7 @@ def _obstacle_of_embedding(attn: Any, head_size: int) -> str | None:
 
 def _stranger_in(block: Any) -> str | None:
     """Return what a block holds that the formula does not read."""
-    rotation = getattr(block.attn, "rope", None)
+    rotation = _rotation(block.attn)
     parts = [("the block", block, KNOWN_OF_BLOCK), ("attn", block.attn, KNOWN_OF_ATTENTION)]
     parts += [(name, getattr(block, name, None), KNOWN_OF_SCALE) for name in ("ls1", "ls2")]
     parts += [("its rotation", rotation, KNOWN_OF_ROTATION)]
@@ -138,7 +138,7 @@ def run(
     x = x.to(stream_dtype(block, x) if dtype is None else dtype)
     qkv = attn.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, attn.num_heads, C // attn.num_heads)
     scale = qkv.shape[-1] ** -0.5
-    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), getattr(attn, "rope", None)
+    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
     pos = None if rotation is None else pos
     if q_norm is not None or rotation is not None:
         # Scores in units of log2 spare the kernels a multiplication, and queries are rounded once even so.
@@ -221,6 +221,11 @@ def _gamma(block: Any, name: str) -> Tensor | None:
 def _norm(attn: Any, name: str) -> nn.LayerNorm | None:
     norm = getattr(attn, name, None)
     return norm if isinstance(norm, nn.LayerNorm) else None
+
+
+def _rotation(attn: Any) -> Any:
+    """Return what rotates queries and keys, or None."""
+    return getattr(attn, "rope", None)
 
 
 def _base(rotation: Any) -> float | None:

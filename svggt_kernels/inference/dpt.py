@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .ops import convolve_relu, layer_norm, predict, upsample
 from .settings import attributes_of, is_plain
 
-LEVELS = 4
 SIGNED = {"exp": False, "inv_log": True}
 """Activations of the values that are known, and whether such values have a sign."""
 

@@ -187,11 +187,15 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 def _kernels(x: Tensor) -> Any:
     """Return the module of Triton kernels where they can run on x, or None."""
-    if not x.is_cuda or x.dtype == torch.float64 or not _runs_triton(x.device):
+    if not _by_triton(x):
         return None
     from . import ops_triton
 
     return ops_triton
+
+
+def _by_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device)
 
 
 @functools.cache
