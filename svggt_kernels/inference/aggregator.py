@@ -22,8 +22,6 @@ from .layer_outputs import LayerOutputs
 from .ops import layer_norm
 from .settings import is_setting, stranger
 
-__all__ = ["GlobalAttention", "aggregate", "obstacle", "tokens_of_frame"]
-
 
 class GlobalAttention(Protocol):
     """How the global layers of one forward attend; it knows the layer, so layers may differ."""

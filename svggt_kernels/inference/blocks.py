@@ -48,15 +48,16 @@ def obstacle(block: Any) -> str | None:
     matter to more tokens than a proof sees: no other parameters, buffers or submodules, and other attributes only if
     these are None or False.
     """
-    if not all(isinstance(getattr(block, name, None), nn.Module) for name in ("attn", "mlp")):
-        return "it has no attn and mlp"
-    attn: Any = block.attn
-    if not all(_is_affine(getattr(block, name, None)) for name in ("norm1", "norm2")):
-        return "norm1 and norm2 are not LayerNorm with weight and bias"
-    if not all(_is_scale(getattr(block, name, None)) for name in ("ls1", "ls2")):
-        return "ls1 and ls2 are not LayerScale"
-    if not all(_is_linear(getattr(attn, name, None)) for name in ("qkv", "proj")):
-        return "attn.qkv and attn.proj are not Linear with floating-point weights"
+    attn: Any = getattr(block, "attn", None)
+    parts = (
+        (block, ("attn", "mlp"), _is_module, "it has no attn and mlp"),
+        (block, ("norm1", "norm2"), _is_affine, "norm1 and norm2 are not LayerNorm with weight and bias"),
+        (block, ("ls1", "ls2"), _is_scale, "ls1 and ls2 are not LayerScale"),
+        (attn, ("qkv", "proj"), _is_linear, "attn.qkv and attn.proj are not Linear with floating-point weights"),
+    )
+    for holder, names, fits, reason in parts:
+        if not all(fits(getattr(holder, name, None)) for name in names):
+            return reason
     if not isinstance(getattr(attn, "num_heads", None), int) or attn.qkv.out_features != 3 * attn.qkv.in_features:
         return "attn does not say its num_heads, or its qkv is not three times as wide as its tokens"
     head_size = attn.qkv.in_features // attn.num_heads
@@ -188,6 +189,10 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     ):
         return fc2(gelu_(fc1(x)))  # type: ignore[misc]
     return mlp(x)
+
+
+def _is_module(module: object) -> bool:
+    return isinstance(module, nn.Module)
 
 
 def _is_affine(norm: Any) -> bool:

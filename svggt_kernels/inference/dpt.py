@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .ops import convolve_relu, layer_norm, predict, upsample
 from .settings import attributes_of, is_plain
 
-LEVELS = 4
 SIGNED = {"exp": False, "inv_log": True}
 """Activations of the values that are known, and whether such values have a sign."""
 
@@ -147,7 +146,13 @@ class ReadyHead:
             size: H and W.
         """
         scratch = self.head.scratch
-        fused, bias = self._fused(tokens, grid)
+        fused, bias = self._fuse(scratch.refinenet4, self._map(3, tokens[3], grid))
+        for level in (2, 1, 0):
+            block = getattr(scratch, f"refinenet{level + 1}")
+            x = self._map(level, tokens[level], grid)
+            coarser = upsample(fused, (x.shape[2], x.shape[3]), bias, x)
+            x = self._convolve_relu(block.resConfUnit1.conv2, self._convolve_relu(block.resConfUnit1.conv1, x), coarser)
+            fused, bias = self._fuse(block, x)
         height, width = fused.shape[2:]
         fused = self._convolve(scratch.output_conv1, upsample(fused, (2 * height, 2 * width), bias), None)
         fused = upsample(fused, size, self._biases[scratch.output_conv1], positions=self._last_table)
@@ -159,18 +164,6 @@ class ReadyHead:
         for result in results:
             result.masked_fill_(broken.view(-1, *[1] * (result.dim() - 1)), torch.nan)
         return results
-
-    def _fused(self, tokens: Sequence[Tensor], grid: Size) -> tuple[Tensor, Tensor]:
-        """Return what the last fusion makes of all layers, and its bias, see `_fuse`."""
-        fused, bias = self._fuse(self.head.scratch.refinenet4, self._map(3, tokens[3], grid))
-        for level in (2, 1, 0):
-            block = getattr(self.head.scratch, f"refinenet{level + 1}")
-            x = self._map(level, tokens[level], grid)
-            size = (x.shape[2], x.shape[3])
-            coarser = upsample(fused, size, bias, x)
-            x = self._convolve_relu(block.resConfUnit1.conv2, self._convolve_relu(block.resConfUnit1.conv1, x), coarser)
-            fused, bias = self._fuse(block, x)
-        return fused, bias
 
     def _map(self, level: int, tokens: Tensor, grid: Size) -> Tensor:
         """Return the map of a layer that is fused, `[N, C', h, w]`, at least 0, from its tokens `[N, P, C]`."""

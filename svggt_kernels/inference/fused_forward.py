@@ -22,8 +22,6 @@ from .report import InferenceReport
 from .verification import Verification
 from .within_frames import AttentionWithinFrames, by_pytorch
 
-__all__ = ["FusedForward", "Outputs", "Precision"]
-
 Precision = Literal["upstream", "bf16"]
 Outputs = Literal["read", "all"]
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from . import dpt
 from .layer_outputs import LayerOutputs
 
-__all__ = ["LAYERS", "is_camera_head", "is_dpt_head", "layers_read", "own_forward", "run_dpt_head"]
-
 LAYERS = "aggregated_tokens_list"
 DPT_ARGUMENTS = [LAYERS, "images", "patch_start_idx", "frames_chunk_size"]
 
@@ -90,10 +88,8 @@ def tensors(result: Any) -> list[Tensor]:
 
 def as_list(tokens: dict[int, Tensor], depth: int) -> list[Tensor | None]:
     """Return the outputs of layers as the list that a head's own forward indexes."""
-    layers: list[Tensor | None] = [None] * depth
-    for index, each in tokens.items():
-        layers[index] = each
-    return layers
+    by_layer = {index % depth: each for index, each in tokens.items()}
+    return [by_layer.get(layer) for layer in range(depth)]
 
 
 def run_fused(head: Any, layers: Sequence[Tensor], images: Tensor, first_patch: int) -> Any:

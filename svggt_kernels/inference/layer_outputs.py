@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = ["LayerOutputs"]
 
 
 class LayerOutputs(Sequence[Tensor]):
@@ -40,27 +38,30 @@ class LayerOutputs(Sequence[Tensor]):
         self.offloaded = frozenset(offloaded)
         self._halves: dict[int, list[Tensor | _HostCopy]] = {layer: [] for layer in self.layers}
         self._stream: torch.cuda.Stream | None = None
-        self._copying: list[tuple[_HostCopy, Tensor]] = []
+        self._copying: list[Tensor] = []
 
     def keep(self, layer: int, tokens: Tensor) -> None:
         """Keep half an output, tokens `[B, S, P, C]` that nobody writes to, if the layer is one that is read."""
         self.settle()
         if layer not in self.layers:
             return
+        half: Tensor | _HostCopy = tokens
         if layer in self.offloaded and tokens.is_cuda:
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(tokens.device)
-            copy = _HostCopy(tokens, self._stream)
-            self._copying.append((copy, tokens))
-            self._halves[layer].append(copy)
-        else:
-            self._halves[layer].append(tokens)
+            self._stream = self._stream or torch.cuda.Stream(tokens.device)
+            half = _HostCopy(tokens, self._stream)
+            self._copying.append(tokens)
+        self._halves[layer].append(half)
 
     def settle(self) -> None:
         """Make the current stream wait for the copies under way, and release the tokens that were copied."""
-        for copy, tokens in self._copying:
-            torch.cuda.current_stream(tokens.device).wait_event(copy.copied)
-        self._copying.clear()
+        if self._copying:
+            self._wait()
+            self._copying.clear()
+
+    def _wait(self) -> None:
+        """Make the current stream wait for all that was begun on the stream of copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def __len__(self) -> int:
         return self.depth
@@ -105,21 +106,17 @@ class LayerOutputs(Sequence[Tensor]):
         While a part is in use the next one is copied from the host.
         """
         halves = {layer: self._of(layer) for layer in layers}
-        hosts = [half for each in halves.values() for half in each if isinstance(half, _HostCopy)]
         try:
             coming = _begin(halves, parts[0])
             for following in [*parts[1:], None]:
-                arrived = {
-                    layer: torch.cat([wait() for wait in waits], -1).to(self.dtype or halves[layer][0].dtype)
-                    for layer, waits in coming.items()
-                }
+                self._wait()
+                arrived = {layer: self._side_by_side(each) for layer, each in coming.items()}
                 coming = {} if following is None else _begin(halves, following)
                 yield arrived
                 del arrived
         finally:
             # What was being copied may be freed now, also where a head raised.
-            for host in hosts:
-                torch.cuda.current_stream(host.device).wait_stream(host.stream)
+            self._wait()
 
     def _of(self, layer: int) -> list[Tensor | _HostCopy]:
         if not -self.depth <= layer < self.depth:
@@ -134,19 +131,18 @@ class LayerOutputs(Sequence[Tensor]):
 
     def _joined(self, halves: list[Tensor | _HostCopy], frames: slice, tokens: slice) -> Tensor:
         there = [half[:, frames, tokens] if isinstance(half, Tensor) else half.read(frames, tokens) for half in halves]
-        return torch.cat(there, -1).to(self.dtype or there[0].dtype)
+        return self._side_by_side(there)
+
+    def _side_by_side(self, halves: list[Tensor]) -> Tensor:
+        return torch.cat(halves, -1).to(self.dtype or halves[0].dtype)
 
 
-def _begin(halves: dict[int, list[Tensor | _HostCopy]], frames: slice) -> dict[int, list[Callable[[], Tensor]]]:
-    """Begin to bring some frames of halves to the device; the functions returned give them."""
-
-    def begin(half: Tensor | _HostCopy) -> Callable[[], Tensor]:
-        if not isinstance(half, Tensor):
-            return half.load(frames)
-        there = half[:, frames]
-        return lambda: there
-
-    return {layer: [begin(half) for half in each] for layer, each in halves.items()}
+def _begin(halves: dict[int, list[Tensor | _HostCopy]], frames: slice) -> dict[int, list[Tensor]]:
+    """Begin to bring some frames of halves to the device."""
+    return {
+        layer: [half[:, frames] if isinstance(half, Tensor) else half.load(frames) for half in each]
+        for layer, each in halves.items()
+    }
 
 
 class _HostCopy:
@@ -166,10 +162,9 @@ class _HostCopy:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.pinned.copy_(tokens, non_blocking=True)
-            self.copied = stream.record_event()
 
-    def load(self, frames: slice) -> Callable[[], Tensor]:
-        """Begin to copy some frames to the device; the function returned makes the current stream wait for them."""
+    def load(self, frames: slice) -> Tensor:
+        """Begin to copy some frames to the device, on the stream of copies."""
         source = self.pinned[:, frames]
         # Allocated where it will be used, so the copy waits for who used this memory before.
         target = torch.empty(source.shape, dtype=source.dtype, device=self.device)
@@ -177,15 +172,9 @@ class _HostCopy:
         with torch.cuda.stream(self.stream):
             for sample_target, sample in zip(target, source, strict=True):  # frames of one sample are contiguous
                 sample_target.copy_(sample, non_blocking=True)
-            arrived = self.stream.record_event()
-
-        def wait() -> Tensor:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
-            return target
-
-        return wait
+        return target
 
     def read(self, frames: slice, tokens: slice) -> Tensor:
         """Return some tokens of some frames on the device; the host waits for the copy."""
-        self.copied.synchronize()
+        self.stream.synchronize()
         return self.pinned[:, frames, tokens].to(self.device)

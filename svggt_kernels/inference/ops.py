@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,8 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     """Normalise the rows of x `[..., C]`, in float32 or better inside, and return them in `dtype`."""
-    if _by_triton(x):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+    if (kernels := _kernels(x)) is not None:
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
     wide = _wide(x.dtype)
     return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(dtype)
 
@@ -35,10 +34,8 @@ def add_scaled(x: Tensor, y: Tensor, gamma: Tensor | None, out: Tensor) -> Tenso
         gamma: Factors of the columns `[C]`, or None for 1.
         out: Where the result goes, contiguous, of the shape and dtype of x; may be x.
     """
-    if _by_triton(x):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.add_scaled(x.contiguous(), y.contiguous(), gamma, out)
+    if (kernels := _kernels(x)) is not None:
+        return kernels.add_scaled(x.contiguous(), y.contiguous(), gamma, out)
     wide = _wide(x.dtype)
     return out.copy_(x.to(wide) + (y.to(wide) if gamma is None else gamma.to(wide) * y.to(wide)))
 
@@ -47,10 +44,8 @@ def add_scaled_and_normalise(
     x: Tensor, y: Tensor, gamma: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype, out: Tensor
 ) -> Tensor:
     """Put x + gamma y into out, as `add_scaled`, and return its rows normalised, as `layer_norm`, in `dtype`."""
-    if _by_triton(x):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.add_scaled_and_normalise(
+    if (kernels := _kernels(x)) is not None:
+        return kernels.add_scaled_and_normalise(
             x.contiguous(), y.contiguous(), gamma, norm.weight, norm.bias, norm.eps, dtype, out
         )
     return layer_norm(add_scaled(x, y, gamma, out), norm, dtype)
@@ -58,10 +53,8 @@ def add_scaled_and_normalise(
 
 def gelu_(x: Tensor) -> Tensor:
     """Put x Phi(x), Phi the standard normal distribution, in the place of x, contiguous, and return it."""
-    if _by_triton(x):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.gelu_(x)
+    if (kernels := _kernels(x)) is not None:
+        return kernels.gelu_(x)
     return x.copy_(F.gelu(x.to(_wide(x.dtype))))
 
 
@@ -90,10 +83,8 @@ def normalise_and_rotate_(
     Returns:
         qkv.
     """
-    if _by_triton(qkv):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.normalise_and_rotate_(qkv, positions, q_norm, k_norm, base, factor)
+    if (kernels := _kernels(qkv)) is not None:
+        return kernels.normalise_and_rotate_(qkv, positions, q_norm, k_norm, base, factor)
     wide = _wide(qkv.dtype)
     for index, (norm, scale) in enumerate(((q_norm, factor), (k_norm, 1.0))):
         x = qkv[:, :, index].to(wide) if norm is None else layer_norm(qkv[:, :, index], norm, wide)
@@ -148,10 +139,8 @@ def upsample(
     """
     x = x.contiguous(memory_format=torch.channels_last)
     plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
-    if _by_triton(x):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.upsample(x, size, bias, plus, positions)
+    if (kernels := _kernels(x)) is not None:
+        return kernels.upsample(x, size, bias, plus, positions)
     out = F.interpolate(x, size, mode="bilinear", align_corners=True).add_(bias[:, None, None])
     if positions is not None:
         columns, rows = positions
@@ -171,10 +160,8 @@ def predict(x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> tuple[Tens
         bias: `[K + 1]`.
         signed: Whether values have a sign.
     """
-    if _by_triton(x):
-        from . import ops_triton as triton_kernels
-
-        return triton_kernels.predict(x.contiguous(memory_format=torch.channels_last), weight, bias, signed)
+    if (kernels := _kernels(x)) is not None:
+        return kernels.predict(x.contiguous(memory_format=torch.channels_last), weight, bias, signed)
     made = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
     values, confidence = made[..., :-1], made[..., -1]
     return values.sign() * values.abs().expm1() if signed else values.exp(), 1 + confidence.exp()
@@ -196,6 +183,15 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     first, second = x.unflatten(-1, (2, 2, quarter)).unbind(-2)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -2).flatten(-3)
+
+
+def _kernels(x: Tensor) -> Any:
+    """Return the module of Triton kernels where they can run on x, or None."""
+    if not _by_triton(x):
+        return None
+    from . import ops_triton
+
+    return ops_triton
 
 
 def _by_triton(x: Tensor) -> bool:

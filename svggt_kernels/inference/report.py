@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from . import memory
 from .verification import Verification
 
-__all__ = ["InferenceReport"]
-
 
 @dataclass(frozen=True)
 class InferenceReport:

@@ -138,21 +138,20 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._held = [(inner, _held(inner), _in_place(inner)) for inner in module.modules()]
-        kinds = _classes(module)
+        self._held = [(inner, _held(inner)) for inner in module.modules()]
+        self._classes = [(kind, dict(vars(kind))) for kind in _classes(module)]
         self._containers = [
             (value, _setting(value))
-            for owner in (*module.modules(), *kinds)
+            for owner in (*module.modules(), *_classes(module))
             for name, value in vars(owner).items()
             if isinstance(value, (list, dict)) and name not in TABLES | CACHES
         ]
-        self._classes = [(kind, dict(vars(kind))) for kind in kinds]
 
     def holds(self) -> bool:
         """Whether every object is the one that it was."""
         try:
             return (
-                all(_held(inner) == held and _in_place(inner) == in_place for inner, held, in_place in self._held)
+                all(_held(inner) == held for inner, held in self._held)
                 and all(dict(vars(kind)) == content for kind, content in self._classes)
                 and all(_setting(value) == then for value, then in self._containers)
             )
@@ -160,29 +159,22 @@ class Snapshot:
             return False
 
 
-def _held(module: nn.Module) -> tuple[object, ...]:
-    """Return what a module holds, to be compared with what it held: objects that are the same compare at once."""
+def _held(module: nn.Module) -> list[object]:
+    """Return what a module holds, to be compared with what it held: objects that are the same compare at once.
+
+    Tensors change in place too: their dtypes and devices by `module.to`, their versions by who writes values.
+    """
     state = module.__dict__
-    return (
+    tensors = (*state["_parameters"].values(), *state["_buffers"].values())
+    return [
         type(module),
         *state,
         *state.values(),
-        *state["_parameters"].values(),
-        *state["_buffers"].values(),
+        *tensors,
         *state["_modules"].values(),
         *state["_forward_hooks"].values(),
         *state["_forward_pre_hooks"].values(),
-    )
-
-
-def _in_place(module: nn.Module) -> list[object]:
-    """Return what changes in place in tensors: dtypes and devices by `module.to`, versions by who writes values."""
-    tables = (module.__dict__["_parameters"], module.__dict__["_buffers"])
-    return [
-        (tensor.dtype, tensor.device, None if tensor.is_inference() else tensor._version)
-        for table in tables
-        for tensor in table.values()
-        if tensor is not None
+        *((x.dtype, x.device, None if x.is_inference() else x._version) for x in tensors if x is not None),
     ]
 
 
@@ -191,10 +183,5 @@ def has_values(module: nn.Module) -> tuple[bool, ...]:
 
     A comparison says nothing of what a parameter does while it is 0 everywhere, as a scale is at the start of training.
     """
-    parameters = list(module.parameters())
-    flags: dict[int, bool] = {}
-    for device in {parameter.device for parameter in parameters}:
-        there = [parameter for parameter in parameters if parameter.device == device]
-        some = torch.stack([parameter.detach().any() for parameter in there]).tolist()
-        flags |= dict(zip(map(id, there), some, strict=True))
-    return tuple(flags[id(parameter)] for parameter in parameters)
+    flags = [parameter.detach().any() for parameter in module.parameters()]
+    return tuple(torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()) if flags else ()

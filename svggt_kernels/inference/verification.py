@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..proof import BUDGET, error_ratio
 from .settings import TABLES
 
-__all__ = ["Verification", "unpatched_copy", "verify", "wider_copy"]
-
 DOUBT = 0.02
 """How far the model's own forward in float32 may be from that in float64, as a part of the result."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -69,10 +69,6 @@ class RunnableModel:
     cell: int = 1
 
 
-def _keeps_order(module: nn.Module) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class ModelRecord:
     """The facts about one model that patching needs, and how to run it.
@@ -106,7 +102,7 @@ class ModelRecord:
     known: tuple[str, ...] | None = None
     reference_frame: int | None = 0
     causal: bool = False
-    reorders_between: Callable[[nn.Module], tuple[str, str] | None] = _keeps_order
+    reorders_between: Callable[[nn.Module], tuple[str, str] | None] | None = None
     images_are_normalised: bool = False
     runnable: RunnableModel | None = None
 
@@ -233,7 +229,7 @@ def stated_record(
         tokens = integer("tokens_per_frame, special tokens included,", tokens, max(1, first + last))
     stated = ForwardInputs(None, None, tokens, (first, last), integer("trailing_tokens", trailing_tokens, 0))
     read = partial(_read_stated, stated=stated)
-    return ModelRecord(name, "named by the caller", _matches_nothing, _has_no_modules, read)
+    return ModelRecord(name, "named by the caller", _never, _never, read)
 
 
 def _read_stated(module: nn.Module, arguments: Mapping[str, Any], *, stated: ForwardInputs) -> ForwardInputs:
@@ -243,9 +239,5 @@ def _read_stated(module: nn.Module, arguments: Mapping[str, Any], *, stated: For
     return replace(stated, images=images, frames=frames)
 
 
-def _matches_nothing(module: nn.Module) -> bool:
-    return False
-
-
-def _has_no_modules(module: nn.Module) -> dict[str, nn.Module]:
-    return {}
+def _never(module: nn.Module) -> NoReturn:
+    raise NotImplementedError("a model that no record knows is not looked for, its modules are named by the caller")

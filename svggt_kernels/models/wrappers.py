@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["arguments_of", "each_once", "named_modules", "unwrapped"]
-
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Where torch.compile, checkpoint_wrapper and FullyShardedDataParallel keep the module that they wrap."""
 

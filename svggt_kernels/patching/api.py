@@ -16,8 +16,6 @@ from ..models.wrappers import each_once, named_modules
 from .handle import Patch
 from .plan import Covisibility, Planner
 
-__all__ = ["patch"]
-
 
 def patch(
     model: nn.Module,

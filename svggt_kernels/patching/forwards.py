@@ -20,9 +20,7 @@ from ..compiling import uncompiled
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs
-from .masks import Masks
-
-__all__ = ["FORWARDS_KEPT", "Forward", "Forwards"]
+from .masks import CheckedMasks
 
 FORWARDS_KEPT = 16
 """Forwards that activation checkpointing can run again in their backward."""
@@ -47,7 +45,7 @@ class Forward:
         before: Some values of each frame's tokens before the model reordered its frames.
         after: The same values after.
         word_sums: Sums that tell the content of each sample's images, where a graph is kept for it.
-        masks: The masks of its attention.
+        masks: The masks of its attention that were checked.
         awaiting: Names of modules that ran without gradients though these were on: backward will run them again.
         nodes: Numbers of the autograd nodes made in it.
         caller: The thread and the backward that run it.
@@ -67,7 +65,7 @@ class Forward:
     before: Tensor | None = None
     after: Tensor | None = None
     word_sums: list[Tensor] = field(default_factory=list)
-    masks: Masks = field(default_factory=Masks)
+    masks: CheckedMasks = field(default_factory=dict)
     awaiting: set[str] = field(default_factory=set)
     nodes: range = range(0)
     caller: tuple[int, int] = (0, -1)
@@ -148,7 +146,7 @@ class Forwards:
             yield
         finally:
             self._running = None
-            forward.masks = Masks()
+            forward.masks.clear()
         if forward.recomputable:
             forward.nodes = range(first, torch.autograd._get_sequence_nr())
             self._all_alike &= not self._history or self._history[-1].layouts == forward.layouts

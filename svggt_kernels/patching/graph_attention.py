@@ -1,20 +1,22 @@
-"""The attention of one forward over its layouts: for the calls of modules, and for a forward of our own."""
+"""The attention of one forward over its layouts: interception of modules' calls, and for a forward of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import block_sparse_attention, prepare
+from ..compiling import uncompiled
 from ..layout import BlockLayout
 from .forwards import Forward, Forwards
+from .interception import Answering, StandIn
+from .masks import require_redundant
+from .parts import Around
 from .plan import Planner
-
-__all__ = ["GraphAttention"]
 
 
 class GraphAttention:
@@ -23,16 +25,34 @@ class GraphAttention:
     Args:
         planner: Makes the layouts of a forward.
         forwards: Says which forward a call belongs to.
-        layers: The names of the global attention modules, in the order in which the model runs them.
+        modules: The global attention modules by name, in the order in which the model runs them.
         backend: The backend that must run, or None for the best that can.
 
     Attributes:
         calls: Calls answered so far, those that checkpointing ran again included.
     """
 
-    def __init__(self, planner: Planner, forwards: Forwards, layers: tuple[str, ...], backend: str | None) -> None:
-        self.planner, self.forwards, self.layers, self.backend = planner, forwards, layers, backend
+    def __init__(
+        self, planner: Planner, forwards: Forwards, modules: Mapping[str, nn.Module], backend: str | None
+    ) -> None:
+        self.planner, self.forwards, self.modules, self.backend = planner, forwards, dict(modules), backend
         self.calls = 0
+
+    def sites(self) -> Iterable[tuple[nn.Module, str, Around]]:
+        """Return the global attention modules."""
+        return [(module, name, self._intercept) for name, module in self.modules.items()]
+
+    @uncompiled(recursive=True)
+    def _intercept(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run a module and answer the one attention call in it."""
+
+        def answer(*of_call: Any, **options: Any) -> Tensor:
+            return self.answer(stand_in.name, lambda: (*args, *kwargs.values()), *of_call, **options)
+
+        with Answering(stand_in.name, answer) as answering:
+            output = stand_in.original(*args, **kwargs)
+        answering.check()
+        return output
 
     def __call__(
         self,
@@ -45,7 +65,7 @@ class GraphAttention:
         tokens: Callable[[], Tensor],
     ) -> Tensor:
         """Return the output `[B, H, N, D]` of a global layer of a forward of our own; see `GlobalAttention`."""
-        return self.answer(self.layers[layer], lambda: (tokens(),), q, k, v, scale=scale)
+        return self.answer(list(self.modules)[layer], lambda: (tokens(),), q, k, v, scale=scale)
 
     def answer(
         self,
@@ -109,7 +129,7 @@ class GraphAttention:
                 "agree; turn off what merges tokens (FastVGGT, ToMe) and stochastic depth over samples"
             )
         if attn_mask is not None and running is not None:  # what runs again was checked in its first run
-            running.masks.require_redundant(name, attn_mask, layouts)
+            require_redundant(name, attn_mask, layouts, running.masks)
         if len(layouts) == 1:
             out = self._run(query, key, value, layouts[0], scale)
         else:

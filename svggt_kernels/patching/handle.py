@@ -19,11 +19,9 @@ from ..models.wrappers import arguments_of
 from .forwards import Forward, Forwards
 from .graph_attention import GraphAttention
 from .interception import StandIn
-from .parts import FrameOrder, Interception, Part, UnknownAttention
+from .parts import FrameOrder, Part, UnknownAttention
 from .plan import Planner
 from .report import PatchReport
-
-__all__ = ["Patch"]
 
 
 class Patch:
@@ -54,12 +52,12 @@ class Patch:
         self._planner, self._backend, self._own = planner, backend, own
         name = path or type(root).__name__
         self._forwards = Forwards(name)
-        self._attention = GraphAttention(planner, self._forwards, self.modules, backend)
-        parts: list[Part] = [] if own is None else [own]
-        parts.append(Interception(dict(zip(self.modules, attention.values(), strict=True)), self._attention))
+        modules = dict(zip(self.modules, attention.values(), strict=True))
+        self._attention = GraphAttention(planner, self._forwards, modules, backend)
+        parts: list[Part] = [self._attention] if own is None else [own, self._attention]
         unknown = {module: full(name) for name, module in self.record.unknown_attention(root).items()}
         parts.append(UnknownAttention(unknown, self._forwards, self.record.name))
-        self._reorders = self.record.reorders_between(root)
+        self._reorders = self.record.reorders_between and self.record.reorders_between(root)
         if self._reorders is not None:
             before, after = ((root.get_submodule(block), full(block)) for block in self._reorders)
             parts.append(FrameOrder(before, after, self._forwards))
@@ -67,9 +65,15 @@ class Patch:
         sites = [site for part in parts for site in part.sites()]
         self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
         self._stand_ins.append(StandIn(root, name, self._run_model))
-        self._installed = False
+        for stand_in in self._stand_ins:
+            if isinstance(stand_in.in_place, StandIn):
+                raise ValueError(
+                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
+                )
+        for stand_in in self._stand_ins:
+            stand_in.install()
+        self._installed = True
         self._last: Forward | None = None
-        self._install()
 
     @classmethod
     def of(cls, model: nn.Module) -> Patch:
@@ -175,16 +179,6 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
-
-    def _install(self) -> None:
-        for stand_in in self._stand_ins:
-            if isinstance(stand_in.in_place, StandIn):
-                raise ValueError(
-                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
-                )
-        for stand_in in self._stand_ins:
-            stand_in.install()
-        self._installed = True
 
     def _finished(self) -> Forward:
         if self._last is None:

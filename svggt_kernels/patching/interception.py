@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ATTENTION", "Answering", "StandIn"]
-
 ATTENTION = torch._C._nn.scaled_dot_product_attention
 """PyTorch's own, whatever another tool has put in its place in torch.nn.functional."""
 
 
 class StandIn:
-    """Stands in for `module.forward`, or another method, on this instance alone, from `install` to `remove`.
+    """Stands in for `module.forward` on this instance alone, from `install` to `remove`.
 
     It is an object that holds the module and not a closure around its forward, so a deep copy of the module runs the
     copy's weights and a pickled module comes back with its stand-in. A copy of the module's `__dict__` holds the same
@@ -32,14 +30,12 @@ class StandIn:
         module: The module whose forward is replaced.
         name: What messages call the module.
         around: Called with this object and the arguments of forward; a method that can be pickled.
-        method: What is replaced, if not its forward.
     """
 
-    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any], method: str = "forward") -> None:
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         self.module = module
         self.name = name
         self.around = around
-        self.method = method
         # Other tools (offloading hooks) put forwards on instances too, and a patch several; they run inside this one.
         self.replaced: Callable[..., Any] | None = None
 
@@ -60,26 +56,25 @@ class StandIn:
         """Run what this object stands in for."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def install(self) -> None:
-        """Put this object in the place of the module's method."""
+        """Put this object in the place of the module's forward."""
         self.replaced = self.in_place
-        self.module.__dict__[self.method] = self
-        if self.method == "forward":
-            self.module.register_forward_pre_hook(self.refuse_copies, prepend=True)
+        self.module.__dict__["forward"] = self
+        self.module.register_forward_pre_hook(self.refuse_copies, prepend=True)
 
     @property
     def in_place(self) -> Any:
-        """What is in the place of the module's method now, or None."""
-        return self.module.__dict__.get(self.method)
+        """What is in the place of the module's forward now, or None."""
+        return self.module.__dict__.get("forward")
 
     def remove(self) -> None:
-        """Give the module the method that it had."""
+        """Give the module the forward that it had."""
         if self.replaced is None:
-            del self.module.__dict__[self.method]
+            del self.module.__dict__["forward"]
         else:
-            self.module.__dict__[self.method] = self.replaced
+            self.module.__dict__["forward"] = self.replaced
         hooks = self.module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook == self.refuse_copies]:
             del hooks[key]

@@ -9,54 +9,47 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 
-__all__ = ["Masks"]
-
 PAIRS_AT_ONCE = 2**24
 
 
-class Masks:
-    """Checks masks, each once for as long as it stays as it is and this object lives."""
+CheckedMasks = dict[tuple[Any, ...], Tensor]
+"""Masks that were checked, each by what changes where another takes its memory or it is written to."""
 
-    def __init__(self) -> None:
-        # A mask is kept with what was found, so that its memory is no other mask's.
-        self._checked: dict[tuple[Any, ...], tuple[Tensor, tuple[BlockLayout, ...]]] = {}
 
-    def require_redundant(self, name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...]) -> None:
-        """Raise unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
+def require_redundant(name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...], checked: CheckedMasks) -> None:
+    """Raise unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
 
-        Args:
-            name: What the message calls the attention module.
-            attn_mask: As `scaled_dot_product_attention` takes it, `[..., N, N]`, True or 0 where tokens may attend.
-            layouts: One per sample, or one for all.
+    Args:
+        name: What the message calls the attention module.
+        attn_mask: As `scaled_dot_product_attention` takes it, `[..., N, N]`, True or 0 where tokens may attend.
+        layouts: One per sample, or one for all.
+        checked: Masks that need no check for these layouts; this one is added, so that its memory is no other's.
 
-        Raises:
-            ValueError: If the mask hides or weighs a visible pair, or has another shape.
-        """
-        sizes = layouts[0].num_tokens, layouts[0].num_key_tokens
-        if not 2 <= attn_mask.dim() <= 4 or any(
-            given not in (1, size) for given, size in zip(attn_mask.shape[-2:], sizes, strict=True)
-        ):
+    Raises:
+        ValueError: If the mask hides or weighs a visible pair, or has another shape.
+    """
+    sizes = layouts[0].num_tokens, layouts[0].num_key_tokens
+    if not 2 <= attn_mask.dim() <= 4 or any(
+        given not in (1, size) for given, size in zip(attn_mask.shape[-2:], sizes, strict=True)
+    ):
+        raise ValueError(
+            f"the attn_mask of {name} must have shape [..., N, N] with N = {sizes[0]}, got {list(attn_mask.shape)}"
+        )
+    # Tensors of inference mode do not count their changes, and so are checked each time.
+    version = None if attn_mask.is_inference() else attn_mask._version
+    key = (attn_mask.data_ptr(), attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device, version)
+    if version is not None and key in checked:
+        return
+    mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    for sample, layout in enumerate(layouts):
+        of_sample = mask[sample : sample + 1] if len(layouts) == len(mask) else mask
+        if _hides(of_sample, layout):
             raise ValueError(
-                f"the attn_mask of {name} must have shape [..., N, N] with N = {sizes[0]}, got {list(attn_mask.shape)}"
+                f"{name} is given an attn_mask that hides or weighs tokens which the covisibility graph shows. "
+                "Leave the mask out, or give a graph that shows only what the mask does"
             )
-        # Tensors of inference mode do not count their changes.
-        key = None if attn_mask.is_inference() else _state(attn_mask)
-        if key in self._checked and self._checked[key][1] == layouts:
-            return
-        mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-        for sample, layout in enumerate(layouts):
-            of_sample = mask[sample : sample + 1] if len(layouts) == len(mask) else mask
-            if _hides(of_sample, layout):
-                raise ValueError(
-                    f"{name} is given an attn_mask that hides or weighs tokens which the covisibility graph shows. "
-                    "Leave the mask out, or give a graph that shows only what the mask does"
-                )
-        if key is not None:
-            self._checked[key] = attn_mask, layouts
-
-
-def _state(mask: Tensor) -> tuple[Any, ...]:
-    return mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask.device, mask._version
+    if version is not None:
+        checked[key] = attn_mask
 
 
 def _hides(mask: Tensor, layout: BlockLayout) -> bool:
@@ -68,8 +61,6 @@ def _hides(mask: Tensor, layout: BlockLayout) -> bool:
         rows = slice(first, first + step)
         some = mask if mask.shape[-2] == 1 else mask[..., rows, :]
         allowed = some if mask.dtype == torch.bool else some == 0
-        if bool(allowed.all()):
-            continue
-        if bool((layout.to_dense(rows) & ~allowed).any()):
+        if not bool(allowed.all()) and bool((layout.to_dense(rows) & ~allowed).any()):
             return True
     return False

@@ -1,4 +1,4 @@
-"""The parts of a patch: each stands in for the forwards of some modules."""
+"""What a part of a patch is, which stands in for the forwards of some modules; and two that look on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from ..compiling import uncompiled
 from .forwards import Forwards
-from .graph_attention import GraphAttention
-from .interception import Answering, StandIn
-
-__all__ = ["FrameOrder", "Interception", "Part", "UnknownAttention"]
+from .interception import StandIn
 
 Around = Callable[..., Any]
 """Runs in place of a module's forward: takes the `StandIn`, then the arguments of that forward."""
@@ -23,32 +20,6 @@ class Part(Protocol):
 
     def sites(self) -> Iterable[tuple[nn.Module, str, Around]]:
         """Return the modules whose forward is stood in for, their names, and what runs around it; picklable methods."""
-
-
-class Interception:
-    """Answers the one attention call of each global attention module.
-
-    Args:
-        modules: The modules by name.
-        attention: What answers.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], attention: GraphAttention) -> None:
-        self.modules, self.attention = dict(modules), attention
-
-    def sites(self) -> Iterable[tuple[nn.Module, str, Around]]:
-        """Return the global attention modules."""
-        return [(module, name, self._attend) for name, module in self.modules.items()]
-
-    @uncompiled(recursive=True)
-    def _attend(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
-        def answer(*of_call: Any, **options: Any) -> Tensor:
-            return self.attention.answer(stand_in.name, lambda: (*args, *kwargs.values()), *of_call, **options)
-
-        with Answering(stand_in.name, answer) as answering:
-            output = stand_in.original(*args, **kwargs)
-        answering.check()
-        return output
 
 
 class UnknownAttention:

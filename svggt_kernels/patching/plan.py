@@ -20,8 +20,6 @@ from ..streams import is_capturing
 from .forwards import Forward
 from .order import Order, as_images_lie, earlier_frames_only, frame_order, in_order
 
-__all__ = ["Covisibility", "Planner"]
-
 # Layouts kept for graphs that come again.
 LAYOUTS_KEPT = 16
 

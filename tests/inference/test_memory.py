@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -145,8 +145,8 @@ class Away:
         self.device, self.dtype, self.shape = tokens.device, tokens.dtype, tokens.shape
         self.array = tokens.numpy(force=True).copy()
 
-    def load(self, frames: slice) -> Callable[[], Tensor]:
-        return lambda: torch.from_numpy(self.array[:, frames].copy())
+    def load(self, frames: slice) -> Tensor:
+        return torch.from_numpy(self.array[:, frames].copy())
 
     def read(self, frames: slice, tokens: slice) -> Tensor:
         return torch.from_numpy(self.array[:, frames, tokens].copy())
