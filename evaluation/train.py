@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import commit, device_name
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.weights import write_weights
+from svggt_kernels.demo.scenes import SIZE, Draws
 
-from .model import RoomsModel
-from .model.weights import write_weights
-from .scenes import SIZE, Draws
 from .training.curriculum import draw_batch, vary_exposure
 from .training.losses import total_loss
 from .training.network import TrainingNetwork
