@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import commit, device_name
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.weights import write_weights
+from svggt_kernels.demo.scenes import SIZE
 
-from .model import RoomsModel
-from .model.weights import write_weights
-from .scenes import SIZE
 from .training.batches import Batches
 from .training.losses import total_loss
 from .training.network import TrainingNetwork

@@ -153,12 +153,13 @@ def contents_of_wheel(folder: Path) -> zipfile.ZipFile:
 
 
 def expected_in_wheel() -> set[str]:
-    """What every wheel holds: Python, and the sources of kernels that are compiled where they run."""
-    python = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    """What every wheel holds: Python, the trained weights, and sources of kernels that are compiled where they run."""
+    suffixes, names = (".py", ".npz", ".json"), ("py.typed",)
+    own = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix in suffixes or p.name in names}
     shipped = [p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".cu", ".cuh", ".metal")]
     sources = {f"svggt_kernels/{p.relative_to(ROOT)}" for p in shipped}
     assert sources
-    return python | sources
+    return own | sources
 
 
 @full

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..scenes import Draws
+from svggt_kernels.demo.scenes import Draws
+
 from .curriculum import draw_batch, vary_exposure
 from .truth import Truth
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..scenes import Draws, Scenes, make_scenes
+from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
 
 FAMILIES = {"walk": 0.35, "room": 0.3, "photos": 0.2, "revisit": 0.06, "forward": 0.06, "rotation": 0.03}
 SHUFFLED = 0.5

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model.heads import cameras
-from ..scenes import Draws
-from ..scenes.draws import constant
+from svggt_kernels.demo.model.heads import cameras
+from svggt_kernels.demo.scenes import Draws
+from svggt_kernels.demo.scenes.draws import constant
+
 from .network import Matched, Prediction
 from .truth import Truth
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import RoomsModel
-from ..model.heads import INITIAL_CAMERA
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.heads import INITIAL_CAMERA
 
 MATCHED_LAYERS = (1, 2, 4)
 """Global blocks whose head 0 is taught to find the same point in other frames."""

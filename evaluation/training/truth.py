@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..scenes import Scenes, correspond
+from svggt_kernels.demo.scenes import Scenes, correspond
 
 COVISIBLE = 0.05
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from svggt_kernels.demo.model.poses import decode_poses
+from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
 from svggt_kernels.measure.accuracy import (
     Interval,
     depth_errors,
@@ -16,9 +18,6 @@ from svggt_kernels.measure.accuracy import (
     pose_auc,
     trajectory_error,
 )
-
-from ..model.poses import decode_poses
-from ..scenes import Draws, Scenes, make_scenes
 
 FIRST_SEED = 10_000_019
 """Far from the seeds of training."""

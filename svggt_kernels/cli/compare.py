@@ -48,6 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(as_text(comparison))
     names = [photo.name for photo in photos]
-    command, cell = arguments.command_line, model.kind.cell
-    print(write_results(arguments.output, comparison, outputs, frames, names, command=command, cell=cell))
+    print(write_results(arguments.output, comparison, outputs, frames, names, command=arguments.command_line))
     return 0

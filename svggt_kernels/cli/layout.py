@@ -150,5 +150,5 @@ def _from_model(
         inside, graph = handle.layout, handle.graph
     note = None
     if model.warning:
-        note = f"The weights of {model.name} are random, so its tokens are a poor guide to who sees whom."
+        note = f"The model {model.name} has not learned from photos, so its tokens are a poor guide to who sees whom."
     return BlockLayout(graph, inside.queries, inside.keys).to("cpu"), note

@@ -132,7 +132,10 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
     _add_graph(parser)
     parser.add_argument("--model", choices=MODELS, help="whose tokens --covisibility tokens takes (default: toy)")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="weights of that model; without them they are random"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="weights of that model; without them they are random, but those of toy trained",
     )
     _add_device(parser, "where that model or MegaLoc runs: ")
     parser.add_argument(
@@ -170,13 +173,16 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "compare",
         help="run a model on a folder of photos, dense and sparse, and compare time, memory and outputs",
         description="Runs a model on a folder of photos, as it is and patched, and compares time, memory and every "
-        "output. Writes a report and pictures. Without --weights the model's weights are random; only MegaLoc's are "
-        "downloaded, where its graph is asked for.",
+        "output. Writes a report and pictures. Without --weights the model's weights are random, but those of toy "
+        "trained; only MegaLoc's are downloaded, where its graph is asked for.",
     )
     _add_photos(parser)
     parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="its weights, .safetensors or .pt; without them they are random"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="its weights, .safetensors or .pt, of toy .npz; without them they are random, but those of toy trained",
     )
     _add_graph(parser)
     parser.add_argument(

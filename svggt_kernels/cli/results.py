@@ -40,7 +40,6 @@ def write_results(
     names: Sequence[str],
     *,
     command: str,
-    cell: int,
     pairs: Tensor | None = None,  # [E, 2]
 ) -> str:
     """Write report.json, comparison.png and graph.png, and return words that say where they are.
@@ -52,7 +51,6 @@ def write_results(
         frames: What the model saw, RGB in [0, 1].
         names: What to call each frame.
         command: The command that makes it again.
-        cell: As `draw_comparison` takes it.
         pairs: Pairs of frames that are known to share a view, if they are.
 
     Raises:
@@ -66,7 +64,6 @@ def write_results(
         frames=[names[i] for i in shown],
         title=headline(comparison),
         warning=comparison.warning,
-        cell=cell,
     )
     graph = draw_graph(
         outputs.graph,

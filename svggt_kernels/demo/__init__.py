@@ -1,1 +1,1 @@
-"""A small model of the family and a rendered scene, for demonstrations and tests."""
+"""Rendered rooms and a small model that has learned them: for the demo, for tests, and to measure accuracy."""

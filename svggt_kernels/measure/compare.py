@@ -55,7 +55,7 @@ class Comparison:
     Attributes:
         model: Name of the model.
         weights: Where its weights come from.
-        warning: What random weights mean for the outputs; None for given weights.
+        warning: What weights that never met photos mean for the outputs; None for given weights.
         autocast: Dtype of autocast; None for float32 throughout.
         device: Where it ran.
         device_name: What that is.

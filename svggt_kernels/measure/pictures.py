@@ -146,12 +146,10 @@ def draw_comparison(
     frames: Sequence[str],
     title: str,
     warning: str | None = None,
-    cell: int = 1,
 ) -> bytes:
     """Draw one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
 
-    The bar beneath the difference states the relative L2 distance of what is drawn, which `cell` makes smaller than
-    that of the pixels.
+    The bar beneath the difference states the relative L2 distance of what is drawn.
 
     Args:
         photos: RGB in [0, 1].
@@ -160,12 +158,9 @@ def draw_comparison(
         frames: A label for each row.
         title: Lines above the picture.
         warning: A line in red beneath the picture.
-        cell: Show depth as means over squares of this many pixels. Heads without training fill each token with noise;
-            its mean is what the tokens decide.
     """
-    means = F.avg_pool2d(torch.stack([dense, sparse]).float().cpu().flatten(0, 1), cell)
-    means = means.unflatten(0, (2, -1))  # [2, F, H / cell, W / cell]
-    distance, depths = percent(Deviation.of(means[0], means[1]).relative_l2), means.numpy()
+    distance = percent(Deviation.of(dense, sparse).relative_l2)
+    depths = torch.stack([dense, sparse]).float().cpu().numpy()  # [2, F, H, W]
     finite = np.isfinite(depths)
     low, high = np.percentile(depths[finite], (2, 98)) if finite.any() else (0.0, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -178,8 +173,7 @@ def draw_comparison(
     row_height = column_width * height / width
     figure = _figure(4 * column_width + 0.5, rows * (row_height + 0.1) + bar_height + 1.7, title, warning)
     grid = figure.add_gridspec(rows + 1, 4, height_ratios=[row_height] * rows + [bar_height])
-    mean = f", mean of {cell} x {cell} px" if cell > 1 else ""
-    panels = ("photo", f"dense depth{mean}", f"sparse depth{mean}", f"sparse - dense{mean}")
+    panels = ("photo", "dense depth", "sparse depth", "sparse - dense")
     for row, frame in enumerate(frames):
         axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
         axes[0].imshow(photos[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy())

@@ -12,7 +12,7 @@ package is imported here. `patching` acts on records and knows no model by name.
 | Pi3 | `decoder[i].attn`, odd i | first 5, alike in all frames | none | pi3 |
 | Depth Anything 3 | `pretrained.blocks[i].attn`, odd i from `alt_start` | first 1 | 0, after reordering | da3-small |
 | MapAnything | `self_attention_blocks[i].attn`, even i | last T, and trailing tokens after all frames | 0 | |
-| toy | every `global_blocks[i].attn` | first `num_special_tokens` | 0 | toy |
+| toy | as VGGT | first 5 | 0 | toy |
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .vggt_omega import VGGT_OMEGA
 
 __all__ = ["RECORDS", "RUNNABLE", "ForwardInputs", "ModelRecord", "RunnableModel", "find_model", "stated_record"]
 
-RECORDS = (STREAM_VGGT, VGGT, VGGT_OMEGA, PI3, DEPTH_ANYTHING_3, MAPANYTHING, TOY)
+RECORDS = (TOY, STREAM_VGGT, VGGT, VGGT_OMEGA, PI3, DEPTH_ANYTHING_3, MAPANYTHING)
 """Every record; the first that matches a module is the module's."""
 
 RUNNABLE = {record.runnable.name: record.runnable for record in RECORDS if record.runnable is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -51,10 +52,9 @@ class RunnableModel:
         requirement: How to install what `build` imports; empty if nothing is needed.
         long_side: The model's usual resolution: pixels of the longer side.
         patch_size: Pixels of a patch.
-        trainable: Whether trained weights exist for it.
+        trained: Makes the model with the weights of a file in a format of its own, or for None with those that the
+            package has. None if weights come as tensors by name, and the package has none.
         key_prefix: A prefix that weight files put before every name.
-        cell: Side in pixels of the squares whose mean depth pictures show; above 1 where the head fills each token with
-            noise.
     """
 
     name: str
@@ -64,9 +64,8 @@ class RunnableModel:
     requirement: str = ""
     long_side: int = 518
     patch_size: int = 14
-    trainable: bool = True
+    trained: Callable[[Path | None], nn.Module] | None = None
     key_prefix: str = ""
-    cell: int = 1
 
 
 @dataclass(frozen=True)

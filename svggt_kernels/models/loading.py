@@ -15,6 +15,7 @@ from .base import RunnableModel
 SEED = 0
 HEAD_SIZE = 64  # of all models that can be built
 RANDOM_WEIGHTS = "The weights are random: depth and cameras mean nothing; only dense against sparse can be compared."
+ROOMS_WEIGHTS = "The weights are trained on rendered rooms: of photos depth and cameras mean little."
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LoadedModel:
         kind: How to feed and read it.
         module: The model, in eval mode, on its device.
         weights: Where the weights come from, in words.
-        warning: What random weights mean for the outputs; None for weights from a file.
+        warning: What weights that never met photos mean for the outputs; None for weights from a file.
         autocast: The dtype of autocast, or None for float32 throughout.
     """
 
@@ -76,26 +77,30 @@ def build(kind: RunnableModel, device: torch.device) -> nn.Module:
 
 
 def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedModel:
-    """Build the model called `name`, with random weights that are the same on every device, or those of a file.
+    """Build the model called `name` with the weights of a file, or else those of the package, or else random ones.
+
+    Random weights are the same on every device.
 
     Raises:
         ValueError: If the name is unknown, or the weights cannot be read or do not fit.
+        FileNotFoundError: If the trained weights of the model `toy` are not there.
         ImportError: If a package is missing; the message says how to install it.
     """
     if name not in RUNNABLE:
         raise ValueError(f"the model must be one of {', '.join(RUNNABLE)}, got {name}")
     kind = RUNNABLE[name]
-    if weights is not None and not kind.trainable:
-        raise ValueError(f"no trained weights exist for the model {name}, got {weights}; leave the weights out")
-    module = build(kind, torch.device("cpu"))
-    if weights is not None:
-        _load_weights(module, weights, kind.key_prefix)
+    if kind.trained is not None:
+        module, source, warning = kind.trained(weights), "trained, of the package", ROOMS_WEIGHTS
+    else:
+        module, source, warning = build(kind, torch.device("cpu")), f"random, seed {SEED}", RANDOM_WEIGHTS
+        if weights is not None:
+            _load_weights(module, weights, kind.key_prefix)
     dtype = running_dtype(device)
     return LoadedModel(
         kind=kind,
         module=module.to(device),
-        weights=f"random, seed {SEED}" if weights is None else str(weights),
-        warning=RANDOM_WEIGHTS if weights is None else None,
+        weights=source if weights is None else str(weights),
+        warning=warning if weights is None else None,
         autocast=None if dtype == torch.float32 else dtype,
     )
 

@@ -1,32 +1,31 @@
-"""The package's own small model, `svggt_kernels.demo.toy`."""
+"""The package's own small model, `svggt_kernels.demo.model`: a VGGT in all but size."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
-from ..demo.toy import ToyMultiViewTransformer
-from .base import (
-    ModelRecord,
-    RunnableModel,
-    block_attention,
-    first_sample,
-    has_parts,
-    read_images,
-)
+from torch import nn
 
-TOY = ModelRecord(
+from ..demo.model import RoomsModel
+from ..demo.model.aggregator import Aggregator
+from .base import RunnableModel
+from .vggt import VGGT, vggt_outputs
+
+
+def _is_own(module: nn.Module) -> bool:
+    return isinstance(module, Aggregator)
+
+
+TOY = replace(
+    VGGT,
     name="toy",
-    structure="frame_blocks, global_blocks and num_special_tokens (svggt_kernels.demo.toy)",
-    matches=partial(has_parts, blocks=("frame_blocks", "global_blocks"), attributes=("num_special_tokens",)),
-    global_attention=partial(block_attention, path="global_blocks"),
-    read=partial(read_images, special_tokens="num_special_tokens"),
-    known=("frame_blocks", "global_blocks"),
+    structure="the aggregator of svggt_kernels.demo.model.RoomsModel",
+    matches=_is_own,
     runnable=RunnableModel(
         name="toy",
-        build=ToyMultiViewTransformer,
-        outputs=partial(first_sample, names=("depth", "depth_conf", "pose_enc")),
-        long_side=336,
-        trainable=False,
-        cell=14,
+        build=RoomsModel,
+        outputs=vggt_outputs,
+        long_side=154,
+        trained=RoomsModel.trained,
     ),
 )

@@ -29,7 +29,8 @@ def _build() -> nn.Module:
     return VGGT(enable_point=True) if is_fastvggt else VGGT()
 
 
-def _outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
+def vggt_outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the outputs of one sample by name; depth loses its last axis."""
     outputs = first_sample(result, ("depth", "depth_conf", "pose_enc", "world_points", "world_points_conf"))
     return outputs | {"depth": outputs["depth"][..., 0]}
 
@@ -44,7 +45,7 @@ VGGT = ModelRecord(
     runnable=RunnableModel(
         name="vggt",
         build=_build,
-        outputs=_outputs,
+        outputs=vggt_outputs,
         requirement="pip install --no-deps git+https://github.com/facebookresearch/vggt && "
         "pip install einops huggingface_hub safetensors",
     ),

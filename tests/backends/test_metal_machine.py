@@ -22,7 +22,7 @@ from svggt_kernels import (
 from svggt_kernels.backends import metal
 from svggt_kernels.backends.metal import shader, trial
 from svggt_kernels.cli import check, main
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.measure import machine
 from svggt_kernels.sources import MegaLocSimilarity
 
@@ -112,7 +112,7 @@ def test_a_layout_whose_graph_is_on_the_gpu(gpu: AppleGpu):
 @torch.no_grad()
 def test_a_patched_model(how: str, gpu: AppleGpu):
     """Every frame sees every other, so the model must give what it gives without a patch."""
-    model, describer = ToyMultiViewTransformer(dim=128, depth=2, num_heads=2), megaloc()
+    model, describer = RoomsModel(dim=128, depth=2, num_heads=2), megaloc()
     images = torch.rand(4, 3, 56, 70)
     expected = model(images)
     move(model)

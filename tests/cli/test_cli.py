@@ -27,7 +27,7 @@ from svggt_kernels.cli import (
     parser,
     results,
 )
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import RANDOM_WEIGHTS
 from svggt_kernels.sources.thumbnails import thumbnails
@@ -54,9 +54,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the toy model small."""
+    """Makes the toy model small and random."""
     kind = dataclasses.replace(
-        RUNNABLE["toy"], build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2), long_side=56
+        RUNNABLE["toy"], build=lambda: RoomsModel(dim=16, depth=2, num_heads=2), trained=None, long_side=56
     )
     monkeypatch.setitem(RUNNABLE, "toy", kind)
 
@@ -167,7 +167,7 @@ class TestLayout:
         assert printed == json.loads((tmp_path / "report.json").read_text())
         assert printed["graph"]["frames"] == 6
         assert (printed["graph"]["density"] == 1) == (kind == "all")
-        assert ("random" in str(printed["note"])) == (kind == "tokens")
+        assert ("not learned from photos" in str(printed["note"])) == (kind == "tokens")
 
     def test_megaloc_is_the_default(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -311,12 +311,17 @@ class TestCompare:
         assert 0 < written["deviations"]["depth"]["relative_l2"] < 1
 
     def test_out_of_memory(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_toy: None,
     ) -> None:
         def exhausted(*arguments: object) -> None:
             raise torch.OutOfMemoryError
 
-        monkeypatch.setattr(ToyMultiViewTransformer, "forward", exhausted)
+        monkeypatch.setattr(RoomsModel, "forward", exhausted)
         said = refusal(capsys, "compare", folder, *TOY, "--output", tmp_path)
         assert said.endswith("use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)\n")
 
@@ -334,7 +339,13 @@ class TestRefusals:
         ids=["missing", "empty", "file", "broken photo"],
     )
     def test_folder(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], make: object, message: str
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        tiny_toy: None,
+        command: list[str],
+        make: object,
+        message: str,
     ) -> None:
         make(tmp_path / "in")  # type: ignore[operator]
         said = refusal(capsys, *command, tmp_path / "in", "--covisibility", "all", "--output", tmp_path / "out")
@@ -352,12 +363,18 @@ class TestRefusals:
             (["--long-side", "13"], "long_side must be at least one patch"),
             (["--device", "tpu"], "--device must be auto or one of"),
             (["--backend", "cuda"], "backend must be one of hopper, triton, metal, cpu, reference or None, got 'cuda'"),
-            (["--weights", "w.pt"], "no trained weights exist"),
+            (["--weights", "w.pt"], "the weights must be a file, but w.pt is none"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
     def test_options(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+        self,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        tiny_toy: None,
+        words: list[str],
+        message: str,
     ) -> None:
         assert message in refusal(capsys, "compare", folder, *TOY, *words, "--output", tmp_path / "out")
 
@@ -429,8 +446,7 @@ class TestDemo:
         monkeypatch: pytest.MonkeyPatch,
         tiny_toy: None,
     ) -> None:
-        monkeypatch.setattr(demo, "HEIGHT", 42)
-        monkeypatch.setattr(demo, "WIDTH", 56)
+        monkeypatch.setattr(demo, "SIZE", (42, 56))
         assert main(["demo", "--frames", "14", "--device", "cpu", "--output", str(tmp_path)]) == 0
         out = capsys.readouterr().out
         assert "a walk of 14 frames through 8 rooms" in out

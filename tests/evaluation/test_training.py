@@ -11,14 +11,14 @@ import torch
 
 from evaluation import train
 from evaluation.__main__ import main
-from evaluation.model import RoomsModel
-from evaluation.scenes import Draws, Scenes, make_scenes
 from evaluation.training import curriculum, validation
 from evaluation.training.losses import camera_losses, depth_loss, match_loss, total_loss
 from evaluation.training.network import TrainingNetwork
 from evaluation.training.optimisers import Optimiser, orthogonalised
 from evaluation.training.schedule import Progress, match_factor, rate_factor
 from evaluation.training.truth import Truth
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
 
 SIZE = (28, 42)
 SIZES = {"dim": 32, "depth": 2, "num_heads": 2}

@@ -13,12 +13,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from doubles import FAMILY
 from doubles.vggt import DIM, SPECIAL, VGGT, DPTHead
 from live_bytes import Live
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
 from svggt_kernels.inference import blocks, layer_outputs, memory, proofs
 from svggt_kernels.inference.verification import Verification
 from svggt_kernels.patching.graph_attention import GraphAttention
@@ -319,7 +319,7 @@ def test_what_a_budget_cannot_do_is_refused_before_any_work(monkeypatch: pytest.
     with pytest.raises(ValueError, match='outputs="all"'):
         patch(network, covisibility="all", memory_budget=8, outputs="all")
     with pytest.raises(ValueError, match="needs a model of VGGT's shape"):
-        patch(ToyMultiViewTransformer.create(), covisibility="all", memory_budget=8)
+        patch(FAMILY["pi3"].create(), covisibility="all", memory_budget=8)
 
 
 def test_a_budget_that_the_models_own_forward_would_not_keep_is_refused(tight):

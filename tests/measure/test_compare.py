@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import Patch, patch
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.measure import compare
 
 FRAMES = torch.rand(3, 3, 28, 28)
@@ -33,7 +33,7 @@ class Toy:
 
 @pytest.fixture
 def toy() -> Toy:
-    return Toy(ToyMultiViewTransformer(dim=16, depth=2, num_heads=2).eval())
+    return Toy(RoomsModel(dim=16, depth=2, num_heads=2).eval())
 
 
 def test_one_patch_serves_all_timed_runs(monkeypatch: pytest.MonkeyPatch, toy: Toy):

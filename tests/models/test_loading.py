@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.weights import write_weights
 from svggt_kernels.models import RUNNABLE, RunnableModel
 from svggt_kernels.models.loading import build, load_model
 
@@ -20,11 +21,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny_toy(monkeypatch: pytest.MonkeyPatch) -> RunnableModel:
-    """Makes the toy model small, and lets it take weights."""
+    """Makes the toy model small and random, and lets it take weights of any file."""
     kind = dataclasses.replace(
         RUNNABLE["toy"],
-        build=lambda: ToyMultiViewTransformer(dim=16, depth=2, num_heads=2),
-        trainable=True,
+        build=lambda: RoomsModel(dim=16, depth=2, num_heads=2),
+        trained=None,
         key_prefix="model.",
     )
     monkeypatch.setitem(RUNNABLE, "toy", kind)
@@ -58,10 +59,10 @@ def test_random_weights_are_always_the_same(tiny_toy: RunnableModel):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda state: {}, "missing: camera_token, register_tokens, .* and .* more"),
+        (lambda state: {}, "missing: aggregator.camera_token, aggregator.register_token, .* and .* more"),
         (
-            lambda state: state | {"camera_token": torch.zeros(1)},
-            r"shape: camera_token \[1\] \(must be \[2, 1, 16\]\)",
+            lambda state: state | {"aggregator.camera_token": torch.zeros(1)},
+            r"shape: aggregator.camera_token \[1\] \(must be \[1, 2, 1, 16\]\)",
         ),
         (lambda state: [1, 2], "must hold a mapping"),
         (lambda state: {"model": state, "epoch": 3}, "'model' stands for OrderedDict"),
@@ -89,13 +90,19 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path: Path, tiny_toy: Runna
         load_model("toy", tmp_path / name, CPU)
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "message"),
-    [("vgg16", None, "must be one of .*vggt.*, got vgg16"), ("toy", "w.pt", "no trained weights exist for the model")],
-)
-def test_what_there_is_not_is_refused(name: str, weights: str | None, message: str):
-    with pytest.raises(ValueError, match=message):
-        load_model(name, weights and Path(weights), CPU)
+def test_what_there_is_not_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"must be one of .*vggt.*, got vgg16"):
+        load_model("vgg16", None, CPU)
+    with pytest.raises(FileNotFoundError, match=r"no trained weights at .*w\.npz"):
+        load_model("toy", tmp_path / "w.npz", CPU)
+
+
+def test_the_toy_reads_the_file_of_a_training(tmp_path: Path):
+    trained = RoomsModel.create(3, dim=16, depth=2, num_heads=2)
+    write_weights(tmp_path / "w.npz", trained.state_dict(), trained.sizes)
+    loaded = load_model("toy", tmp_path / "w.npz", CPU)
+    assert (loaded.weights, loaded.warning) == (str(tmp_path / "w.npz"), None)
+    assert loaded.module.sizes == trained.sizes
 
 
 @pytest.mark.parametrize("name", [name for name, kind in RUNNABLE.items() if kind.requirement])

@@ -45,7 +45,7 @@ def test_no_record_takes_just_any_module(record: ModelRecord):
 @pytest.mark.parametrize(
     ("name", "result"),
     [
-        ("toy", {"depth": torch.rand(1, 5, 14, 28), "pose_enc": torch.rand(1, 5, 9)}),
+        ("toy", {"depth": torch.rand(1, 5, 14, 28, 1), "pose_enc": torch.rand(1, 5, 9)}),
         ("da3-small", {"depth": torch.rand(1, 5, 14, 28), "extrinsics": torch.rand(1, 5, 3, 4)}),
         ("vggt", {"depth": torch.rand(1, 5, 14, 28, 1), "pose_enc": torch.rand(1, 5, 9), "images": torch.rand(5)}),
         ("pi3", {"local_points": torch.rand(1, 5, 14, 28, 3), "camera_poses": torch.rand(1, 5, 4, 4)}),

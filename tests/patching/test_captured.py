@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from svggt_kernels import CovisibilityGraph, patch
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.models import ForwardInputs, stated_record
 from svggt_kernels.patching import plan
 from svggt_kernels.patching.plan import LAYOUTS_KEPT, Forward, Planner
@@ -57,7 +57,7 @@ def test_a_copy_keeps_nothing_that_was_captured_elsewhere():
 
 @pytest.mark.gpu
 def test_a_captured_forward_replays_after_other_graphs_and_after_undo():
-    model = ToyMultiViewTransformer.create(dim=128, depth=2, num_heads=2).cuda().bfloat16()
+    model = RoomsModel.create(dim=128, depth=2, num_heads=2).cuda().bfloat16()
     images = torch.rand(FRAMES, 3, 56, 70, device="cuda", dtype=torch.bfloat16)
     first, *others = graphs(LAYOUTS_KEPT + 2, "cuda")
     chosen = [first]

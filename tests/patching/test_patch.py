@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svggt_kernels import CovisibilityGraph, Patch, TokenSimilarity, patch
 from svggt_kernels.attention import choose_backend
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
 # Elsewhere some tokens always meet: VGGT-Omega's registers in layers of their own, MapAnything's scale token.
@@ -93,7 +93,7 @@ def test_keys_and_values_of_invisible_frames_are_never_read(double: Double):
 
 
 def test_toy_model_with_every_output():
-    model = ToyMultiViewTransformer.create(dim=16, depth=2, num_heads=1).double()
+    model = RoomsModel.create(dim=16, depth=2, num_heads=1).double()
     pictures = torch.rand(4, 3, 28, 42, dtype=torch.float64)
     dense = model(pictures)
     with patch(model, covisibility="all") as handle:
@@ -444,7 +444,7 @@ def test_masks_pass_only_where_the_graph_shows_no_more():
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_gpu():
     """The best backend answers under autocast, and a fixed graph costs no wait for the device after the first call."""
-    model = ToyMultiViewTransformer.create(dim=128, depth=2, num_heads=2)
+    model = RoomsModel.create(dim=128, depth=2, num_heads=2)
     pictures = torch.rand(5, 3, 56, 70)
     with torch.inference_mode(), patch(model, covisibility=BAND):
         exact = copy.deepcopy(model).double()(pictures.double())["depth"]

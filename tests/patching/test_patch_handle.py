@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from svggt_kernels import CovisibilityGraph, Patch, patch
 from svggt_kernels.backends import cpu
 from svggt_kernels.compiling import uncompiled
-from svggt_kernels.demo.toy import ToyMultiViewTransformer
+from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.models import RECORDS
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
@@ -326,7 +326,7 @@ def test_what_forwards_leave_behind_is_not_pickled():
 
 
 def test_pickled_copy_in_another_process(tmp_path: Path):
-    model = ToyMultiViewTransformer.create(dim=16, depth=2, num_heads=1)
+    model = RoomsModel.create(dim=16, depth=2, num_heads=1)
     pictures = torch.rand(5, 3, 28, 42)
     with patch(model, covisibility=BAND):
         torch.save({"model": model, "images": pictures, "depth": model(pictures)["depth"]}, tmp_path / "saved.pt")
@@ -461,7 +461,7 @@ def test_special_tokens_must_be_one_of_two():
 
 def test_compiled_model():
     """Attention runs outside the compiled graphs, whether the model was compiled before or after."""
-    model = ToyMultiViewTransformer.create(dim=16, depth=1, num_heads=1)
+    model = RoomsModel.create(dim=16, depth=1, num_heads=1)
     pictures = torch.rand(5, 3, 14, 28)
     with torch.no_grad():
         with patch(model, covisibility=BAND):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.model import RoomsModel, model
-from evaluation.model.weights import dequantise, quantise, read_weights, write_weights
+from svggt_kernels.demo.model import RoomsModel, model
+from svggt_kernels.demo.model.weights import dequantise, quantise, read_weights, write_weights
 
 SIZES = {"dim": 32, "depth": 1, "num_heads": 2}
 

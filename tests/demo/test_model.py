@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from tiers import full
 from torch.overrides import TorchFunctionMode
 
-from evaluation.model import RoomsModel
-from evaluation.model.blocks import Attention, Rotary2D
-from evaluation.model.heads import Cameras, DepthHead, cameras
-from evaluation.model.poses import decode_poses, encode_poses
 from svggt_kernels import patch
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.blocks import Attention, Rotary2D
+from svggt_kernels.demo.model.heads import Cameras, DepthHead, cameras
+from svggt_kernels.demo.model.poses import decode_poses, encode_poses
 from svggt_kernels.inference import blocks as fused
 
 SIZES = {"dim": 48, "depth": 2, "num_heads": 3}
@@ -120,13 +120,13 @@ def test_depth_of_a_frame_does_not_depend_on_the_chunk(model, images):
 
 
 @torch.no_grad()
-def test_patch_knows_it_as_vggt(images):
+def test_patch_knows_it(images):
     model = RoomsModel.create(dim=128, depth=2, num_heads=2)
     dense = model(images)
     with patch(model, covisibility="all") as handle:
         patched = model(images)
     report = handle.report()
-    assert report.model == "VGGT" and report.calls_last_forward == 2
+    assert report.model == "toy" and report.calls_last_forward == 2
     for name, value in dense.items():
         torch.testing.assert_close(patched[name], value, atol=1e-4, rtol=1e-4)
 

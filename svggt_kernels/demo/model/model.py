@@ -1,4 +1,4 @@
-"""A small multi-view transformer of VGGT's shape, to be trained on rendered flats, where accuracy can be measured.
+"""A small multi-view transformer of VGGT's shape that has learned rendered flats, where accuracy can be measured.
 
 Read `model`, `aggregator`, `blocks` and `heads` in this order to see what the family has in common: frames become
 tokens, blocks alternate between attention inside each frame and attention over all frames, and small heads read cameras

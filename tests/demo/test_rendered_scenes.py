@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.scenes import FAMILIES, HELD_OUT, PLANS, Draws, Scenes, correspond, make_scenes
-from evaluation.scenes.flats import draw_flats
-from evaluation.scenes.renderer import render_by_pytorch
+from svggt_kernels.demo.scenes import FAMILIES, HELD_OUT, PLANS, Draws, Scenes, correspond, make_scenes
+from svggt_kernels.demo.scenes.flats import draw_flats
+from svggt_kernels.demo.scenes.renderer import render_by_pytorch
 
 SIZE = (21, 28)
 
@@ -103,7 +103,7 @@ def test_what_a_wall_hides_is_not_seen():
 
 def test_the_kernel_is_the_torch_renderer():
     pytest.importorskip("triton", reason="triton is not installed")
-    from evaluation.scenes.kernel import render_by_triton
+    from svggt_kernels.demo.scenes.kernel import render_by_triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = make_scenes(2, 1, Draws(5), families="room", rooms=2, size=(10, 14))
@@ -119,7 +119,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from evaluation.scenes.kernel import PIXELS, _render
+from svggt_kernels.demo.scenes.kernel import PIXELS, _render
 
 pointers = {name: "*fp32" for name in ("boxes", "cameras", "images", "depths")}
 numbers = {name: "i32" for name in ("count", "frames", "height", "width")}
