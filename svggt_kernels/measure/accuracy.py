@@ -243,15 +243,19 @@ def depth_errors(predicted: Tensor, true: Tensor, *, alignment: Literal["median"
 
 
 class PointErrors(NamedTuple):
-    """Distances between two sets of points, means in the unit of the points.
+    """Distances between two sets of points, in the unit of the points.
 
     Attributes:
-        accuracy: From each predicted point to the nearest true one.
-        completeness: From each true point to the nearest predicted one.
+        accuracy: From each predicted point to the nearest true one, mean.
+        completeness: From each true point to the nearest predicted one, mean.
+        accuracy_median: The median of the same distances, which a few points far off do not move.
+        completeness_median: Likewise.
     """
 
     accuracy: float
     completeness: float
+    accuracy_median: float
+    completeness_median: float
 
 
 def point_errors(predicted: Tensor, true: Tensor) -> PointErrors:
@@ -268,7 +272,10 @@ def point_errors(predicted: Tensor, true: Tensor) -> PointErrors:
         if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
             raise ValueError(f"{name} points must be [N, 3], N of 1 or more, got {list(points.shape)}")
     predicted, true = predicted.double(), true.double()
-    return PointErrors(_mean_nearest(predicted, true), _mean_nearest(true, predicted))
+    accuracy, completeness = _nearest(predicted, true), _nearest(true, predicted)
+    return PointErrors(
+        *(float(statistic(x)) for statistic in (torch.mean, torch.median) for x in (accuracy, completeness))
+    )
 
 
 class Interval(NamedTuple):
@@ -335,6 +342,6 @@ def _rotation_angle(rotation: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(sine, cosine))
 
 
-def _mean_nearest(points: Tensor, others: Tensor, block: int = 2048) -> float:
-    nearest = [torch.cdist(part, others).amin(1) for part in points.split(block)]
-    return float(torch.cat(nearest).mean())
+def _nearest(points: Tensor, others: Tensor, block: int = 2048) -> Tensor:
+    """Return the distance from each point to the nearest of the others, `[N]`."""
+    return torch.cat([torch.cdist(part, others).amin(1) for part in points.split(block)])
