@@ -1,6 +1,6 @@
 """What a model makes of rendered scenes, and how far that is from the truth.
 
-Training, the curve and the study measure by this: `SceneSet.draw` -> `predict` -> `metrics_of`. The metrics are those of
+Training and the curve measure by this: `SceneSet.draw` -> `predict` -> `metrics_of`. The metrics are those of
 `svggt_kernels.measure.accuracy`; docs/accuracy.md defines them.
 """
 

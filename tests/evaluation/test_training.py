@@ -11,8 +11,8 @@ import torch
 
 from evaluation import train
 from evaluation.__main__ import main
-from evaluation.model import RoomsModel
 from evaluation.measuring import SceneSet
+from evaluation.model import RoomsModel
 from evaluation.scenes import Draws, Scenes, make_scenes
 from evaluation.training import curriculum
 from evaluation.training.losses import camera_losses, depth_loss, match_loss, total_loss
