@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,10 +150,10 @@ class Measurer:
                     self._warm.add(kind)
                     predict(self.model, scenes.images)
                 prediction, milliseconds = timed(lambda: predict(self.model, scenes.images), self.device)
-                (metrics,) = metrics_of(prediction, scenes)
                 what = counted()
-            if not all(map(math.isfinite, metrics.values())):
+            if not prediction.is_finite:
                 raise ValueError(f"what the model predicts must be finite, and is not: {layout.name} on {chosen.name}")
+            (metrics,) = metrics_of(prediction, scenes)
             shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("auc30", "absrel") if name in metrics)
             share = what.pairs / what.dense_pairs
             print(f"{chosen.name} scene {here['scene']} {layout.name}: pairs {share:.3f}, {shown}", flush=True)

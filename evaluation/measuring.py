@@ -82,6 +82,11 @@ class Views:
         frames = scenes.poses.shape[1]
         return cls(scenes.poses, scenes.intrinsics[:, None].expand(-1, frames, -1), scenes.depth)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no number is infinite or NaN."""
+        return all(bool(x.isfinite().all()) for x in (self.poses, self.intrinsics, self.depth))
+
     def __getitem__(self, scene: int) -> Views:
         return Views(self.poses[scene], self.intrinsics[scene], self.depth[scene])
 

@@ -72,7 +72,8 @@ def markdown(section: Section, metrics: Sequence[str], statistic: Callable[..., 
     parts.append(_table(["layout", "pairs", *labels, "seconds", "scenes"], rows))
     others = [layout for layout in section.layouts if layout != DENSE]
     if others and DENSE in section.layouts:
-        parts.append("Less dense on the same scenes; bold where the interval leaves 0 out:")
+        bold = "; bold where the interval leaves 0 out" * (section.scenes >= ENOUGH_SCENES)
+        parts.append(f"Difference from dense on the same scenes{bold}:")
         rows = [[layout, *(_difference(section, layout, name, statistic) for name in names)] for layout in others]
         parts.append(_table(["layout", *labels], rows))
     elif others:
@@ -99,7 +100,8 @@ def _difference(section: Section, layout: str, name: str, statistic: Callable[..
     if interval is None:
         return "-"
     text = _cell(interval, METRICS[name].digits, sign="+")
-    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+    is_certain = section.scenes >= ENOUGH_SCENES and (interval.low > 0 or interval.high < 0)
+    return f"**{text}**" if is_certain else text
 
 
 def _cell(interval: Interval, digits: int, sign: str = "") -> str:

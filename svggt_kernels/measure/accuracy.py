@@ -37,6 +37,8 @@ __all__ = [
     "trajectory_error",
 ]
 
+DISTANCES_AT_ONCE = 2**20
+
 
 class PairErrors(NamedTuple):
     """Errors of all pairs of frames i < j, in degrees, `[S (S - 1) / 2]` each.
@@ -342,6 +344,14 @@ def _rotation_angle(rotation: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(sine, cosine))
 
 
-def _nearest(points: Tensor, others: Tensor, block: int = 2048) -> Tensor:
-    """Return the distance from each point to the nearest of the others, `[N]`."""
-    return torch.cat([torch.cdist(part, others).amin(1) for part in points.split(block)])
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """Return the distance from each point to the nearest of the others, `[N]` float64.
+
+    |x - y|^2 = |x|^2 - 2 x y + |y|^2 as one product, some rows at a time, so that distances stay in the cache.
+    """
+    middle = others.mean(0)
+    points, others = points - middle, others - middle
+    rows = torch.cat([points.square().sum(1, keepdim=True), -2 * points, torch.ones_like(points[:, :1])], 1)
+    columns = torch.cat([torch.ones_like(others[:, :1]), others, others.square().sum(1, keepdim=True)], 1).mT
+    block = max(64, DISTANCES_AT_ONCE // len(others))
+    return torch.cat([(part @ columns).amin(1) for part in rows.split(block)]).clamp(min=0).sqrt()
