@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from svggt_kernels.measure.accuracy import Interval, mean_interval
+from svggt_kernels.measure.accuracy import Interval, mean_interval, ratio_interval
 
 Line = dict[str, Any]
 SceneKey = tuple[int, int]
@@ -132,9 +132,18 @@ class Section:
         self, layout: str, name: str, statistic: Callable[..., np.ndarray] = np.mean, base: str = DENSE
     ) -> Interval | None:
         """Return the mean of the differences from another layout, scene by scene; None if they share no scene."""
-        these, those = self.layouts[layout], self.layouts.get(base, {})
-        pairs = [(value(line, name), value(those[scene], name)) for scene, line in these.items() if scene in those]
+        pairs = self._paired(layout, name, base)
         return mean_interval([one - other for one, other in pairs], statistic=statistic) if pairs else None
+
+    def ratio(self, layout: str, name: str, base: str = DENSE) -> Interval | None:
+        """Return the mean over that of another layout on the same scenes; None if there is none, or its mean is 0."""
+        pairs = self._paired(layout, name, base)
+        ours, theirs = [one for one, _ in pairs], [other for _, other in pairs]
+        return ratio_interval(ours, theirs) if sum(theirs) > 0 else None
+
+    def _paired(self, layout: str, name: str, base: str) -> list[tuple[float, float]]:
+        these, those = self.layouts[layout], self.layouts.get(base, {})
+        return [(value(line, name), value(those[scene], name)) for scene, line in these.items() if scene in those]
 
 
 def value(line: Line, name: str) -> float:

@@ -22,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve wrote")
     add_metrics(parser)
+    parser.add_argument("--ratio", action="store_true", help="ratios to dense in place of differences from it")
     parser.add_argument("--median", action="store_true", help="medians over scenes in place of means")
     parser.set_defaults(run_command=run)
 
@@ -48,17 +49,23 @@ def run(options: argparse.Namespace) -> int:
     lines = [line for file in options.results for line in read_results(file)]
     statistic = np.median if options.median else np.mean
     for section in sections(lines):
-        print(markdown(section, chosen_metrics(options), statistic))
+        print(markdown(section, chosen_metrics(options), statistic, options.ratio))
     return 0
 
 
-def markdown(section: Section, metrics: Sequence[str], statistic: Callable[..., np.ndarray] = np.mean) -> str:
+def markdown(
+    section: Section,
+    metrics: Sequence[str],
+    statistic: Callable[..., np.ndarray] = np.mean,
+    ratio: bool = False,
+) -> str:
     """Return the tables of one kind of scene.
 
     Args:
         section: The lines.
         metrics: Names of what to show; what the scenes do not have is left out.
         statistic: Over scenes.
+        ratio: Show ratios to dense, always of means, in place of differences from it.
     """
     names = section.names(metrics)
     labels = [METRICS[name].label for name in names]
@@ -72,9 +79,11 @@ def markdown(section: Section, metrics: Sequence[str], statistic: Callable[..., 
     parts.append(_table(["layout", "pairs", *labels, "seconds", "scenes"], rows))
     others = [layout for layout in section.layouts if layout != DENSE]
     if others and DENSE in section.layouts:
-        bold = "; bold where the interval leaves 0 out" * (section.scenes >= ENOUGH_SCENES)
-        parts.append(f"Difference from dense on the same scenes{bold}:")
-        rows = [[layout, *(_difference(section, layout, name, statistic) for name in names)] for layout in others]
+        bold = f"; bold where the interval leaves {int(ratio)} out" * (section.scenes >= ENOUGH_SCENES)
+        parts.append(f"{'Ratio to' if ratio else 'Difference from'} dense on the same scenes{bold}:")
+        rows = [
+            [layout, *(_against_dense(section, layout, name, statistic, ratio) for name in names)] for layout in others
+        ]
         parts.append(_table(["layout", *labels], rows))
     elif others:
         parts.append("Dense was not measured, so there are no differences from it.")
@@ -95,12 +104,12 @@ def _about(section: Section, statistic: Callable[..., np.ndarray]) -> str:
     return text
 
 
-def _difference(section: Section, layout: str, name: str, statistic: Callable[..., np.ndarray]) -> str:
-    interval = section.difference(layout, name, statistic)
+def _against_dense(section: Section, layout: str, name: str, statistic: Callable[..., np.ndarray], ratio: bool) -> str:
+    interval = section.ratio(layout, name) if ratio else section.difference(layout, name, statistic)
     if interval is None:
         return "-"
-    text = _cell(interval, METRICS[name].digits, sign="+")
-    is_certain = section.scenes >= ENOUGH_SCENES and (interval.low > 0 or interval.high < 0)
+    text = _cell(interval, 2) if ratio else _cell(interval, METRICS[name].digits, sign="+")
+    is_certain = section.scenes >= ENOUGH_SCENES and not interval.low <= int(ratio) <= interval.high
     return f"**{text}**" if is_certain else text
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "pair_errors",
     "point_errors",
     "pose_auc",
+    "ratio_interval",
     "relative_pose_errors",
     "trajectory_error",
 ]
@@ -315,12 +316,48 @@ def mean_interval(
     Raises:
         ValueError: If there is no value, or one is not finite.
     """
+    sample = _sample(values)
+    drawn = _resampled(len(sample), resamples)
+    low, high = np.quantile(statistic(sample[drawn], axis=1), (0.025, 0.975))
+    return Interval(float(statistic(sample, axis=0)), float(low), float(high), len(sample))
+
+
+def ratio_interval(values: Sequence[float], others: Sequence[float], *, resamples: int = 10_000) -> Interval:
+    """Return the ratio of two means over the same scenes with its 95 % confidence interval, by the same bootstrap.
+
+    Both means are of the same resampled scenes, so that what makes a scene hard cancels.
+
+    Args:
+        values: One of each scene.
+        others: Of the same scenes, in the same order.
+        resamples: Samples that are drawn.
+
+    Raises:
+        ValueError: If there is no value or one is not finite, there are not as many of both, or a mean of the others is
+            not positive.
+    """
+    sample, base = _sample(values), _sample(others)
+    if len(sample) != len(base) or base.mean() <= 0:
+        raise ValueError(
+            f"a ratio needs two values of each scene, the mean of the second positive, got {len(sample)} and "
+            f"{len(base)} values and the mean {base.mean():g}"
+        )
+    drawn = _resampled(len(sample), resamples)
+    means, bases = sample[drawn].mean(axis=1), base[drawn].mean(axis=1)
+    low, high = np.quantile(means[bases > 0] / bases[bases > 0], (0.025, 0.975))
+    return Interval(float(sample.mean() / base.mean()), float(low), float(high), len(sample))
+
+
+def _sample(values: Sequence[float]) -> np.ndarray:
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) == 0 or not np.isfinite(sample).all():
         raise ValueError(f"an interval needs finite values, one a scene, got {list(values)[:8]}")
-    drawn = np.random.default_rng(0).integers(0, len(sample), (resamples, len(sample)))
-    low, high = np.quantile(statistic(sample[drawn], axis=1), (0.025, 0.975))
-    return Interval(float(statistic(sample, axis=0)), float(low), float(high), len(sample))
+    return sample
+
+
+def _resampled(scenes: int, resamples: int) -> np.ndarray:
+    """Return which scenes each sample of the bootstrap holds, `[resamples, scenes]`."""
+    return np.random.default_rng(0).integers(0, scenes, (resamples, scenes))
 
 
 def _poses(name: str, poses: Tensor) -> Tensor:

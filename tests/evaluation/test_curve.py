@@ -146,6 +146,11 @@ def test_means_and_paired_differences_by_hand():
     assert "| layout | pairs | AUC@30 | ATE, m | seconds | scenes |" in text and "AbsRel" not in text
     assert "| core-8 | 0.360 | 0.375 [" in text and text.count("| 0.250 | 20 |") == 2
     assert "| core-8 | **-0.100 [-0.100, -0.100]** | +0.000 [" in text
+    ratio = section.ratio("core-8", "auc30")
+    assert ratio.mean == pytest.approx(0.375 / 0.475) and 0.6 < ratio.low < ratio.high < 0.9
+    text = markdown(section, ["auc30"], ratio=True)
+    assert "Ratio to dense on the same scenes; bold where the interval leaves 1 out" in text
+    assert "| core-8 | **0.79 [0." in text
 
 
 def test_differences_are_over_shared_scenes_and_few_scenes_are_said():

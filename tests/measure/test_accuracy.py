@@ -12,6 +12,7 @@ from svggt_kernels.measure.accuracy import (
     pair_errors,
     point_errors,
     pose_auc,
+    ratio_interval,
     relative_pose_errors,
     trajectory_error,
 )
@@ -216,3 +217,17 @@ class TestInterval:
         assert str(mean_interval([0.5, 0.5])) == "0.500 [0.500, 0.500]"
         with pytest.raises(ValueError, match="finite"):
             mean_interval([1.0, math.nan])
+
+    def test_a_ratio_of_paired_values_is_certain_where_their_means_are_not(self):
+        dense = [0.1, 0.5, 0.9, 0.3]
+        assert ratio_interval([0.8 * x for x in dense], dense) == pytest.approx((0.8, 0.8, 0.8, 4))
+        swapped = ratio_interval([0.5, 0.1, 0.3, 0.9], dense)
+        assert swapped.mean == pytest.approx(1) and swapped.low < 0.7 and swapped.high > 1.4
+
+    def test_a_ratio_by_hand(self):
+        # Of two scenes a sample holds the first twice, each once (twice as likely) or the second twice.
+        assert ratio_interval([1.0, 1.0], [1.0, 4.0]) == pytest.approx((0.4, 0.25, 1.0, 2))
+        with pytest.raises(ValueError, match="two values of each scene"):
+            ratio_interval([1.0], [1.0, 2.0])
+        with pytest.raises(ValueError, match="mean 0"):
+            ratio_interval([1.0], [0.0])
