@@ -23,12 +23,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 Line = dict[str, Any]
 
 
-def provenance(arguments: Sequence[str], device: torch.device) -> Line:
+def provenance(arguments: Sequence[str], device: torch.device, program: str = "benchmarks") -> Line:
     """Return what every line of a run says about the run: versions, commit, command, run and date.
 
     Args:
         arguments: The command-line arguments; the output file is left out of the command, it changes no number.
         device: Where the run measures.
+        program: The module that is run.
     """
     now = datetime.now(timezone.utc).replace(microsecond=0)
     kept, skip = [], False
@@ -41,7 +42,7 @@ def provenance(arguments: Sequence[str], device: torch.device) -> Line:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks", *kept]),
+        "command": shlex.join(["python", "-m", program, *kept]),
         "run": f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
         "date": now.isoformat(),
     }
@@ -56,7 +57,7 @@ def commit() -> str:
         return given
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        dirty = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+        dirty = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)evaluation/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("-dirty" if dirty else "")

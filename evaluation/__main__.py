@@ -1,4 +1,4 @@
-"""The command line: `python -m evaluation train`."""
+"""The command line: `python -m evaluation train`, `curve`, `table` and `figure`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import train
+from . import curve, figure, table, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 for a wrong request."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m evaluation", description="Accuracy on rendered flats.")
-    train.add_parser(parser.add_subparsers(required=True, metavar="command"))
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (train, curve, table, figure):
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     options.arguments = arguments
     try:
         return options.run_command(options)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

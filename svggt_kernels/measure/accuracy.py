@@ -33,9 +33,12 @@ __all__ = [
     "pair_errors",
     "point_errors",
     "pose_auc",
+    "ratio_interval",
     "relative_pose_errors",
     "trajectory_error",
 ]
+
+DISTANCES_AT_ONCE = 2**20
 
 
 class PairErrors(NamedTuple):
@@ -243,15 +246,19 @@ def depth_errors(predicted: Tensor, true: Tensor, *, alignment: Literal["median"
 
 
 class PointErrors(NamedTuple):
-    """Distances between two sets of points, means in the unit of the points.
+    """Distances between two sets of points, in the unit of the points.
 
     Attributes:
-        accuracy: From each predicted point to the nearest true one.
-        completeness: From each true point to the nearest predicted one.
+        accuracy: From each predicted point to the nearest true one, mean.
+        completeness: From each true point to the nearest predicted one, mean.
+        accuracy_median: The median of the same distances, which a few points far off do not move.
+        completeness_median: Likewise.
     """
 
     accuracy: float
     completeness: float
+    accuracy_median: float
+    completeness_median: float
 
 
 def point_errors(predicted: Tensor, true: Tensor) -> PointErrors:
@@ -268,7 +275,10 @@ def point_errors(predicted: Tensor, true: Tensor) -> PointErrors:
         if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
             raise ValueError(f"{name} points must be [N, 3], N of 1 or more, got {list(points.shape)}")
     predicted, true = predicted.double(), true.double()
-    return PointErrors(_mean_nearest(predicted, true), _mean_nearest(true, predicted))
+    accuracy, completeness = _nearest(predicted, true), _nearest(true, predicted)
+    return PointErrors(
+        *(float(statistic(x)) for statistic in (torch.mean, torch.median) for x in (accuracy, completeness))
+    )
 
 
 class Interval(NamedTuple):
@@ -306,12 +316,48 @@ def mean_interval(
     Raises:
         ValueError: If there is no value, or one is not finite.
     """
+    sample = _sample(values)
+    drawn = _resampled(len(sample), resamples)
+    low, high = np.quantile(statistic(sample[drawn], axis=1), (0.025, 0.975))
+    return Interval(float(statistic(sample, axis=0)), float(low), float(high), len(sample))
+
+
+def ratio_interval(values: Sequence[float], others: Sequence[float], *, resamples: int = 10_000) -> Interval:
+    """Return the ratio of two means over the same scenes with its 95 % confidence interval, by the same bootstrap.
+
+    Both means are of the same resampled scenes, so that what makes a scene hard cancels.
+
+    Args:
+        values: One of each scene.
+        others: Of the same scenes, in the same order.
+        resamples: Samples that are drawn.
+
+    Raises:
+        ValueError: If there is no value or one is not finite, there are not as many of both, or a mean of the others is
+            not positive.
+    """
+    sample, base = _sample(values), _sample(others)
+    if len(sample) != len(base) or base.mean() <= 0:
+        raise ValueError(
+            f"a ratio needs two values of each scene, the mean of the second positive, got {len(sample)} and "
+            f"{len(base)} values and the mean {base.mean():g}"
+        )
+    drawn = _resampled(len(sample), resamples)
+    means, bases = sample[drawn].mean(axis=1), base[drawn].mean(axis=1)
+    low, high = np.quantile(means[bases > 0] / bases[bases > 0], (0.025, 0.975))
+    return Interval(float(sample.mean() / base.mean()), float(low), float(high), len(sample))
+
+
+def _sample(values: Sequence[float]) -> np.ndarray:
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) == 0 or not np.isfinite(sample).all():
         raise ValueError(f"an interval needs finite values, one a scene, got {list(values)[:8]}")
-    drawn = np.random.default_rng(0).integers(0, len(sample), (resamples, len(sample)))
-    low, high = np.quantile(statistic(sample[drawn], axis=1), (0.025, 0.975))
-    return Interval(float(statistic(sample, axis=0)), float(low), float(high), len(sample))
+    return sample
+
+
+def _resampled(scenes: int, resamples: int) -> np.ndarray:
+    """Return which scenes each sample of the bootstrap holds, `[resamples, scenes]`."""
+    return np.random.default_rng(0).integers(0, scenes, (resamples, scenes))
 
 
 def _poses(name: str, poses: Tensor) -> Tensor:
@@ -335,6 +381,14 @@ def _rotation_angle(rotation: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(sine, cosine))
 
 
-def _mean_nearest(points: Tensor, others: Tensor, block: int = 2048) -> float:
-    nearest = [torch.cdist(part, others).amin(1) for part in points.split(block)]
-    return float(torch.cat(nearest).mean())
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """Return the distance from each point to the nearest of the others, `[N]` float64.
+
+    |x - y|^2 = |x|^2 - 2 x y + |y|^2 as one product, some rows at a time, so that distances stay in the cache.
+    """
+    middle = others.mean(0)
+    points, others = points - middle, others - middle
+    rows = torch.cat([points.square().sum(1, keepdim=True), -2 * points, torch.ones_like(points[:, :1])], 1)
+    columns = torch.cat([torch.ones_like(others[:, :1]), others, others.square().sum(1, keepdim=True)], 1).mT
+    block = max(64, DISTANCES_AT_ONCE // len(others))
+    return torch.cat([(part @ columns).amin(1) for part in rows.split(block)]).clamp(min=0).sqrt()

@@ -48,7 +48,13 @@ def ray(made: Scenes, scene: int, frame: int, u: float, v: float) -> tuple[np.nd
     return pose[:3, 3], pose[:3, :3] @ np.array([(u - cx) / fx, (v - cy) / fy, 1.0])
 
 
-@pytest.mark.parametrize(("family", "rooms"), [("walk", 3), ("room", 1), ("photos", 8), (HELD_OUT, 5)])
+@pytest.mark.parametrize(
+    ("family", "rooms"),
+    [
+        *(("walk", 3), ("room", 1), ("photos", 8), ("revisit", 6), ("forward", 4), ("rotation", 2)),
+        *(("walk", 16), ("photos", 32), (HELD_OUT, 5), (HELD_OUT, 7)),
+    ],
+)
 def test_depth_is_that_of_an_independent_intersection(family: str, rooms: int):
     made = scenes(family, rooms)
     assert (made.depth > 0.1).all() and (made.images >= 0).all() and (made.images <= 1).all()
@@ -59,9 +65,10 @@ def test_depth_is_that_of_an_independent_intersection(family: str, rooms: int):
         assert made.depth[0, frame, row, column].item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_point_seen_in_two_frames_projects_back_to_its_pixel():
+@pytest.mark.parametrize(("family", "rooms", "frames"), [("photos", 1, 3), ("forward", 4, 3), ("rotation", 2, 8)])
+def test_a_point_seen_in_two_frames_projects_back_to_its_pixel(family: str, rooms: int, frames: int):
     """From a pixel to the world by depth, into another frame, along that frame's ray to a surface, and back again."""
-    made = scenes("photos", 1, frames=3, size=(28, 42))
+    made = scenes(family, rooms, frames=frames, size=(28, 42))
     boxes, step = made.boxes[0].numpy(), 7
     found = correspond(made.depth, made.poses, made.intrinsics, step)
     columns = len(range(step // 2, 42, step))
@@ -78,7 +85,7 @@ def test_a_point_seen_in_two_frames_projects_back_to_its_pixel():
         x, y, z = pose[:3, :3].T @ (point - pose[:3, 3])
         u, v = step // 2 + step * (pixel % columns), step // 2 + step * (pixel // columns)
         distances.append(math.hypot(fx * x / z + cx - u, fy * y / z + cy - v))
-    assert len(distances) > 0.8 * (found.seen[0].sum().item() - 3 * found.seen.shape[2])
+    assert len(distances) > 0.8 * (found.seen[0].sum().item() - frames * found.seen.shape[2])
     assert len(distances) > 20 and max(distances) < 0.5
 
 
@@ -166,6 +173,16 @@ def test_a_walk_goes_from_room_to_room():
     assert (centre[:, 1:] - centre[:, :-1]).norm(dim=-1).max() < 1.0
     assert ((centre.amax(1) - centre.amin(1))[:, :2].amax(1) > 3).all()
     assert overlap[:, 0, 1].mean() > 0.4 > overlap[:, 0, 24:].mean()
+
+
+@pytest.mark.parametrize("rooms", [16, 32])
+def test_a_large_flat_is_large(rooms: int):
+    flats = draw_flats(8, rooms, Draws(0))
+    apart = torch.cdist(flats.middle, flats.middle)
+    assert flats.path_length().min() > 2 * rooms and apart.amax((1, 2)).min() > 2 * math.sqrt(rooms)
+    assert (apart + 100 * torch.eye(rooms)).min() > 1.5
+    centre, _, overlap = paths("walk", frames=32, rooms=rooms)
+    assert (overlap[:, 0, 16:] < 0.3).all() and ((centre.amax(1) - centre.amin(1))[:, :2].amax(1) > 3).all()
 
 
 def test_an_orbit_stays_in_one_room_and_turns():

@@ -12,6 +12,7 @@ from svggt_kernels.measure.accuracy import (
     pair_errors,
     point_errors,
     pose_auc,
+    ratio_interval,
     relative_pose_errors,
     trajectory_error,
 )
@@ -88,6 +89,18 @@ class TestPairs:
             pair_errors(torch.eye(3)[None], random_poses(1))
 
 
+class TestMedians:
+    def test_of_pairs_by_hand(self):
+        # Pairs 01 02 03 12 13 23; the last camera is turned by 10 degrees, and moved off the line.
+        truth = poses([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]])
+        predicted = poses([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 1, 0]], [turn(0), turn(0), turn(0), turn(10)])
+        errors = pair_errors(predicted, truth)
+        assert float(errors.rotation.median()) == 0  # of 0 0 0 10 10 10 the lower of the two in the middle
+        slopes = [math.degrees(math.atan(1 / x)) for x in (3, 2, 1)]
+        assert errors.translation.tolist() == pytest.approx([0, 0, slopes[0], 0, slopes[1], slopes[2]], abs=1e-5)
+        assert errors.pose.tolist() == pytest.approx([0, 0, slopes[0], 0, slopes[1], slopes[2]], abs=1e-5)
+
+
 class TestAuc:
     def test_by_hand(self):
         # Below 1, 2, 3 degrees: 1, 2, 2 of 4 errors.
@@ -157,6 +170,13 @@ class TestDepth:
         errors = depth_errors(torch.tensor([[[1.0, torch.nan]]]), torch.ones(1, 1, 2))
         assert errors.absrel == math.inf and errors.delta == 0.5
 
+    def test_the_scale_is_the_median_of_the_ratios(self):
+        truth = torch.tensor([[[1.0, 1.0, 1.0, 100.0, 1.2]]])
+        errors = depth_errors(0.5 * torch.ones(1, 1, 5), truth)
+        assert errors.scale == 2
+        assert errors.absrel == pytest.approx((0.99 + 0.2 / 1.2) / 5)
+        assert errors.delta == pytest.approx(4 / 5)  # 1.2 and its inverse are below 1.25, 100 is not
+
     def test_no_truth_is_refused(self):
         with pytest.raises(ValueError, match="no pixel"):
             depth_errors(torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
@@ -168,6 +188,19 @@ class TestPoints:
         predicted = torch.tensor([[0.0, 0, 0], [0, 0, 3], [0, 0, 6]])
         errors = point_errors(predicted, truth)
         assert errors.accuracy == pytest.approx(3) and errors.completeness == pytest.approx(0.5)
+        assert errors.accuracy_median == pytest.approx(3)
+        far = torch.cat([predicted, torch.tensor([[0.0, 0, 1000]])])
+        assert point_errors(far, truth).accuracy > 200 and point_errors(far, truth).accuracy_median == pytest.approx(3)
+        assert point_errors(far, truth).completeness_median == 0
+
+    def test_more_points_than_fit_a_block_of_distances(self):
+        truth = torch.rand(2500, 3, dtype=torch.float64)
+        shift = torch.tensor([0, 0, 1e-4], dtype=torch.float64)  # far less than from a point to the next
+        assert point_errors(truth + shift, truth) == pytest.approx((1e-4,) * 4, rel=1e-2)
+
+    def test_shapes_are_checked(self):
+        with pytest.raises(ValueError, match="predicted points must be"):
+            point_errors(torch.zeros(0, 3), torch.zeros(2, 3))
 
 
 class TestInterval:
@@ -184,3 +217,17 @@ class TestInterval:
         assert str(mean_interval([0.5, 0.5])) == "0.500 [0.500, 0.500]"
         with pytest.raises(ValueError, match="finite"):
             mean_interval([1.0, math.nan])
+
+    def test_a_ratio_of_paired_values_is_certain_where_their_means_are_not(self):
+        dense = [0.1, 0.5, 0.9, 0.3]
+        assert ratio_interval([0.8 * x for x in dense], dense) == pytest.approx((0.8, 0.8, 0.8, 4))
+        swapped = ratio_interval([0.5, 0.1, 0.3, 0.9], dense)
+        assert swapped.mean == pytest.approx(1) and swapped.low < 0.7 and swapped.high > 1.4
+
+    def test_a_ratio_by_hand(self):
+        # Of two scenes a sample holds the first twice, each once (twice as likely) or the second twice.
+        assert ratio_interval([1.0, 1.0], [1.0, 4.0]) == pytest.approx((0.4, 0.25, 1.0, 2))
+        with pytest.raises(ValueError, match="two values of each scene"):
+            ratio_interval([1.0], [1.0, 2.0])
+        with pytest.raises(ValueError, match="mean 0"):
+            ratio_interval([1.0], [0.0])

@@ -1,0 +1,102 @@
+"""`figure`: accuracy against counted pairs and against seconds, as a PNG."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svggt_kernels.measure.pictures import require_matplotlib
+
+from .results import DENSE, ENOUGH_SCENES, METRICS, Section, read_results, sections
+from .table import add_metrics, chosen_metrics
+
+AXES = {"pairs": "share of token pairs", "seconds": "seconds of a forward"}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "figure",
+        help="draw result lines of curve",
+        description="Draws each metric against counted pairs and against seconds, for each kind of scene.",
+    )
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve wrote")
+    parser.add_argument("--output", type=Path, default=Path("curve.png"), help="the picture (default: curve.png)")
+    add_metrics(parser)
+    parser.set_defaults(run_command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw; return the exit code."""
+    require_matplotlib()
+    lines = [line for file in options.results for line in read_results(file)]
+    draw(sections(lines), chosen_metrics(options), options.output)
+    print(options.output)
+    return 0
+
+
+def draw(shown: Sequence[Section], metrics: Sequence[str], file: Path) -> None:
+    """Draw two rows of panels for each kind of scene: a panel for each metric, against pairs and against seconds.
+
+    The grey band is dense with its 95 % interval over scenes. Bars are 95 % intervals of the difference from dense on
+    the same scenes, which are narrower; of the mean itself where dense was not measured.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(metrics), 0.4 + 6.0 * len(shown)), layout="constrained", facecolor="white")
+    kinds = list(dict.fromkeys(_kind(layout) for section in shown for layout in section.layouts if layout != DENSE))
+    grid = figure.subplots(2 * len(shown), len(metrics), squeeze=False)
+    for number, section in enumerate(shown):
+        names = section.names(metrics)
+        for row, axis_name in enumerate(AXES):
+            for panel, name in zip(grid[2 * number + row], metrics, strict=True):
+                if name not in names:
+                    panel.set_axis_off()
+                    continue
+                _draw_panel(panel, section, axis_name, name, kinds)
+                panel.set(xlabel=AXES[axis_name], ylabel=METRICS[name].label)
+                panel.set_xlim(left=0)
+        few = "" if section.scenes >= ENOUGH_SCENES else ": too few"
+        grid[2 * number, 0].set_title(f"{section.title} ({section.scenes} scenes{few})", loc="left", fontsize=10)
+    handles: dict[str, Any] = {}
+    for panel in grid.flat:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.suptitle("bars: 95 % intervals of the difference from dense on the same scenes", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        layouts = [layout for layout in section.layouts if layout != DENSE and _kind(layout) == kind]
+        if not layouts:
+            continue
+        x = [section.interval(layout, axis_name, np.median).mean for layout in layouts]
+        y = np.array([section.interval(layout, name).mean for layout in layouts])
+        spread = [section.difference(layout, name) or section.interval(layout, name) for layout in layouts]
+        bars = np.array([(between.mean - between.low, between.high - between.mean) for between in spread]).T
+        colour = f"C{kinds.index(kind) % 10}"
+        order = np.argsort(x)
+        panel.plot(np.array(x)[order], y[order], color=colour, linewidth=1, alpha=0.6)
+        panel.errorbar(x, y, yerr=bars, fmt="o", color=colour, markersize=4, linewidth=1, label=kind)
+        for layout, at, mean in zip(layouts, x, y, strict=True):
+            if number := re.search(r"\d+", layout):
+                panel.annotate(number[0], (at, mean), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    if DENSE in section.layouts:
+        mean, low, high, _ = section.interval(DENSE, name)
+        panel.axhspan(low, high, color="0.85", zorder=0)
+        panel.axhline(mean, color="0.4", linewidth=1, label="dense, and its interval")
+        if axis_name == "seconds":
+            panel.axvline(section.interval(DENSE, "seconds", np.median).mean, color="0.4", linewidth=1, linestyle=":")
+    panel.grid(alpha=0.3)
+
+
+def _kind(layout: str) -> str:
+    """Return the name of a layout without its size: `core-K` for `core-24`."""
+    return re.sub(r"\d+", "K", layout, count=1)
