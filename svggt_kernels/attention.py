@@ -287,8 +287,8 @@ def _attention_backward(grad_out, grad_lse, q, k, v, o, lse, tables, scale, back
 @torch.library.register_fake("svggt_kernels::attention", lib=_library)
 def _attention_fake(q, k, v, tables, backward_tables, scale, need_lse, backend):  # type: ignore[no-untyped-def]
     B, H, N, D = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, N, H, D).transpose(1, 2), q.new_empty((B, H, N) if need_lse else (0,), dtype=lse_dtype)
+    lse = q.new_empty((B, H, N) if need_lse else (0,), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(B, N, H, D).transpose(1, 2), lse
 
 
 @torch.library.register_fake("svggt_kernels::attention_backward", lib=_library)

@@ -145,14 +145,12 @@ class FrameSimilarity:
             small = labels != largest
             searching = frames[small & (labels[partners] == labels)]
             scores[searching], partners[searching] = self._best_outside(searching, labels)
-            pairs = torch.stack([frames, partners], dim=1).sort(dim=1).values[small]
-            order = torch.arange(len(pairs), device=labels.device)
-            for key in (pairs[:, 0] * self.num_frames + pairs[:, 1], -scores[small], labels[small]):
-                order = order[key[order].argsort(stable=True)]
-            owners = labels[small][order]
-            is_best = torch.ones_like(owners, dtype=torch.bool)
-            is_best[1:] = owners[1:] != owners[:-1]
-            joined = pairs[order[is_best]].unique(dim=0)
+            highest = torch.full_like(scores, -torch.inf).scatter_reduce(0, labels, scores, "amax")
+            best = small & (scores == highest[labels])
+            codes = torch.minimum(frames, partners) * self.num_frames + torch.maximum(frames, partners)
+            smallest = torch.full_like(codes, self.num_frames**2).scatter_reduce(0, labels[best], codes[best], "amin")
+            chosen = smallest[labels[best]].unique()
+            joined = torch.stack([chosen // self.num_frames, chosen % self.num_frames], dim=1)
             found.append(joined)
             labels = connected_components(
                 torch.cat([frames, joined[:, 0]]), torch.cat([labels, joined[:, 1]]), self.num_frames

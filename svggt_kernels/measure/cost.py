@@ -172,23 +172,19 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.held_mib: float | None = None
         gc.collect()
+        self._highest: Callable[[], float | None] = lambda: None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.held_mib = torch.cuda.memory_allocated(device) / MIB
+            self._highest = lambda: torch.cuda.max_memory_allocated(device) / MIB
         elif device.type == "cpu" and _reset_resident_peak():
-            self.held_mib = _resident_mib("VmRSS")
+            self._highest = _resident_peak_mib
+        self.held_mib = self.highest_mib
 
     @property
     def highest_mib(self) -> float | None:
         """The most memory held since, MiB; None where it cannot be measured."""
-        if self.held_mib is None:
-            return None
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / MIB
-        return _resident_mib("VmHWM")
+        return self._highest()
 
     @property
     def added_mib(self) -> float | None:
@@ -220,6 +216,6 @@ def _reset_resident_peak() -> bool:
     return True
 
 
-def _resident_mib(field: str) -> float:
+def _resident_peak_mib() -> float:
     status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) / 2**10
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10

@@ -8,7 +8,7 @@ from layouts import random_layout
 from tiers import every
 
 from svggt_kernels import BlockLayout, CovisibilityGraph
-from svggt_kernels.backends.hopper.tables import Tables, make_tables
+from svggt_kernels.backends.hopper.operands import Tables, make_tables
 from svggt_kernels.layout import DENSE
 
 

@@ -15,7 +15,7 @@ from ...layout import BlockLayout
 from .. import _nvrtc as runtime
 from ..contract import Traits, readable, unfit
 from . import backward_pass, forward_pass
-from .tables import Tables, make_tables
+from .operands import Tables, make_tables
 
 NAME = "hopper"
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .._nvrtc import Kernel, launch, multiprocessors
 from . import operands
-from .operands import Tensor4, TensorMap, defines, tensor_map
-from .tables import Layout, Tables
+from .operands import Layout, Tables, Tensor4, TensorMap, defines, tensor_map
 
 LOG2_E = 1.4426950408889634
 ROWS = 128

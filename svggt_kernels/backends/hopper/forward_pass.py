@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .._nvrtc import Kernel, launch, multiprocessors
 from . import operands
-from .operands import Tensor4, defines
-from .tables import ColumnMaps, Layout, Tables
+from .operands import ColumnMaps, Layout, Tables, Tensor4, defines
 
 LOG2_E = 1.4426950408889634
 
