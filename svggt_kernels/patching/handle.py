@@ -142,29 +142,27 @@ class Patch:
         Nothing ran if that forward has raised, or is running.
         """
         with self._forwards.pause() as paused:
-            return self._report(self._last if paused else None)
-
-    def _report(self, last: Forward | None) -> PatchReport:
-        forward, own = last or Forward(ForwardInputs(None, None)), None if last is None else self._own
-        chosen, passed_over = None, {}
-        if forward.kind is not None:
-            chosen = choose_backend(*forward.kind, self._backend)
-            passed_over = backends.passed_over(*forward.kind, chosen, named=self._backend is not None)
-        return PatchReport(
-            model=self.record.name,
-            modules=self.modules,
-            special_tokens=self._planner.special_tokens(forward.layouts),
-            calls_last_forward=sum(forward.answered.values()),
-            calls_total=self._attention.calls,
-            graphs=tuple(graph.summary() for graph in forward.graphs),
-            visible_pairs=forward.over_graphs([layout.visible_pairs for layout in forward.layouts]),
-            dense_pairs=forward.over_graphs([x.num_tokens * x.num_key_tokens for x in forward.layouts]),
-            dense_modules=tuple(sorted(forward.dense)),
-            backend=chosen,
-            passed_over=passed_over,
-            step_seconds=dict(forward.seconds),
-            inference=None if own is None else own.report,
-        )
+            last = self._last if paused else None
+            forward, own = last or Forward(ForwardInputs(None, None)), None if last is None else self._own
+            chosen, passed_over = None, {}
+            if forward.kind is not None:
+                chosen = choose_backend(*forward.kind, self._backend)
+                passed_over = backends.passed_over(*forward.kind, chosen, named=self._backend is not None)
+            return PatchReport(
+                model=self.record.name,
+                modules=self.modules,
+                special_tokens=self._planner.special_tokens(forward.layouts),
+                calls_last_forward=sum(forward.answered.values()),
+                calls_total=self._attention.calls,
+                graphs=tuple(graph.summary() for graph in forward.graphs),
+                visible_pairs=forward.over_graphs([layout.visible_pairs for layout in forward.layouts]),
+                dense_pairs=forward.over_graphs([x.num_tokens * x.num_key_tokens for x in forward.layouts]),
+                dense_modules=tuple(sorted(forward.dense)),
+                backend=chosen,
+                passed_over=passed_over,
+                step_seconds=dict(forward.seconds),
+                inference=None if own is None else own.report,
+            )
 
     def __repr__(self) -> str:
         state = "active" if self._installed else "undone"
