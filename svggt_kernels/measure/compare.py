@@ -152,7 +152,8 @@ class Outputs:
 
 
 @contextmanager
-def _silent(what: str) -> Iterator[Tell]:
+def silent(what: str) -> Iterator[Tell]:
+    """Tell nobody what is being done."""
     yield lambda progress: None
 
 
@@ -164,7 +165,7 @@ def compare(
     described: str,
     backend: str | None = None,
     repeats: int = 3,
-    stage: Stage = _silent,
+    stage: Stage = silent,
 ) -> tuple[Comparison, Outputs]:
     """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 
