@@ -18,6 +18,7 @@ MODELS = ("toy", "da3-small", "vggt", "pi3")
 COVISIBILITY = ("megaloc", "tokens", "thumbnails", "sequential", "all")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
+DEMO_FRAMES, DEMO_CORE = 128, 32
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
 # The graphs that read an option; with others the option would have no effect.
@@ -209,11 +210,17 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
-        help="render a walk through a flat and compare dense and sparse on it; needs nothing else",
-        description="Renders a walk through a flat, so that it is known exactly which frames share a view, and runs a "
-        "small untrained model on it, dense and sparse. Needs no photos, no weights and no network.",
+        help="run a small trained model on a rendered walk, dense and sparse, against the truth; needs nothing else",
+        description="Renders a walk through eight rooms, so that depth and cameras are known exactly, and runs the "
+        "small trained model of the package on it: dense, with a core of frames that all see, and with the frames most "
+        "like each. Needs no photos, no weights and no network.",
     )
-    parser.add_argument("--frames", type=positive, default=48, metavar="S", help="frames of the walk (default: 48)")
+    parser.add_argument(
+        "--frames", type=positive, default=DEMO_FRAMES, metavar="S", help=f"frames of the walk (default: {DEMO_FRAMES})"
+    )
+    parser.add_argument(
+        "--core", type=positive, default=DEMO_CORE, metavar="K", help=f"frames that all see (default: {DEMO_CORE})"
+    )
     _add_device(parser)
     _add_output(parser, "demo-output")
 

@@ -151,6 +151,11 @@ class Outputs:
     graph: CovisibilityGraph
 
 
+def silent(what: str) -> AbstractContextManager[Tell]:
+    """Tell nobody what is being done."""
+    return nullcontext(lambda progress: None)
+
+
 def compare(
     model: LoadedModel,
     frames: Tensor,  # [S, 3, H, W]
@@ -159,7 +164,7 @@ def compare(
     described: str,
     backend: str | None = None,
     repeats: int = 3,
-    stage: Stage = lambda what: nullcontext(lambda progress: None),
+    stage: Stage = silent,
 ) -> tuple[Comparison, Outputs]:
     """Run the model dense and sparse in turn, then one global attention of each kind by itself.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from .deviation import Deviation
 from .wording import percent, printable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 UNSEEN, SEEN, SEEN_IN_VAIN, MISSED = range(4)
 MOSAIC_ROWS, MOSAIC_COLUMNS = 24, 10
 PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
+TRUE_COLOUR, MARK_COLOUR = "#8a8a8a", "#e08a00"
 
 
 def require_matplotlib() -> None:
@@ -190,6 +193,139 @@ def draw_comparison(
         bar = figure.add_subplot(grid[rows, columns])
         figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label=label)
     return _png(figure, dpi=110)
+
+
+@_plain_text()
+def draw_depths(
+    photos: Tensor,  # [F, 3, H, W]
+    truth: Tensor,  # [F, H, W]
+    depths: Mapping[str, Tensor],  # [F, H, W] each
+    *,
+    frames: Sequence[str],
+    title: str,
+    note: str,
+) -> bytes:
+    """Draw one row per frame: photo, true depth, each depth, and how far each is from the truth; all in metres.
+
+    Depth has one colour bar, and so has what it is off; pixels without true depth are white.
+
+    Args:
+        photos: RGB in [0, 1].
+        truth: True depth, metres; 0 where it is not known.
+        depths: Predicted depth by name, metres.
+        frames: A label for each row.
+        title: Lines above the picture.
+        note: A line beneath it.
+    """
+    true = truth.float().cpu().where(truth.cpu() > 0, torch.nan)
+    predicted = [depth.float().cpu() for depth in depths.values()]
+    errors = [(depth - true).abs() for depth in predicted]
+    far, off = (float(torch.stack(values).nan_to_num().flatten().quantile(0.98)) for values in ([true], errors))
+    names, rows = list(depths), len(photos)
+    panels = ["photo", "true depth", *(f"depth, {name}" for name in names), *(f"|error|, {name}" for name in names)]
+    width, bar_height = 1.9, 0.1
+    row_height = width * photos.shape[-2] / photos.shape[-1]
+    figure = _figure(width * len(panels) + 0.4, rows * (row_height + 0.08) + bar_height + 1.45, title)
+    figure.supxlabel(note, fontsize=9)
+    grid = figure.add_gridspec(rows + 1, len(panels), height_ratios=[row_height] * rows + [bar_height])
+    for row, frame in enumerate(frames):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(len(panels))]
+        axes[0].imshow(photos[row].permute(1, 2, 0).clamp(0, 1).cpu().numpy())
+        axes[0].set_ylabel(_label(frame, 24), fontsize=9)
+        for axis, depth in zip(axes[1:], [true, *predicted], strict=False):
+            depth_image = axis.imshow(depth[row].numpy(), cmap="viridis", vmin=0, vmax=far)
+        for axis, error in zip(axes[2 + len(names) :], errors, strict=True):
+            error_image = axis.imshow(error[row].numpy(), cmap="magma", vmin=0, vmax=max(off, 1e-6))
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(panel, fontsize=9)
+    first_error = 2 + len(names)
+    for image, columns, label in (
+        (depth_image, slice(1, first_error), "depth, metres"),
+        (error_image, slice(first_error, None), "|predicted - true depth|, metres"),
+    ):
+        bar = figure.add_subplot(grid[rows, columns])
+        figure.colorbar(image, cax=bar, orientation="horizontal", extend="max", label=label)
+    return _png(figure, dpi=110)
+
+
+class Cameras(NamedTuple):
+    """Cameras for a floor plan.
+
+    Attributes:
+        title: What to write above them.
+        poses: Camera to world, `[S, 4, 4]` metres.
+        marked: Frames that all frames see.
+    """
+
+    title: str
+    poses: Tensor
+    marked: Sequence[int] = ()
+
+
+@_plain_text()
+def draw_floor_plan(
+    walls: Tensor,  # [n, 4, 2]
+    things: Tensor,  # [m, 4, 2]
+    truth: Tensor,  # [S, 4, 4]
+    predictions: Sequence[Cameras],
+    *,
+    title: str,
+    note: str,
+) -> bytes:
+    """Draw a flat from above, once for each prediction: true cameras, predicted ones, and a line from each to its own.
+
+    Args:
+        walls: Corners, metres.
+        things: Corners of furniture, metres.
+        truth: True poses, camera to world, metres.
+        predictions: Predicted cameras in the same world.
+        title: Lines above the picture.
+        note: A line beneath it.
+    """
+    from matplotlib.collections import LineCollection, PolyCollection
+    from matplotlib.lines import Line2D
+
+    corners = walls.flatten(0, 1).cpu()
+    (left, bottom), (right, top) = (corners.amin(0) - 0.3).tolist(), (corners.amax(0) + 0.3).tolist()
+    width = 4.6
+    height = width * (top - bottom) / (right - left)
+    figure = _figure(width * len(predictions), height + 1.6, title)
+    figure.supxlabel(note, fontsize=9)
+    true_eyes = truth[:, :2, 3].cpu().numpy()
+    for axis, cameras in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions, strict=True):
+        axis.add_collection(PolyCollection(list(things.cpu().numpy()), facecolor="#e8e4da", edgecolor="#c8c2b2"))
+        axis.add_collection(PolyCollection(list(walls.cpu().numpy()), facecolor="#3c3c3c", edgecolor="#3c3c3c"))
+        eyes = cameras.poses[:, :2, 3].cpu().numpy()
+        axis.add_collection(
+            LineCollection(list(np.stack([true_eyes, eyes], 1)), colors=PAIR_COLOURS[MISSED], linewidths=0.8)
+        )
+        _draw_cameras(axis, truth, TRUE_COLOUR)
+        _draw_cameras(axis, cameras.poses, PAIR_COLOURS[SEEN])
+        marked = eyes[list(cameras.marked)]
+        axis.scatter(marked[:, 0], marked[:, 1], s=42, facecolor="none", edgecolor=MARK_COLOUR, linewidth=1.4, zorder=4)
+        axis.plot([left + 0.6, left + 2.6], [bottom + 0.02] * 2, color="black", linewidth=2, solid_capstyle="butt")
+        axis.annotate("2 m", (left + 2.7, bottom + 0.02), va="center", fontsize=8)
+        axis.set(xlim=(left, right), ylim=(bottom - 0.2, top), aspect="equal", xticks=[], yticks=[])
+        axis.set_title(cameras.title, fontsize=10)
+        axis.spines[:].set_visible(False)
+    dot = partial(Line2D, [], [], linestyle="", marker="o")
+    handles = [
+        dot(color=TRUE_COLOUR, label="true cameras"),
+        dot(color=PAIR_COLOURS[SEEN], label="predicted cameras"),
+        Line2D([], [], color=PAIR_COLOURS[MISSED], label="from true to predicted"),
+        dot(color=MARK_COLOUR, fillstyle="none", label="frames that all frames see"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    return _png(figure, dpi=110)
+
+
+def _draw_cameras(axis: Axes, poses: Tensor, colour: str) -> None:
+    """Draw a dot where each camera stands and a line of half a metre where it looks."""
+    eyes, ahead = poses[:, :2, 3].cpu().numpy(), poses[:, :2, 2].cpu().numpy()
+    axis.quiver(*eyes.T, *ahead.T, color=colour, units="xy", scale=2, width=0.045, headwidth=4, zorder=3)
+    axis.scatter(eyes[:, 0], eyes[:, 1], s=7, color=colour, zorder=3)
 
 
 def _figure(width: float, height: float, title: str, warning: str | None = None) -> Figure:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ from svggt_kernels.cli import (
     parser,
     results,
 )
-from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model import RoomsModel, model
+from svggt_kernels.demo.model.weights import write_weights
+from svggt_kernels.measure.layouts import closed_core
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import RANDOM_WEIGHTS
 from svggt_kernels.sources.thumbnails import thumbnails
@@ -439,20 +442,51 @@ class TestRefusals:
 
 
 class TestDemo:
-    def test_tells_the_story(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-        tiny_toy: None,
-    ) -> None:
+    @pytest.fixture
+    def tiny_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Puts a small random model in the place of the trained one, and makes images small."""
+        network = RoomsModel.create(0, dim=16, depth=2, num_heads=2)
+        write_weights(tmp_path / "trained.npz", network.state_dict(), network.sizes)
+        (tmp_path / "trained.json").write_text('{"seconds": 1260, "device": "a machine"}')
+        monkeypatch.setattr(model, "TRAINED", tmp_path / "trained.npz")
         monkeypatch.setattr(demo, "SIZE", (42, 56))
-        assert main(["demo", "--frames", "14", "--device", "cpu", "--output", str(tmp_path)]) == 0
+
+    def test_tells_the_story(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_trained: None) -> None:
+        folder = tmp_path / "out"
+        succeed("demo", "--frames", 8, "--core", 3, "--device", "cpu", "--output", folder)
         out = capsys.readouterr().out
-        assert "a walk of 14 frames through 8 rooms" in out
-        assert "pairs that really share a view" in out
-        assert RANDOM_WEIGHTS in out
-        written = json.loads((tmp_path / "report.json").read_text())
-        assert 0 < written["truth"]["recall"] <= 1
-        assert is_png(tmp_path / "comparison.png")
-        assert is_png(tmp_path / "graph.png")
+        assert "A rendered walk of 8 frames through 8 rooms" in out
+        assert "trained on rendered rooms for 21 minutes on a machine" in out and "say nothing about VGGT's" in out
+        names = next(line for line in out.splitlines() if "core of 3" in line)
+        assert names.split() == ["dense", "core", "of", "3", "neighbours"]
+        assert sorted(path.name for path in folder.iterdir()) == ["depth.png", "floor-plan.png", "report.json"]
+        assert is_png(folder / "depth.png") and is_png(folder / "floor-plan.png")
+        written = json.loads((folder / "report.json").read_text())
+        assert written["training"]["seconds"] == 1260
+        dense, core, neighbours = written["layouts"]
+        assert (dense["layout"], dense["pairs"], dense["backend"]) == ("dense", 1, None)
+        assert core["pairs"] == pytest.approx((3 * 3 + 5 * 4) / 64)
+        assert len(written["core"]) == 3 and written["core"][0] == 0
+        for facts in (dense, core, neighbours):
+            assert 0 <= facts["auc5"] <= facts["auc30"] <= 1
+            assert facts["ms"] > 0 and facts["ate_m"] > 0 and facts["absrel"] > 0
+
+    def test_missing_weights_are_said(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(model, "TRAINED", tmp_path / "trained.npz")
+        assert "no trained weights at" in refusal(capsys, "demo", "--output", tmp_path / "out")
+
+    def test_a_walk_has_two_frames(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_trained: None
+    ) -> None:
+        said = refusal(capsys, "demo", "--frames", 1, "--output", tmp_path / "out")
+        assert "two frames or more are needed, got 1" in said
+
+    @pytest.mark.parametrize(
+        ("dense_ms", "said"), [(30.0, "is 3x as fast as dense"), (5.0, "is slower than dense, 0.5x")]
+    )
+    def test_speed_is_told_as_it_is(self, dense_ms: float, said: str) -> None:
+        dense, core = (SimpleNamespace(cost=SimpleNamespace(min_ms=ms)) for ms in (dense_ms, 10.0))
+        core.layout, core.backend = closed_core(4), "cpu"
+        assert said in demo._speed(dense, core)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svggt_kernels.demo.scenes import FAMILIES, HELD_OUT, PLANS, Draws, Scenes, correspond, make_scenes
+from svggt_kernels.demo.scenes.boxes import outlines
 from svggt_kernels.demo.scenes.flats import draw_flats
 from svggt_kernels.demo.scenes.renderer import render_by_pytorch
 
@@ -262,3 +263,28 @@ def test_unknown_families_and_plans_are_refused():
         make_scenes(1, 2, Draws(0), families="flight")
     with pytest.raises(ValueError, match=r"rooms must be one of 1, 2, .*, got 9"):
         make_scenes(1, 2, Draws(0), rooms=9)
+
+
+def beyond(points: Tensor, outlines: Tensor) -> Tensor:
+    """How far points `[n, 2]` are outside of the nearest of convex outlines `[m, 4, 2]`; negative inside."""
+    edges = outlines.roll(-1, 1) - outlines
+    outwards = torch.stack([edges[..., 1], -edges[..., 0]], -1) / edges.norm(dim=-1, keepdim=True)
+    return ((points[:, None, None] - outlines) * outwards).sum(-1).amax(-1).amin(-1)
+
+
+def test_a_floor_plan_has_walls_with_doors_and_what_stands_between_them():
+    scene = scenes("walk", 8, frames=40)
+    walls, things = outlines(scene.boxes[0], height=1.2)
+    sides = [(walls[:, corner] - walls[:, corner + 1]).norm(dim=-1) for corner in (0, 1)]
+    torch.testing.assert_close(torch.minimum(*sides), torch.full_like(sides[0], 0.1))  # each room's own shell
+    assert len(walls) > 8 * 4 and len(things) > 8
+
+    eyes = scene.poses[0, :, :2, 3]
+    route = torch.cat([torch.lerp(eyes[:-1], eyes[1:], share) for share in (0.0, 0.25, 0.5, 0.75)])
+    assert beyond(route, torch.cat([walls, things])).min() > 0, "the walk leads through walls or furniture"
+    points = correspond(scene.depth, scene.poses, scene.intrinsics, 4).points[0].flatten(0, 1)
+    standing = points[(points[:, 2] > 0.1) & (points[:, 2] < 1.1)]
+    assert len(standing) > 100
+    assert beyond(standing[:, :2], torch.cat([walls, things])).max() < 0.01, (
+        "something is seen where the plan has nothing"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,15 @@ def test_weights_of_another_kind_are_refused(tmp_path: Path):
 def test_numbers_that_eight_bits_cannot_hold_are_refused(bad: float, tmp_path: Path):
     with pytest.raises(ValueError, match=r"norm\.weight must hold finite"):
         write_weights(tmp_path / "weights.npz", {"norm.weight": torch.tensor([1.0, bad])}, SIZES)
+
+
+@pytest.mark.skipif(not model.TRAINED.is_file(), reason="no trained weights are in this checkout")
+def test_the_weights_of_the_package_are_those_that_were_measured():
+    content = model.TRAINED.read_bytes()
+    facts = RoomsModel.provenance()
+    assert len(content) <= 12e6
+    assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+    assert {"seed", "command", "seconds", "device", "commit", "metrics"} <= facts.keys()
+    trained = RoomsModel.trained()  # without pickle, as any file of write_weights
+    assert sum(parameter.numel() for parameter in trained.parameters()) == facts["parameters"]
+    assert all(value.isfinite().all() for value in trained.state_dict().values())

@@ -39,6 +39,15 @@ def test_without_similarity_the_nearest_in_order_come_first():
 
 
 @pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is drawn."""
+    drawn: list[Figure] = []
+    png = pictures._png
+    monkeypatch.setattr(pictures, "_png", lambda figure, dpi: drawn.append(figure) or png(figure, dpi))
+    return drawn
+
+
+@pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text of the pictures that are drawn."""
     from matplotlib.text import Text
@@ -99,3 +108,41 @@ def test_photos_of_any_shape_are_drawn():
 def test_a_graph_states_what_its_density_is_over(texts: list[str]):
     pictures.draw_graph(CovisibilityGraph.sequential(4, 0), "4 frames")
     assert "4 frames: density 25 % over frames" in texts
+
+
+def test_depths_are_drawn_pixel_by_pixel_in_one_unit(figures: list[Figure]):
+    truth = torch.rand(2, 28, 42) + 1
+    truth[0, 0, 0] = 0  # not known
+    depths = {"dense": 1.1 * truth, "core": truth + 0.5}
+    content = pictures.draw_depths(torch.rand(2, 3, 28, 42), truth, depths, frames=["a", "b"], title="t", note="metres")
+    assert content.startswith(PNG)
+    rows = [axis for axis in figures[0].axes if axis.images][: 2 * 6]
+    images = [[axis.images[0] for axis in rows[row * 6 : row * 6 + 6]] for row in (0, 1)]
+    for row in (0, 1):
+        known = truth[row] > 0
+        shown = [torch.as_tensor(image.get_array().filled(0)) for image in images[row][1:]]
+        for array, value in zip(shown, [truth, *depths.values()], strict=False):
+            torch.testing.assert_close(array[known], value[row][known])
+        torch.testing.assert_close(shown[4][known], torch.full_like(truth[row], 0.5)[known])
+        assert {image.get_clim() for image in images[row][1:4]} == {images[0][1].get_clim()}
+        assert {image.get_clim() for image in images[row][4:]} == {images[0][4].get_clim()}
+    assert bool(images[0][1].get_array().mask[0, 0])
+
+
+def test_a_floor_plan_shows_cameras_where_they_are_and_look(figures: list[Figure]):
+    truth = torch.eye(4).repeat(3, 1, 1)
+    truth[:, :3, 3] = torch.tensor([[1.0, 1, 1.5], [2, 1, 1.5], [3, 2, 1.5]])
+    truth[:, :3, :3] = torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # looks along x
+    predicted = truth.clone()
+    predicted[2, 1, 3] += 0.5
+    walls = torch.tensor([[[0.0, 0], [5, 0], [5, 0.1], [0, 0.1]]])
+    plans = [pictures.Cameras("dense", truth), pictures.Cameras("core", predicted, [0, 2])]
+    content = pictures.draw_floor_plan(walls, walls[:0], truth, plans, title="t", note="metres")
+    assert content.startswith(PNG)
+    for axis, plan in zip(figures[0].axes, plans, strict=True):
+        true_arrows, arrows = (part for part in axis.collections if type(part).__name__ == "Quiver")
+        for shown, poses in ((true_arrows, truth), (arrows, plan.poses)):
+            torch.testing.assert_close(torch.as_tensor(shown.XY), poses[:, :2, 3], check_dtype=False)
+            assert shown.U.tolist() == [1, 1, 1] and shown.V.tolist() == [0, 0, 0]
+    marked = figures[0].axes[1].collections[-1].get_offsets()
+    torch.testing.assert_close(torch.as_tensor(marked.data), predicted[[0, 2], :2, 3], check_dtype=False)

@@ -8,6 +8,7 @@ al., "VGGT: Visual Geometry Grounded Transformer" (CVPR 2025, arXiv 2503.11651);
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ class RoomsModel(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the weights in {path} are not those of this model: {error}") from error
         return model
+
+    @staticmethod
+    def provenance() -> dict[str, Any]:
+        """Return what a training wrote beside the weights that `trained()` reads: seed, seconds, device, metrics.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
+        return json.loads(TRAINED.with_suffix(".json").read_text())
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Return `P`, the number of tokens of one frame of `height` x `width` pixels, special tokens included."""

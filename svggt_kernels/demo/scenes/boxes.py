@@ -28,6 +28,7 @@ SUN = 29  # directional light, 3
 COLUMNS = 32
 
 NOWHERE = -1e4
+FLAT = 0.05  # half the height of a slab, and more than that of a rug
 CABINET, TURNED, HANGING, COLUMN, CEILING_LAMP = range(5)
 FURNITURE = (CABINET,) * 4 + (TURNED,) * 2 + (HANGING, COLUMN, CEILING_LAMP)
 WALLS, SLABS, PICTURES, RUGS = 12, 2, 4, 1
@@ -55,6 +56,26 @@ def furnish(flats: Flats, poses: Tensor, draws: Draws) -> Tensor:
     boxes[..., HALF : HALF + 3] = half.masked_fill(missing, 0.0)
     boxes[..., COS], boxes[..., SIN] = turn.cos(), turn.sin()
     return boxes
+
+
+def outlines(boxes: Tensor, height: float) -> tuple[Tensor, Tensor]:
+    """Return what a floor plan shows: corners of the walls that a cut at a height meets, and of things lower than that.
+
+    Args:
+        boxes: The boxes of one flat, `[K, COLUMNS]`.
+        height: Of the cut above the floor, metres.
+
+    Returns:
+        Corners from above, metres, of walls `[n, 4, 2]` and of things `[m, 4, 2]`, those that lie flat left out.
+    """
+    centre, half = boxes[:, CENTRE : CENTRE + 3], boxes[:, HALF : HALF + 3]
+    low, high = centre[:, 2] - half[:, 2], centre[:, 2] + half[:, 2]
+    cos, sin = boxes[:, COS, None], boxes[:, SIN, None]
+    x, y = (half[:, None, :2] * half.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])).unbind(-1)
+    corners = centre[:, None, :2] + torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
+    place = torch.arange(len(boxes), device=boxes.device) % PER_ROOM
+    stands = (half[:, 2] > FLAT) & (low < height)
+    return corners[(place < WALLS) & stands & (high > height)], corners[(place >= WALLS + SLABS) & stands]
 
 
 def _against_wall(flats: Flats, side: Tensor, deep: Extent, along: Extent, up: Extent) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,175 @@
+"""One model on frames of known geometry, under several layouts: what each costs, and how far it is from the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..demo.model.poses import decode_poses
+from ..graph import CovisibilityGraph
+from ..models.loading import LoadedModel
+from ..patching import Patch, patch
+from ..sources import TokenSimilarity
+from .accuracy import align, depth_errors, pair_errors, pose_auc, trajectory_error
+from .compare import Stage, silent
+from .cost import Cost, Meter
+
+WARM_UP_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sees whom.
+
+    Attributes:
+        name: What to call it.
+        sees: Who sees whom, in words.
+        options: Arguments of `patch`; None leaves the model as it is.
+    """
+
+    name: str
+    sees: str
+    options: Mapping[str, Any] | None = None
+
+    def on(self, model: LoadedModel) -> Patch | nullcontext[None]:
+        """Return a context in which the model attends like this; its value is the handle of the patch, or None."""
+        return nullcontext() if self.options is None else patch(model.module, **self.options)
+
+
+DENSE = Layout("dense", "every frame sees every frame")
+NEIGHBOURS = Layout(
+    "neighbours",
+    f"every frame sees the {TokenSimilarity.neighbours} frames most like it, frame 0, anchors, and all special tokens",
+    {"covisibility": TokenSimilarity()},
+)
+
+
+def closed_core(frames: int) -> Layout:
+    """Return the layout in which each frame sees itself and a core of frames, and the core sees the core alone.
+
+    The core is frame 0 and then, one after another, the frame least similar to those before it, by the model's own
+    tokens. Special tokens are tokens of their frame like all others, so nothing but the core joins the frames.
+    """
+    source = TokenSimilarity(neighbours=0, anchors=frames, bridge=False, reference_frame=None)
+    return Layout(
+        f"core of {frames}",
+        f"every frame sees itself and the {frames} frames that differ most; these see one another alone",
+        {"covisibility": source, "special_tokens": "masked"},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of one layout, on the CPU.
+
+    Attributes:
+        layout: The layout.
+        cost: Of the whole model.
+        pairs: Visible / all pairs of tokens in global attention.
+        backend: What ran it; None for PyTorch's attention.
+        graph: Who sees whom; None for the model as it is.
+        poses: Camera to world `[S, 4, 4]`, moved by the similarity that brings the centres closest to the true ones.
+        depth: Metres `[S, H, W]`, by one scale: the median of true / predicted over all pixels.
+        auc5: Pose AUC at 5 degrees.
+        auc30: Pose AUC at 30 degrees.
+        ate: Absolute trajectory error, metres.
+        absrel: Relative error of depth.
+    """
+
+    layout: Layout
+    cost: Cost
+    pairs: float
+    backend: str | None
+    graph: CovisibilityGraph | None
+    poses: Tensor
+    depth: Tensor
+    auc5: float
+    auc30: float
+    ate: float
+    absrel: float
+
+    @property
+    def core(self) -> list[int]:
+        """The frames that every frame sees, if not all frames do."""
+        return [] if self.graph is None else self.graph.to_dense().all(0).nonzero()[:, 0].tolist()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report holds."""
+        cost = {"ms": self.cost.min_ms, "runs": self.cost.runs, "peak_mib": self.cost.peak_mib}
+        accuracy = {"auc5": self.auc5, "auc30": self.auc30, "ate_m": self.ate, "absrel": self.absrel}
+        return {
+            "layout": self.layout.name,
+            "sees": self.layout.sees,
+            **cost,
+            "pairs": self.pairs,
+            "backend": self.backend,
+            **accuracy,
+        }
+
+
+def run_layouts(
+    model: LoadedModel,
+    frames: Tensor,  # [S, 3, H, W]
+    true_poses: Tensor,  # [S, 4, 4]
+    true_depth: Tensor,  # [S, H, W]
+    layouts: Sequence[Layout],
+    *,
+    rounds: int = 2,
+    stage: Stage = silent,
+) -> list[Outcome]:
+    """Run a model with each layout in turn, a few rounds, so that other work on the machine meets all alike.
+
+    Args:
+        model: The model, on its device; outputs are VGGT's.
+        frames: RGB in [0, 1], on the same device.
+        true_poses: Camera to world, metres.
+        true_depth: Metres along the optical axis, 0 where it is not known.
+        layouts: What to run.
+        rounds: Runs of each, 1 or more.
+        stage: Is told each stage of the work.
+
+    Raises:
+        ValueError: If there are fewer than two frames, or a layout cannot be made of them.
+    """
+    if len(frames) < 2:
+        raise ValueError(f"cameras are compared in pairs, so two frames or more are needed, got {len(frames)}")
+    meters = [Meter(frames.device) for _ in layouts]
+    model(frames[:WARM_UP_FRAMES])
+    for done in range(rounds):
+        outcomes = []
+        for layout, meter in zip(layouts, meters, strict=True):
+            with layout.on(model) as handle:
+                with stage(f"{layout.name}, run {done + 1} of {rounds}"):
+                    outputs = meter(lambda: model(frames))
+                outcomes.append(_outcome(layout, meter.cost(), handle, outputs, true_poses.cpu(), true_depth.cpu()))
+    return outcomes
+
+
+def _outcome(
+    layout: Layout,
+    cost: Cost,
+    handle: Patch | None,
+    outputs: Mapping[str, Tensor],
+    true_poses: Tensor,
+    true_depth: Tensor,
+) -> Outcome:
+    poses, _ = decode_poses(outputs["pose_enc"].cpu(), *true_depth.shape[-2:])
+    depth = outputs["depth"].cpu()
+    angles, depth_error = pair_errors(poses, true_poses).pose, depth_errors(depth, true_depth)
+    return Outcome(
+        layout=layout,
+        cost=cost,
+        pairs=1.0 if handle is None else handle.report().token_density or 1.0,
+        backend=None if handle is None else handle.report().backend,
+        graph=None if handle is None else handle.graph.to("cpu"),
+        poses=align(poses[:, :3, 3], true_poses[:, :3, 3]).poses(poses),
+        depth=depth_error.scale * depth,
+        auc5=pose_auc(angles, 5),
+        auc30=pose_auc(angles, 30),
+        ate=trajectory_error(poses, true_poses),
+        absrel=depth_error.absrel,
+    )

@@ -1,0 +1,106 @@
+"""Layouts side by side: a closed core is closed, a right answer in any coordinate system and unit has no error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svggt_kernels import Patch
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.poses import encode_poses
+from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
+from svggt_kernels.measure.layouts import DENSE, NEIGHBOURS, closed_core, run_layouts
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.models.loading import LoadedModel
+
+SIZE = (28, 42)
+FRAMES = 7
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return make_scenes(1, FRAMES, Draws(0), rooms=2, size=SIZE)
+
+
+def loaded(module: nn.Module) -> LoadedModel:
+    return LoadedModel(RUNNABLE["toy"], module.eval(), weights="", warning=None, autocast=None)
+
+
+class Oracle(nn.Module):
+    """Knows the cameras and the depth, in other axes and another unit."""
+
+    def __init__(self, scenes: Scenes, unit: float, spoil: Callable[[Tensor], Tensor] = lambda poses: poses):
+        super().__init__()
+        self.scenes, self.unit, self.spoil = scenes, unit, spoil
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        frames = images.shape[1]
+        poses = self.spoil((torch.linalg.inv(self.scenes.poses[:, 2:3]) @ self.scenes.poses)[:, :frames].double())
+        encoding = encode_poses(poses[..., :3, :3], poses[..., :3, 3] * self.unit, torch.ones(1, frames, 2))
+        return {"pose_enc": encoding, "depth": self.unit * self.scenes.depth[:, :frames, ..., None]}
+
+
+def test_the_right_answer_has_no_error_and_comes_back_in_metres(scenes: Scenes):
+    (outcome,) = run_layouts(
+        loaded(Oracle(scenes, 0.3)), scenes.images[0], scenes.poses[0], scenes.depth[0], [DENSE], rounds=1
+    )
+    assert (outcome.auc5, outcome.auc30) == (1, 1)
+    assert outcome.ate < 1e-5 and outcome.absrel < 1e-6
+    torch.testing.assert_close(outcome.poses, scenes.poses[0].double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(outcome.depth, scenes.depth[0], atol=1e-4, rtol=1e-4)
+    assert (outcome.pairs, outcome.graph, outcome.backend, outcome.core) == (1, None, None, [])
+
+
+def test_a_camera_in_the_wrong_place_is_off_by_that_much(scenes: Scenes):
+    def moved(poses: Tensor) -> Tensor:
+        poses = poses.clone()
+        poses[:, -1, :3, 3] += torch.tensor([0.0, -2.0, 0.0])
+        return poses
+
+    (outcome,) = run_layouts(
+        loaded(Oracle(scenes, 1.0, moved)), scenes.images[0], scenes.poses[0], scenes.depth[0], [DENSE], rounds=1
+    )
+    assert 0.2 < outcome.ate < 2 / FRAMES**0.5
+    assert outcome.auc30 < 1 and outcome.absrel < 1e-6
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return loaded(RoomsModel.create(0, dim=16, depth=2, num_heads=2))
+
+
+def test_a_core_is_closed_and_special_tokens_belong_to_their_frames(scenes: Scenes, model: LoadedModel):
+    _, core, neighbours = run_layouts(
+        model,
+        scenes.images[0],
+        scenes.poses[0],
+        scenes.depth[0],
+        [DENSE, closed_core(3), NEIGHBOURS],
+        rounds=2,
+    )
+    assert len(core.core) == 3 and core.core[0] == 0
+    in_core = torch.zeros(FRAMES, dtype=torch.bool)
+    in_core[core.core] = True
+    assert core.graph is not None
+    assert torch.equal(core.graph.to_dense(), in_core.expand(FRAMES, -1) | torch.eye(FRAMES, dtype=torch.bool))
+    assert core.pairs == pytest.approx((3 * 3 + 4 * 4) / FRAMES**2)
+    assert neighbours.pairs == 1  # 10 neighbours among 7 frames
+    assert core.cost.runs == neighbours.cost.runs == 2
+    assert core.layout.name == "core of 3"
+    with pytest.raises(ValueError, match="is not patched"):
+        Patch.of(model.module)
+
+
+def test_facts_are_plain(scenes: Scenes, model: LoadedModel):
+    (outcome,) = run_layouts(model, scenes.images[0], scenes.poses[0], scenes.depth[0], [closed_core(FRAMES)], rounds=1)
+    facts = outcome.facts()
+    assert facts["pairs"] == 1 and facts["runs"] == 1 and facts["ate_m"] == outcome.ate
+    assert all(isinstance(value, (str, int, float, type(None))) for value in facts.values())
+
+
+def test_one_frame_has_no_pairs(scenes: Scenes, model: LoadedModel):
+    with pytest.raises(ValueError, match="two frames or more are needed, got 1"):
+        run_layouts(model, scenes.images[0, :1], scenes.poses[0, :1], scenes.depth[0, :1], [DENSE])
