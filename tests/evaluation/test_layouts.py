@@ -9,6 +9,7 @@ from evaluation.layouts import Known, choose_core, farthest_points, named
 from evaluation.measuring import SceneSet, predict
 from evaluation.model import RoomsModel
 from evaluation.scenes import Draws
+from svggt_kernels import TokenSimilarity
 from svggt_kernels.sources.base import Scene
 
 FRAMES = 6
@@ -85,6 +86,12 @@ def test_all_see_a_closed_core_and_themselves(scene: Scene, known: Known):
     assert sees("core-3-evenly", scene, known) == [sorted({*core, frame}) for frame in range(FRAMES)]
     assert sees("core-6", scene, known) == [list(range(FRAMES))] * FRAMES
     assert sees("own", scene, known) == [[frame] for frame in range(FRAMES)]
+
+
+def test_the_packages_anchors_are_the_same_core(scene: Scene, known: Known):
+    """Anchors without neighbours: how a user builds a closed core from descriptors."""
+    recipe = TokenSimilarity(neighbours=0, anchors=3, bridge=False, reference_frame=None)
+    assert torch.equal(recipe.graph(scene).to_dense(), named("core-3").graph(scene, known).to_dense())
 
 
 def test_near_frames_are_seen_from_outside_the_core_alone(scene: Scene, known: Known):
