@@ -14,12 +14,14 @@ Words may follow, in this order:
 |---|---|---|
 | `-tokens`, `-thumbnails`, `-overlap` | core, nearest | by what frames are similar; tokens if nothing is said |
 | `-evenly`, `-random` | core | the core is spread over the order of the frames, or drawn |
+| `-covering` | core by similarity | frames are chosen to cover all others, not to lie far apart |
 | `-nearM` | core | frames outside the core see their M nearest frames too |
 | `-open` | core, after `-nearM` | so do frames of the core, which is then not closed |
 | `-ordinary`, `-dense` | all but `dense` | special tokens follow the graph, or see and are seen by everything |
 
-Frame 0, in whose axes such models answer, is in every core; by similarity each next frame of a core is the one least
-similar to those before it. True overlap is what no user has: a bound on what a choice by descriptors can give.
+Frame 0, in whose axes such models answer, is in every core. By similarity each next frame of a core is the one least
+similar to those before it, or with `-covering` the one that raises most what all frames find similar in the core. True
+overlap is what no user has: a bound on what a choice by descriptors can give.
 
 What is not a graph (keys at a stride, merged tokens) is a class of its own with a `name` and `put_into`.
 """
@@ -179,26 +181,35 @@ def own(special: Special = "ordinary") -> GraphLayout:
 
 
 def core(
-    frames: int, choice: Choice = "tokens", near: int = 0, closed: bool = True, special: Special = "ordinary"
+    frames: int,
+    choice: Choice = "tokens",
+    *,
+    covering: bool = False,
+    near: int = 0,
+    closed: bool = True,
+    special: Special = "ordinary",
 ) -> GraphLayout:
     """Return the layout of a core that all frames see.
 
     Args:
         frames: Frames of the core, frame 0 among them; as many as there are, or more, give the full graph.
         choice: How they are chosen.
+        covering: Whether frames chosen by similarity shall cover the others; else they lie far apart.
         near: How many of its nearest frames a frame outside the core sees too, by the same similarity (by tokens, if
             the choice is by none).
         closed: Whether frames of the core see the core only.
         special: What special tokens see.
 
     Raises:
-        ValueError: If the core would be empty, or is open without near frames.
+        ValueError: If the core would be empty, is open without near frames, or shall cover without similarity.
     """
-    if frames < 1 or (near == 0 and not closed):
-        raise ValueError("a core has at least one frame, and only one with near frames can be open")
+    if frames < 1 or (near == 0 and not closed) or (covering and choice in ("evenly", "random")):
+        raise ValueError(
+            "a core has at least one frame, one with near frames can be open, and one by similarity can be covering"
+        )
 
     def graph(scene: Scene, known: Known) -> CovisibilityGraph:
-        chosen = choose_core(frames, choice, scene, known)
+        chosen = choose_core(frames, choice, scene, known, covering)
         sees = torch.eye(scene.num_frames, dtype=torch.bool)
         if near:
             similarity = _similarity(_by(choice), scene, known).fill_diagonal_(-torch.inf)
@@ -208,9 +219,8 @@ def core(
         sees[:, chosen] = True
         return CovisibilityGraph.from_dense(sees, square=True)
 
-    words = (
-        f"core-{frames}" + f"-{choice}" * (choice != "tokens") + f"-near{near}" * (near > 0) + "-open" * (not closed)
-    )
+    words = f"core-{frames}" + f"-{choice}" * (choice != "tokens") + "-covering" * covering
+    words += f"-near{near}" * (near > 0) + "-open" * (not closed)
     return GraphLayout(_name(words, special, "ordinary"), graph, special, choice == "overlap")
 
 
@@ -231,14 +241,15 @@ def nearest(neighbours: int, by: By = "tokens", special: Special = "dense") -> G
     return GraphLayout(_name(words, special, "dense"), graph, special, by == "overlap")
 
 
-def choose_core(frames: int, choice: Choice, scene: Scene, known: Known) -> list[int]:
-    """Return the frames of a core, frame 0 first."""
+def choose_core(frames: int, choice: Choice, scene: Scene, known: Known, covering: bool = False) -> list[int]:
+    """Return the frames of a core, frame 0 first; see `core`."""
     frames = min(frames, scene.num_frames)
     if choice == "evenly":
         return np.linspace(0, scene.num_frames - 1, frames).round().astype(int).tolist()
     if choice == "random":
         return [0, *(1 + known.numbers().permutation(scene.num_frames - 1)[: frames - 1]).tolist()]
-    return farthest_points(_similarity(choice, scene, known), frames)
+    choose = covering_points if covering else farthest_points
+    return choose(_similarity(choice, scene, known), frames)
 
 
 def farthest_points(
@@ -264,6 +275,31 @@ def farthest_points(
     return chosen
 
 
+def covering_points(
+    similarity: Tensor,  # [S, S]
+    count: int,
+    first: int = 0,
+) -> list[int]:
+    """Return frames of which each adds most to the sum over all frames of the similarity to the nearest chosen one.
+
+    The greedy solution of facility location: Nemhauser, Wolsey and Fisher, "An analysis of approximations for
+    maximizing submodular set functions" (1978). Of equal frames that of the lowest index.
+
+    Args:
+        similarity: Of each two frames.
+        count: How many frames, at most S.
+        first: The one to begin with.
+    """
+    scores = similarity.double().cpu().numpy()
+    chosen, closest = [first], scores[first].copy()
+    while len(chosen) < count:
+        gains = np.maximum(scores - closest, 0).sum(1)
+        gains[chosen] = -np.inf
+        chosen.append(int(gains.argmax()))
+        closest = np.maximum(closest, scores[chosen[-1]])
+    return chosen
+
+
 def named(text: str) -> Layout:
     """Return the layout of a name.
 
@@ -274,23 +310,24 @@ def named(text: str) -> Layout:
         return Dense()
     for form, function in _FORMS.items():
         if match := re.fullmatch(form, text):
-            given = {word: value for word, value in match.groupdict().items() if value is not None}
-            return function(**{word: int(x) if x.isdigit() else x for word, x in given.items()})
+            words = {word: value for word, value in match.groupdict().items() if value is not None}
+            return function(**{word: int(value) if value.isdigit() else value for word, value in words.items()})
     raise ValueError(
         f"{text!r} is no layout; names are dense, own, core-K, nearest-K and random-K, and the words that may follow "
         "are in evaluation/layouts.py"
     )
 
 
-def _core(open: str | None = None, **words: Any) -> Layout:
-    return core(closed=open is None, **words)
+def _core(open: str | None = None, covering: str | None = None, **words: Any) -> Layout:
+    return core(closed=open is None, covering=covering is not None, **words)
 
 
 def _random(neighbours: int, special: Special = "dense") -> Layout:
     return nearest(neighbours, "random", special)
 
 
-_CHOICE, _NEAR = rf"(-(?P<choice>{'|'.join(get_args(Choice))}))?", r"(-near(?P<near>\d+)(-(?P<open>open))?)?"
+_CHOICE = rf"(-(?P<choice>{'|'.join(get_args(Choice))}))?(-(?P<covering>covering))?"
+_NEAR = r"(-near(?P<near>\d+)(-(?P<open>open))?)?"
 _SPECIAL = rf"(-(?P<special>{'|'.join(get_args(Special))}))?"
 _FORMS: dict[str, Callable[..., Layout]] = {
     rf"own{_SPECIAL}": own,

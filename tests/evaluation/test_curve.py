@@ -11,6 +11,7 @@ import torch
 
 from evaluation import curve
 from evaluation.__main__ import main
+from evaluation.layouts import named
 from evaluation.measuring import SceneSet
 from evaluation.results import IDENTITY, METRICS, SECTION, read_results, sections
 from evaluation.table import markdown
@@ -18,6 +19,7 @@ from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.model.weights import write_weights
 from svggt_kernels.demo.scenes import HELD_OUT
 
+RESULTS = Path(curve.__file__).parent / "results"
 COMMON = "--scenes 2 --frames 4 --size 28 42 --device cpu".split()
 
 
@@ -179,6 +181,13 @@ def test_table_and_figure_of_a_run(results: Path, tmp_path: Path, capsys):
     assert "AUC@3 " in walk and "accuracy" in rotation and "AUC@3 " not in rotation and "Medians" in walk
     assert main(["figure", str(results), "--output", str(tmp_path / "curve.png"), "--metrics", "auc30", "absrel"]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.name)
+def test_result_lines_of_the_repository_can_be_read(file: Path):
+    for line in read_results(file):
+        assert named(line["layout"]).name == line["layout"] and set(line["metrics"]) <= set(METRICS)
+        assert not line["commit"].endswith("-dirty") and "unknown" not in line["commit"]
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path, results: Path, capsys):

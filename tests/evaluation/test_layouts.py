@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.layouts import Known, choose_core, farthest_points, named
+from evaluation.layouts import Known, choose_core, covering_points, farthest_points, named
 from evaluation.measuring import SceneSet, predict
+from svggt_kernels import TokenSimilarity
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.scenes import Draws
 from svggt_kernels.sources.base import Scene
@@ -15,6 +16,7 @@ FRAMES = 6
 NAMES = (
     *("dense", "own", "own-dense", "core-3", "core-3-thumbnails", "core-3-overlap", "core-3-evenly", "core-3-random"),
     *("core-2-dense", "core-2-near1", "core-2-overlap-near1-open", "core-2-evenly-near1-dense", "random-2"),
+    *("core-3-covering", "core-3-overlap-covering-near1-open-dense"),
     *("nearest-2", "nearest-2-thumbnails", "nearest-2-overlap", "nearest-2-ordinary", "random-2-ordinary"),
 )
 
@@ -51,12 +53,16 @@ def test_what_is_usual_is_left_out_of_a_name():
     assert {name: named(name).name for name in names} == names
 
 
-@pytest.mark.parametrize("name", ["", "core", "core-x", "core-3-open", "nearest-3-evenly", "dense-own", "Core-3"])
+@pytest.mark.parametrize(
+    "name", ["", "core", "core-x", "core-3-open", "core-2-covering-overlap", "nearest-3-evenly", "dense-own", "Core-3"]
+)
 def test_other_names_are_refused(name: str):
     with pytest.raises(ValueError, match="is no layout; names are dense, own, core-K"):
         named(name)
     with pytest.raises(ValueError, match="at least one frame"):
         named("core-0")
+    with pytest.raises(ValueError, match="one by similarity can be covering"):
+        named("core-3-evenly-covering")
 
 
 def test_farthest_points_by_hand():
@@ -66,6 +72,16 @@ def test_farthest_points_by_hand():
     assert farthest_points(similarity, 3) == [0, 4, 2]
     assert farthest_points(similarity, 5, first=3) == [3, 0, 2, 1, 4]
     assert farthest_points(torch.zeros(4, 4), 4) == [0, 1, 2, 3]
+
+
+def test_covering_points_by_hand():
+    """A frame far from all others covers little: it comes last, and the middle of the many first."""
+    place = torch.tensor([0.0, 5, 6, 7, 20])
+    similarity = -(place[:, None] - place).abs().sqrt()
+    assert covering_points(similarity, 3) == [0, 2, 4] and covering_points(similarity, 5) == [0, 2, 4, 1, 3]
+    assert farthest_points(similarity, 3) == [0, 4, 3]
+    alike = torch.tensor([[1, 0, 0, 0], [0, 1, 0.9, 0.9], [0, 0.9, 1, 0.8], [0, 0.9, 0.8, 1]])
+    assert covering_points(alike, 2) == [0, 1]
 
 
 def test_cores(scene: Scene, known: Known):
@@ -78,6 +94,7 @@ def test_cores(scene: Scene, known: Known):
     assert torch.equal(overlap, overlap.T) and (overlap.diagonal() > 0.99).all()
     for choice in ("tokens", "thumbnails", "overlap", "evenly", "random"):
         assert sorted(choose_core(9, choice, scene, known)) == list(range(FRAMES))
+    assert choose_core(3, "overlap", scene, known, covering=True) == covering_points(overlap, 3)
 
 
 def test_all_see_a_closed_core_and_themselves(scene: Scene, known: Known):
@@ -85,6 +102,12 @@ def test_all_see_a_closed_core_and_themselves(scene: Scene, known: Known):
     assert sees("core-3-evenly", scene, known) == [sorted({*core, frame}) for frame in range(FRAMES)]
     assert sees("core-6", scene, known) == [list(range(FRAMES))] * FRAMES
     assert sees("own", scene, known) == [[frame] for frame in range(FRAMES)]
+
+
+def test_the_packages_anchors_are_the_same_core(scene: Scene, known: Known):
+    """Anchors without neighbours: how a user builds a closed core from descriptors."""
+    recipe = TokenSimilarity(neighbours=0, anchors=3, bridge=False, reference_frame=None)
+    assert torch.equal(recipe.graph(scene).to_dense(), named("core-3").graph(scene, known).to_dense())
 
 
 def test_near_frames_are_seen_from_outside_the_core_alone(scene: Scene, known: Known):
@@ -126,7 +149,7 @@ def test_a_layout_acts_in_a_model_and_is_counted(name: str, model: RoomsModel, k
         assert what.pairs == what.dense_pairs and torch.equal(prediction.depth, before.depth)
         return
     assert (prediction.depth - before.depth).abs().max() > 1e-6 and what.pairs < what.dense_pairs
-    if name.startswith("core-3"):
+    if name.startswith("core-3") and "near" not in name:
         assert what.pairs == per_frame**2 * (3 * 3 + 3 * 4)
     if name == "own":
         assert what.pairs == FRAMES * per_frame**2
