@@ -13,14 +13,14 @@ from torch.nn.modules import module as module_hooks
 
 from ..compiling import uncompiled
 from ..streams import is_capturing
-from . import blocks, dpt, heads, memory
+from . import blocks, dpt, first_launches, heads, memory
 from .aggregator import ChunkSizes, GlobalAttention, aggregate, tokens_of_frame
 from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
 from .report import InferenceReport
 from .settings import Settings, Snapshot, has_values, is_replaced, is_watched
 from .verification import Verification, verify
-from .within_frames import AttentionWithinFrames, by_pytorch
+from .within_frames import AttentionWithinFrames, DenseAttention, by_pytorch
 
 __all__ = ["FusedForward", "Outputs", "Precision"]
 
@@ -130,10 +130,11 @@ class FusedForward:
         self._attend: GlobalAttention | None = None
         self._outputs: LayerOutputs | None = None
         self._plan: memory.Plan | None = None
+        self._launches: dict[nn.Module, first_launches.FirstLaunches] = {}
         self.report = InferenceReport("no forward yet", None, (), {}, self._layers_kept, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = ("_settings", "_snapshots", "_verified", "_attend", "_outputs", "_plan", "report")
+        forgotten = ("_settings", "_snapshots", "_verified", "_attend", "_outputs", "_plan", "_launches", "report")
         return {name: value for name, value in self.__dict__.items() if name not in forgotten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -179,6 +180,12 @@ class FusedForward:
         if self._outputs is not None:
             self._outputs.settle()
         self._attend = self._outputs = None
+        self._finish_launches()
+
+    def _finish_launches(self) -> None:
+        for launches in self._launches.values():
+            launches.wait()
+        self._launches = {}
 
     def _make_plan(self, images: Tensor, tokens_per_frame: int | None, tokens_describe: bool) -> memory.Plan:
         model = self._model
@@ -279,7 +286,7 @@ class FusedForward:
                 aggregator,
                 some,
                 outputs,
-                attend=_Dense(),
+                attend=DenseAttention(),
                 attend_within_frames=by_pytorch,
                 parts=ChunkSizes.of(aggregator, some, tokens),
             )
@@ -331,7 +338,12 @@ class FusedForward:
         if key not in self._verified:
             if is_capturing(images.device):
                 return None
-            found = verify(module, own, read, inputs())
+            if module is self.aggregator:
+                self._finish_launches()
+                fused_heads, backend = self._dpt.values(), self._within_frames.backend
+                self._launches = first_launches.start(module, fused_heads, images.device, self.dtype, backend)
+            launches = self._launches.get(module)
+            found = verify(module, own, read, inputs(), *([launches.wait] if launches else []))
             if not found.is_final:
                 return found
             self._verified[key] = found
@@ -408,17 +420,6 @@ def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor |
     """Return the outputs of some layers for the first frames of the first sample, in a list by layer."""
     (tokens,) = outputs.frames(layers, [slice(FRAMES)])
     return heads.as_list({layer: each[:1] for layer, each in tokens.items()}, len(outputs))
-
-
-class _Dense:
-    """Dense attention in every layer."""
-
-    def enter(self, tokens: Callable[[], Tensor]) -> None:
-        """Do without the tokens."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        """Attend."""
-        return by_pytorch(q, k, v, scale)
 
 
 def _obstacle_of_call() -> str | None:

@@ -198,6 +198,14 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -2).flatten(-3)
 
 
+def set_up(device: torch.device) -> None:
+    """Let Triton prepare itself to compile, once; it must not do so in several threads at a time."""
+    if _runs_triton(device):
+        from . import ops_triton as triton_kernels
+
+        triton_kernels.set_up()
+
+
 def _by_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ PYTORCH = "pytorch"
 def by_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return PyTorch's attention of each sample's queries to its own keys, all `[B, H, N, D]`."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class DenseAttention:
+    """Dense attention in every global layer, by PyTorch."""
+
+    def enter(self, tokens: Callable[[], Tensor]) -> None:
+        """Do without the tokens."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """Attend."""
+        return by_pytorch(q, k, v, scale)
 
 
 class AttentionWithinFrames:
