@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from doubles.dpt import random_head
 from doubles.fused import IMAGES, model
+from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference import first_launches, ops
+from svggt_kernels.inference import first_launches, fused_forward, ops
 from svggt_kernels.inference.first_launches import FirstLaunches
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,8 @@ class Recorder:
     # Stands for a kernel: notes as what it would be compiled, and leaves what is there as the result.
     def __init__(self, name, kernel):
         self.name = name
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
@@ -67,7 +69,7 @@ def head_forward(head, frames, height, width):
     maps = [(project.out_channels, height, width) for project in head.projects]
     maps.append((head.scratch.output_conv1.out_channels, height * size, width * size))
     tables = [(line(channels, columns), line(channels, rows)) for channels, rows, columns in maps]
-    dpt.ReadyHead(head, tables, torch.float32)([tokens] * 4, images, 5)
+    dpt.ReadyHead(head, tables, torch.float32)(dict.fromkeys(head.intermediate_layer_idx, tokens), images, 5)
 
 def both(launches, forward):
     compiled.clear()
@@ -107,3 +109,100 @@ def test_what_is_launched_beforehand_is_what_a_forward_launches():
     for beforehand, needed in lines:
         assert beforehand == needed, set(beforehand) ^ set(needed)
         assert len(needed) >= 4
+
+
+def test_calls_of_one_function_follow_one_another_and_others_run_beside_them():
+    meet, order, at_work = threading.Barrier(2, timeout=30), [], threading.Lock()
+
+    def first(index: int) -> None:
+        assert at_work.acquire(blocking=False)
+        if index == 0:
+            meet.wait()  # for the other function, which runs at the same time
+        order.append(index)
+        at_work.release()
+
+    def second() -> None:
+        meet.wait()
+
+    FirstLaunches([*(partial(first, index) for index in range(20)), partial(second)], None).wait()
+    assert order == list(range(20)) and not meet.broken
+
+
+def test_calls_begin_after_those_before_and_what_raises_stops_no_other():
+    order, may_go = [], threading.Event()
+
+    def fail() -> None:
+        assert may_go.wait(30)
+        order.append("failed")
+        raise RuntimeError("it does not compile")
+
+    def follow(grad_is_on: bool) -> None:
+        order.append(torch.is_grad_enabled() == grad_is_on)
+
+    before = FirstLaunches([partial(fail)], None)
+    after = FirstLaunches([partial(follow, False)], None, before)
+    assert order == []
+    may_go.set()
+    after.wait()
+    assert order == ["failed", True]
+
+
+def test_a_verification_waits_before_a_forward_of_our_own_and_a_forward_leaves_nothing_running(monkeypatch):
+    events, network = [], model()
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self) -> None:
+            events.append(self.name)
+
+    def start(aggregator: nn.Module, heads: Iterable[nn.Module], *settings: object) -> dict[nn.Module, Recorded]:
+        assert settings == (torch.device("cpu"), torch.bfloat16, "reference")
+        return {aggregator: Recorded("aggregator"), **dict.fromkeys(heads, Recorded("heads"))}
+
+    aggregate = fused_forward.aggregate
+    monkeypatch.setattr(first_launches, "start", start)
+
+    def noted(aggregator: nn.Module, images: Tensor, *given: object, **named: object) -> None:
+        events.append(images.dtype)
+        aggregate(aggregator, images, *given, **named)
+
+    monkeypatch.setattr(fused_forward, "aggregate", noted)
+    options = {"precision": "bf16", "backend": "reference", "fused": True}
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", **options) as handle:
+        network(IMAGES)
+        assert handle.report().inference.reason is None
+        first, events[:] = events.copy(), []
+        network(IMAGES)
+    single, double = torch.float32, torch.float64
+    assert first == [double, "aggregator", single, single, "aggregator", "heads"]
+    assert events == [single]
+
+
+def test_nothing_is_launched_beforehand_on_the_cpu():
+    network = model()
+    assert first_launches.start(network.aggregator, [], torch.device("cpu"), None, None) == {}
+
+
+@pytest.mark.gpu
+def test_a_forward_compiles_nothing_that_was_not_launched_beforehand(monkeypatch: pytest.MonkeyPatch):
+    if not ops._runs_triton(device := torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("its kernels are PyTorch's")
+    from triton import JITFunction, knobs
+
+    from svggt_kernels.inference import ops_triton
+
+    for kernel in vars(ops_triton).values():
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.clear()
+    compiled, network = [], model().cuda()
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **facts: compiled.append(facts["repr"]))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        for launches in first_launches.start(network.aggregator, [], device, None, None).values():
+            launches.wait()
+        beforehand, compiled[:] = compiled.copy(), []
+        with svggt_kernels.patch(network, covisibility="all") as handle:
+            network(IMAGES.cuda())
+    assert handle.report().inference.reason is None
+    assert len(beforehand) >= 5 and compiled == []
