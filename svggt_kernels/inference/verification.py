@@ -158,16 +158,20 @@ def _compare(
     subject = unpatched_copy(module)
     if any(parameter.dtype == torch.float64 for parameter in module.parameters()):
         subject, inputs = copy.deepcopy(subject).float(), _converted(inputs, torch.float32)
+    device, tensors = next(module.parameters()).device.type, [*subject.parameters(), *subject.buffers(), inputs]
+    is_single = not torch.is_autocast_enabled(device) and _is_in(torch.float32, tensors)
     plain = read(subject(*inputs))
-    with torch.autocast(next(module.parameters()).device.type, enabled=False):
-        single, double = (wider_copy(subject, dtype) for dtype in (torch.float32, torch.float64))
-        wide = _converted(inputs, torch.float64)
-        exact = read(double(*wide))
-        ours_wide = [x.float() for x in read(own(wider_copy(subject, torch.float64), *wide))]
-        plain_single = [x.float() for x in read(single(*_converted(inputs, torch.float32)))]
+    with torch.autocast(device, enabled=False):
+        exact = read(wider_copy(subject, torch.float64)(*_converted(inputs, torch.float64)))
+        plain_single = plain
+        if not is_single:
+            plain_single = read(wider_copy(subject, torch.float32)(*_converted(inputs, torch.float32)))
+        ours_wide = read(own(wider_copy(subject, torch.float64), *_converted(inputs, torch.float64)))
     before_own()
     ours = read(own(subject, *inputs))
-    formula, formula_ratio = _within_budget(plain_single, ours_wide, exact, DOUBT)
+    formula, formula_ratio = _within_budget(
+        [x.float() for x in plain_single], [x.float() for x in ours_wide], exact, DOUBT
+    )
     if formula is not None:
         return formula, formula_ratio
     reason, ratio = _within_budget(plain, ours, exact)
@@ -202,6 +206,13 @@ def _within_budget(
                 ratio,
             )
     return None, worst
+
+
+def _is_in(dtype: torch.dtype, value: Any) -> bool:
+    """Whether all floating-point tensors in nested lists and tuples are in a dtype."""
+    if isinstance(value, Tensor):
+        return value.dtype == dtype or not value.is_floating_point()
+    return all(_is_in(dtype, each) for each in value) if isinstance(value, (list, tuple)) else True
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
