@@ -181,10 +181,11 @@ def run(
 
 def launches(block: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[partial[Any]]:
     """Yield a call of each operation that `run` makes with x `[1, N, C]`, so that its kernel is compiled."""
-    attn, qkv = block.attn, zeros_for_attention(block, x)
+    attn, (_, N, C), kind = block.attn, x.shape, compute_dtype(block)
     x = x.to(stream_dtype(block, x) if dtype is None else dtype)
-    product, kind = qkv.new_zeros(x.shape), qkv.dtype
-    positions = torch.zeros(*x.shape[:2], 2, dtype=torch.int64, device=x.device)
+    product = x.new_zeros(1, N, C, dtype=kind)
+    qkv = x.new_zeros(1, N, 3, attn.num_heads, C // attn.num_heads, dtype=kind)
+    positions = torch.zeros(1, N, 2, dtype=torch.int64, device=x.device)
     q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
     if q_norm is not None or rotation is not None:
         pos, base = (None, None) if rotation is None else (positions, _base(rotation))
@@ -194,12 +195,6 @@ def launches(block: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[parti
     yield partial(add_scaled_and_normalise, x, product, gammas[0], block.norm2, kind, outs[0])
     yield partial(add_scaled, x, product, gammas[1], outs[1])
     yield partial(gelu_, product.clone())
-
-
-def zeros_for_attention(block: Any, x: Tensor) -> Tensor:
-    """Return queries, keys and values `[1, N, 3, H, D]`, all 0, as `run` has them for x `[1, N, C]`."""
-    _, N, C = x.shape
-    return x.new_zeros(1, N, 3, block.attn.num_heads, C // block.attn.num_heads, dtype=compute_dtype(block))
 
 
 def entering(block: Any, x: Tensor) -> Tensor:

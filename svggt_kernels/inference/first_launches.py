@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..attention import block_sparse_attention
+from ..attention import prepare
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
 from . import aggregator as aggregators
@@ -76,27 +76,28 @@ def start(
         backend: The backend that the global attention names, or None.
 
     Returns:
-        For each module what must be done before it runs fused.
+        For each module what must be done before it runs fused; for the global blocks what need not, as their backend
+        waits for itself.
     """
     if device.type != "cuda":
         return {}
     stream = torch.cuda.current_stream(device)
+    of_attention = FirstLaunches([_attention(aggregator.global_blocks[0], device, backend)], stream)
     tokens = aggregator.camera_token.detach()
     x = tokens.new_zeros(1, TOKENS, tokens.shape[-1], dtype=torch.promote_types(tokens.dtype, torch.float32))
     is_set_up = FirstLaunches([partial(ops.set_up, device)], stream)
     dtypes = {None, dtype}  # a verification has the model's own
     calls = [call for each in dtypes for call in aggregators.launches(aggregator, x, each)]
-    calls.append(_attention(aggregator.global_blocks[0], x, backend))
     of_aggregator = FirstLaunches(calls, stream, is_set_up)
     of_heads = FirstLaunches([call for head in heads for call in _launches_of_head(head)], stream, of_aggregator)
-    return {aggregator: of_aggregator, **dict.fromkeys(heads, of_heads)}
+    return {aggregator.global_blocks: of_attention, aggregator: of_aggregator, **dict.fromkeys(heads, of_heads)}
 
 
-def _attention(block: Any, x: Tensor, backend: str | None) -> partial[Any]:
-    """Return a call of the operator on the tokens x `[1, N, C]` of a global block."""
-    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1).to(x.device), x.shape[1])
-    q, k, v = blocks.zeros_for_attention(block, x).permute(2, 0, 3, 1, 4)
-    return partial(block_sparse_attention, q, k, v, layout, scale=1.0, backend=backend)
+def _attention(block: Any, device: torch.device, backend: str | None) -> partial[Any]:
+    """Return a call that compiles the kernels of a backend whose tables need them."""
+    layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1).to(device), TOKENS)
+    head_size = block.attn.qkv.in_features // block.attn.num_heads
+    return partial(prepare, layout, blocks.compute_dtype(block), head_size, backend=backend)
 
 
 def _launches_of_head(head: Any) -> Iterator[partial[Any]]:
