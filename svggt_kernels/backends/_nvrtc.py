@@ -6,12 +6,16 @@ No nvcc is needed where the package is installed. A kernel compiles in about a s
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+_loading = threading.Lock()
+"""Held while a kernel is compiled, so that a second thread that wants it waits and does not compile it too."""
 
 
 class Kernel(NamedTuple):
@@ -79,7 +83,8 @@ def load(kernel: Kernel, device: torch.device) -> Any:
 
     # A thread that has not called the runtime yet, as autograd's, has no current context.
     checked(driver.cuCtxSetCurrent(_context(device.index)))
-    return _function(kernel, device.index)
+    with _loading:
+        return _function(kernel, device.index)
 
 
 @cache

@@ -9,7 +9,7 @@ is read only: the images are embedded in parts, and outputs of layers are kept w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -142,6 +142,17 @@ def aggregate(
         ).view(B, S, P, C)
         outputs.keep(layer, tokens)
     outputs.settle()
+
+
+def launches(aggregator: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[partial[Any]]:
+    """Yield calls of the operations that `aggregate` makes, with tokens x `[1, N, C]`, so that kernels are compiled."""
+    encoder = aggregator.patch_embed
+    if _is_dinov2(encoder):
+        embedded = x.to(encoder.norm.weight.dtype)
+        yield from blocks.launches(encoder.blocks[0], embedded, None)
+        yield partial(layer_norm, embedded, encoder.norm, torch.promote_types(embedded.dtype, torch.float32))
+    for block in (aggregator.frame_blocks[0], aggregator.global_blocks[0]):
+        yield from blocks.launches(block, x, dtype)
 
 
 def _embed(

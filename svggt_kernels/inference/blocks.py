@@ -9,7 +9,8 @@ them, under autocast in its dtype, and everything else in float32, rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,6 +156,24 @@ def run(
         normed = add_scaled_and_normalise(before, attn.proj(some), gamma1, block.norm2, kind, after)
         add_scaled(after, _mlp(block.mlp, normed), gamma2, after)
     return out.view(B, N, C)
+
+
+def launches(block: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[partial[Any]]:
+    """Yield a call of each operation that `run` makes with x `[1, N, C]`, so that its kernel is compiled."""
+    attn, (_, N, C), kind = block.attn, x.shape, compute_dtype(block)
+    x = x.to(stream_dtype(block, x) if dtype is None else dtype)
+    product = x.new_zeros(1, N, C, dtype=kind)
+    qkv = x.new_zeros(1, N, 3, attn.num_heads, C // attn.num_heads, dtype=kind)
+    positions = torch.zeros(1, N, 2, dtype=torch.int64, device=x.device)
+    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
+    if q_norm is not None or rotation is not None:
+        pos, base = (None, None) if rotation is None else (positions, _base(rotation))
+        yield partial(normalise_and_rotate_, qkv, pos, q_norm, k_norm, base)
+    yield partial(layer_norm, x, block.norm1, kind)
+    gammas, outs = (_gamma(block, "ls1"), _gamma(block, "ls2")), (torch.empty_like(x), torch.empty_like(x))
+    yield partial(add_scaled_and_normalise, x, product, gammas[0], block.norm2, kind, outs[0])
+    yield partial(add_scaled, x, product, gammas[1], outs[1])
+    yield partial(gelu_, product.clone())
 
 
 def entering(block: Any, x: Tensor) -> Tensor:

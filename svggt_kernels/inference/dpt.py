@@ -13,7 +13,8 @@ A residual unit adds max(0, x) to what it computes, not x: upstream's ReLU works
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,6 +194,20 @@ class ReadyHead:
             padding = (conv.padding, conv.output_padding)
             return F.conv_transpose2d(x, weight, bias, conv.stride, *padding, conv.groups, conv.dilation)  # type: ignore[arg-type]
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def launches(head: Any) -> Iterator[partial[Any]]:
+    """Yield a call of each kernel of a head for which `obstacle` is None, on few pixels, so that it is compiled."""
+    norm, scratch, last = head.norm, head.scratch, head.scratch.output_conv2[-1]
+    like = norm.weight.detach()
+    yield partial(layer_norm, like.new_zeros(1, 4, len(like)), norm, like.dtype)
+    fused, hidden = scratch.refinenet1.out_conv.out_channels, scratch.output_conv1.out_channels
+    for channels, added in ((fused, "none"), (fused, "map"), (hidden, "positions")):
+        x, bias, line = like.new_zeros(1, channels, 2, 2), like.new_zeros(channels), like.new_zeros(4, channels)
+        plus = like.new_zeros(1, channels, 4, 4) if added == "map" else None
+        yield partial(upsample, x, (4, 4), bias, plus, (line, line) if added == "positions" else None)
+    x = like.new_zeros(1, last.in_channels, 2, 2)
+    yield partial(predict, x, last.weight, last.bias, SIGNED[head.activation])
 
 
 def _grid(head: Any, image: Sequence[int]) -> Size:

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..compiling import uncompiled
 from ..sources.cache import LRUCache
-from . import blocks, dpt, heads, memory
+from . import blocks, dpt, first_launches, heads, memory
 from .aggregator import GlobalAttention, aggregate, tokens_of_frame
 from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
@@ -84,6 +85,7 @@ class FusedForward:
         self._proofs = Proofs()
         self._attend: GlobalAttention | None = None
         self._outputs: LayerOutputs | None = None
+        self._launches: dict[nn.Module, first_launches.FirstLaunches] = {}
         self._plan = memory.Plan.without_budget()
         self.report = InferenceReport(self._obstacle, self.layers)
 
@@ -145,6 +147,12 @@ class FusedForward:
         if self._outputs is not None:
             self._outputs.settle()
         self._attend = self._outputs = None
+        self._finish_launches()
+
+    def _finish_launches(self) -> None:
+        for launches in self._launches.values():
+            launches.wait()
+        self._launches = {}
 
     def _make_plan(self, images: Tensor, tokens_per_frame: int | None, tokens_describe: bool) -> memory.Plan:
         model = self._model
@@ -245,7 +253,26 @@ class FusedForward:
                 raise ValueError(f"it returns {len(layers)} layers with patches from {first}")
             return [layers[layer] for layer in self.layers or range(self.depth)]
 
-        return self._proofs.verify(self.aggregator, own, read, lambda: (images[:1, :FRAMES],), images)
+        return self._proofs.verify(
+            self.aggregator,
+            own,
+            read,
+            lambda: (images[:1, :FRAMES],),
+            images,
+            partial(self._start_launches, images.device),
+        )
+
+    def _start_launches(self, device: torch.device) -> Callable[[], None]:
+        """Start to compile what a forward launches; return what waits for the kernels of the aggregator."""
+        self._finish_launches()
+        heads_to_run, backend = self._dpt.values(), self._within_frames.backend
+        self._launches = first_launches.start(self.aggregator, heads_to_run, device, self.dtype, backend)
+        return self._wait_for(self.aggregator)
+
+    def _wait_for(self, module: nn.Module) -> Callable[[], None]:
+        """Return what waits until the kernels of a module are compiled, if they are being compiled."""
+        launches = self._launches.get(module)
+        return (lambda: None) if launches is None else launches.wait
 
     @uncompiled(recursive=False)
     def _run_camera_head(self, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
@@ -305,7 +332,12 @@ class FusedForward:
             return _first_frames(outputs, head.intermediate_layer_idx), images[:1, :FRAMES], first_patch
 
         reason = self._proofs.obstacle(head, dpt.obstacle) or heads.mismatch(head, outputs, images, first_patch)
-        return reason or self._proofs.verify(head, heads.run_fused, heads.compared, inputs, images)[0]
+        return (
+            reason
+            or self._proofs.verify(
+                head, heads.run_fused, heads.compared, inputs, images, partial(self._wait_for, head)
+            )[0]
+        )
 
 
 def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:

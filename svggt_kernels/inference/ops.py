@@ -185,6 +185,14 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -2).flatten(-3)
 
 
+def set_up(device: torch.device) -> None:
+    """Let Triton prepare itself to compile, once; it must not do so in several threads at a time."""
+    if _runs_triton(device):
+        from . import ops_triton
+
+        ops_triton.set_up()
+
+
 def _kernels(x: Tensor) -> Any:
     """Return the module of Triton kernels where they can run on x, or None."""
     if not _by_triton(x):

@@ -20,6 +20,11 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def set_up() -> None:
+    """Let Triton compile and load what it calls the driver by."""
+    triton.runtime.driver.active.get_current_device()
+
+
 @triton.jit
 def _normalised(values, weight, bias, eps, column, exists, C: tl.constexpr):
     mean = tl.sum(values) / C
@@ -30,7 +35,8 @@ def _normalised(values, weight, bias, eps, column, exists, C: tl.constexpr):
     return centred * inverse * w + b
 
 
-@triton.jit
+# Counts differ from call to call, and no load or store is wider where one of them is a multiple of 16.
+@triton.jit(do_not_specialize=["rows"])
 def _layer_norm(
     x, weight, bias, out, eps, rows, group_stride, row_stride, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -154,7 +160,7 @@ def _affine(x, mean, inverse, weight, bias, part: tl.constexpr, QUARTER: tl.cons
     return (x - mean[:, None]) * inverse[:, None] * w + b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _queries_and_keys(
     qkv, positions, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, frequencies, factor, tokens,
     NORMALISE: tl.constexpr, ROTATE: tl.constexpr, H: tl.constexpr, QUARTER: tl.constexpr, ROWS: tl.constexpr,
@@ -247,7 +253,7 @@ def _line(at, left, right, share, channel, exists, C: tl.constexpr):
     return (1.0 - share)[:, None] * a + share[:, None] * b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def _upsample(
     x, bias, plus, columns, rows, out, height, width, out_height, out_width, y_scale, x_scale,
     C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
@@ -294,7 +300,7 @@ def upsample(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _predict(
     x, weight, bias, values, confidence, n,
     SIGNED: tl.constexpr, VALUES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,

@@ -62,6 +62,7 @@ class Proofs:
         read: Callable[[Any], Any],
         inputs: Callable[[], tuple[Any, ...]],
         images: Tensor,
+        begin: Callable[[], Callable[[], object]] = lambda: lambda: None,
     ) -> tuple[str | None, Verification | None]:
         """Verify a module for its settings, the size of images and dtypes, or remember how it was verified for these.
 
@@ -71,6 +72,7 @@ class Proofs:
             read: Likewise.
             inputs: Returns those of `verify`, which runs once.
             images: `[B, S, ...]`.
+            begin: Called before a comparison; returns its `before_own`.
 
         Returns:
             Why the module must run as it is, or None, and the comparison, if there was one.
@@ -87,7 +89,7 @@ class Proofs:
         if found is None:
             if is_capturing(images.device):
                 return CAPTURED, None
-            found = verify(module, own, read, inputs())
+            found = verify(module, own, read, inputs(), begin())
             if found.is_final:
                 self._verified[key] = found
         return found.reason, found

@@ -110,6 +110,7 @@ def verify(
     own: Callable[..., Any],
     read: Callable[[Any], Sequence[Tensor]],
     inputs: Sequence[Any],
+    before_own: Callable[[], object] = lambda: None,
 ) -> Verification:
     """Compare a forward of our own with that of a module, under the autocast that is on.
 
@@ -123,6 +124,7 @@ def verify(
         own: The forward of our own; takes a module like this one, and `inputs`.
         read: Picks the tensors to compare from what a forward returns.
         inputs: Arguments of the forward; nested lists of tensors, too. They are converted for the dtype that computes.
+        before_own: Called before `own` runs as it will: waits for what may be compiled while all else runs.
     """
     device = next(module.parameters()).device
     started, before, earlier_peak = time.perf_counter(), 0, 0
@@ -131,7 +133,7 @@ def verify(
         before, earlier_peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     try:
         with torch.no_grad():
-            reason, ratio = _compare(module, own, read, inputs, device)
+            reason, ratio = _compare(module, own, read, inputs, before_own)
     except torch.OutOfMemoryError:
         reason, ratio = NO_MEMORY, float("nan")
     except Exception as error:  # a forward of others may raise anything on a copy
@@ -149,19 +151,25 @@ def _compare(
     own: Callable[..., Any],
     read: Callable[[Any], Sequence[Tensor]],
     inputs: Sequence[Any],
-    device: torch.device,
+    before_own: Callable[[], object],
 ) -> tuple[str | None, float]:
     subject = unpatched_copy(module)
     if any(parameter.dtype == torch.float64 for parameter in module.parameters()):
         subject, inputs = copy.deepcopy(subject).float(), _converted(inputs, torch.float32)
-    plain, ours = read(subject(*inputs)), read(own(subject, *inputs))
-    with torch.autocast(device.type, enabled=False):
-        single, double = (wider_copy(subject, dtype) for dtype in (torch.float32, torch.float64))
-        wide = _converted(inputs, torch.float64)
-        exact = read(double(*wide))
-        ours_wide = [x.float() for x in read(own(wider_copy(subject, torch.float64), *wide))]
-        plain_single = [x.float() for x in read(single(*_converted(inputs, torch.float32)))]
-    formula, formula_ratio = _within_budget(plain_single, ours_wide, exact, DOUBT)
+    device, tensors = next(module.parameters()).device.type, [*subject.parameters(), *subject.buffers(), inputs]
+    is_single = not torch.is_autocast_enabled(device) and _is_in(torch.float32, tensors)
+    plain = read(subject(*inputs))
+    with torch.autocast(device, enabled=False):
+        exact = read(wider_copy(subject, torch.float64)(*_converted(inputs, torch.float64)))
+        plain_single = plain
+        if not is_single:
+            plain_single = read(wider_copy(subject, torch.float32)(*_converted(inputs, torch.float32)))
+        ours_wide = read(own(wider_copy(subject, torch.float64), *_converted(inputs, torch.float64)))
+    before_own()
+    ours = read(own(subject, *inputs))
+    formula, formula_ratio = _within_budget(
+        [x.float() for x in plain_single], [x.float() for x in ours_wide], exact, DOUBT
+    )
     if formula is not None:
         return formula, formula_ratio
     reason, ratio = _within_budget(plain, ours, exact)
@@ -196,6 +204,13 @@ def _within_budget(
                 ratio,
             )
     return None, worst
+
+
+def _is_in(dtype: torch.dtype, value: Any) -> bool:
+    """Whether all floating-point tensors in nested lists and tuples are in a dtype."""
+    if isinstance(value, Tensor):
+        return value.dtype == dtype or not value.is_floating_point()
+    return all(_is_in(dtype, each) for each in value) if isinstance(value, (list, tuple)) else True
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +72,28 @@ def test_the_log_says_that_products_are_serialized(with_lse: bool, tmp_path: Pat
 def test_a_source_that_does_not_compile_says_why():
     with pytest.raises(RuntimeError, match=r"forward.cu did not compile with .*error"):
         runtime.compile_to_cubin(SOURCES / "hopper" / "forward.cu", "sm_90a", {"HEAD_SIZE": 64})
+
+
+def test_threads_that_want_the_same_kernel_compile_it_once(monkeypatch: pytest.MonkeyPatch):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    fine, compiled, start = SimpleNamespace(value=0), [], threading.Barrier(4)
+
+    def compile_to_cubin(*_: object) -> tuple[bytes, str]:
+        compiled.append(threading.current_thread())
+        time.sleep(0.2)
+        return b"", ""
+
+    for name in ("cuCtxSetCurrent", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"):
+        monkeypatch.setattr(driver, name, lambda *_: (fine, object()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(runtime, "_context", lambda _: None)
+    monkeypatch.setattr(runtime, "compile_to_cubin", compile_to_cubin)
+    kernel = FORWARD[0]._replace(name="one that is loaded by this test alone")
+
+    def load(_: int) -> object:
+        start.wait()
+        return runtime.load(kernel, torch.device("cuda", 0))
+
+    with ThreadPoolExecutor(4) as pool:
+        functions = set(pool.map(load, range(4)))
+    assert len(compiled) == len(functions) == 1

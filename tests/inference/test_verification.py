@@ -58,6 +58,20 @@ def test_products_in_tf32_are_verified(monkeypatch: pytest.MonkeyPatch):
     assert "something else" in str(found(block).reason)
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+def test_what_runs_in_float32_runs_so_once(cast: bool):
+    dtypes, block = [], block_of()
+    block.attn.__class__ = type("Noted", (Attention,), {"attend": lambda self, q, k, v: noted(self, q, k, v)})
+
+    def noted(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtypes.append(v.dtype)
+        return Attention.attend(attention, q, k, v)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        assert found(block).reason is None
+    assert dtypes == ([torch.bfloat16, torch.float64, torch.float32] if cast else [torch.float32, torch.float64])
+
+
 class Hotter(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return super().attend(1.25 * q, k, v)
