@@ -19,12 +19,8 @@ def source(arguments: argparse.Namespace) -> Source:
         name: value for name in ("neighbours", "window") if (value := getattr(arguments, name)) is not None
     }
     if arguments.covisibility == "megaloc":
-        options["weights"] = _megaloc(arguments)
+        with refusals():
+            megaloc = MegaLoc.from_pretrained(arguments.megaloc or PUBLISHED)
+        device = pick_device(arguments.device)
+        options["weights"] = megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return SOURCES[arguments.covisibility](**options)
-
-
-def _megaloc(arguments: argparse.Namespace) -> MegaLoc:
-    with refusals():
-        megaloc = MegaLoc.from_pretrained(arguments.megaloc or PUBLISHED)
-    device = pick_device(arguments.device)
-    return megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import moved, tensor
+from .arguments import moved
 from .connectivity import connected_components
 from .neighbours import FrameSimilarity
 
@@ -39,21 +38,6 @@ class GraphOrigin:
         ahead, back = everyone * frames + nearest, nearest * frames + everyone
         mutual = torch.isin(ahead, back).sum(dim=1)
         return tuple((mutual < min(REAL_NEIGHBOURS, count)).nonzero().flatten().tolist())
-
-
-def checked_descriptors(descriptors: Tensor | np.ndarray) -> Tensor:
-    """Return descriptors `[S, C]` as a tensor, which may share their memory.
-
-    Raises:
-        TypeError: If they are not floating point.
-        ValueError: If they are not `[S, C]`.
-    """
-    descriptors = tensor("descriptors", descriptors)
-    if not descriptors.is_floating_point():
-        raise TypeError(f"descriptors must be a floating point tensor or array, got {descriptors.dtype}")
-    if descriptors.ndim != 2 or 0 in descriptors.shape:
-        raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
-    return descriptors
 
 
 def edges_from_descriptors(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +62,8 @@ def find_photos(folder: str | Path) -> list[Path]:
     photos = [path for path in files if is_photo(path)]
     if not photos:
         subfolders = sorted(path.name for path in entries if path.is_dir())
-        raise FileNotFoundError(
-            f"{folder} holds no photo ({_names(PHOTO_SUFFIXES)}): it holds {_contents(files, subfolders)}"
-        )
+        kinds = ", ".join(sorted(suffix.lstrip(".") for suffix in PHOTO_SUFFIXES))
+        raise FileNotFoundError(f"{folder} holds no photo ({kinds}): it holds {_contents(files, subfolders)}")
     unread = [path for path in files if path.suffix.lower() in PLUGIN_SUFFIXES | RAW_SUFFIXES and not is_photo(path)]
     if unread:
         warnings.warn(
@@ -154,10 +153,6 @@ def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
     """Sort digits by value and before letters; the plain name settles what is left (`1.jpg`, `01.jpg`)."""
     parts = re.findall(r"[0-9]+|[^0-9]+", path.name.lower())
     return [(False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts], path.name
-
-
-def _names(suffixes: Iterable[str]) -> str:
-    return ", ".join(sorted(suffix.lstrip(".") for suffix in suffixes))
 
 
 def _counts(files: Sequence[Path]) -> str:

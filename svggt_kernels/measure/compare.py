@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,13 +183,10 @@ def compare(
     Raises:
         ValueError: The graph cannot be made of these frames, or the backend cannot run.
     """
-    device, calls, twin = frames.device, _AttentionShapes(), _twin(model)
-
-    def run_dense() -> dict[str, Tensor]:
-        return model(frames)
-
-    def run_sparse() -> dict[str, Tensor]:
-        return twin(frames)
+    device, calls = frames.device, _AttentionShapes()
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
+    twin = copy.deepcopy(model, shared)
+    run_dense, run_sparse = partial(model, frames), partial(twin, frames)
 
     def patch_and_run() -> Patch:
         handle = patch(twin.module, covisibility=covisibility, backend=backend)
@@ -244,12 +242,6 @@ def compare(
     ), Outputs(dense, sparse, graph)
 
 
-def _twin(model: LoadedModel) -> LoadedModel:
-    """Return a copy of the model whose parameters and buffers are the model's own."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 class _AttentionShapes(TorchFunctionMode):
     """Notes the shape and dtype of every attention call inside."""
 
@@ -284,12 +276,8 @@ def _attention_cost(
     shape = (batch, layout.num_tokens, heads, head_size)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
 
-    def dense() -> None:
-        F.scaled_dot_product_attention(q, k, v)
-
-    def sparse() -> None:
-        block_sparse_attention(q, k, v, layout, backend=backend)
-
+    dense = partial(F.scaled_dot_product_attention, q, k, v)
+    sparse = partial(block_sparse_attention, q, k, v, layout, backend=backend)
     with torch.inference_mode():
         for run in (dense, sparse):
             run()

@@ -140,10 +140,9 @@ def repeated(call: Callable[[], object], device: torch.device, seconds: float = 
         call()
     if device.type != "cuda":
         return Cost.of([timed(call, device)[1] for _ in range(repeats)], None)
-    memory = PeakMemory(device)
-    timed(call, device)
-    peak_mib = memory.added_mib
-    return Cost.of(_between_events(call, device, repeats), peak_mib)
+    meter = Meter(device)
+    meter(call)
+    return Cost.of(_between_events(call, device, repeats), meter.cost().peak_mib)
 
 
 def synchronize(device: torch.device) -> None:

@@ -64,24 +64,25 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _is_heading(row: Sequence[str], known: ImageNames) -> bool:
     names = [Path(name.strip()) for name in row[:2]]
-    if len(row) < 3 or any(name.suffix.lower() in PHOTO_SUFFIXES for name in names):
+    if any(name.suffix.lower() in PHOTO_SUFFIXES for name in names):
         return False
+    return _score(row) is None and all(known.find(name) is None for name in names)
+
+
+def _score(row: Sequence[str]) -> float | None:
+    """Return the third field, infinity where there is none, None where it is no number."""
     try:
-        float(row[2])
+        return float(row[2]) if len(row) > 2 else math.inf
     except ValueError:
-        return all(known.find(name) is None for name in names)
-    return False
+        return None
 
 
 def _parse(where: str, row: Sequence[str], known: ImageNames) -> tuple[int, int, float]:
     if len(row) < 2:
         raise ValueError(f"{where} must hold photo, photo, score, got {','.join(row)!r}")
     first, second = (_photo(where, name.strip(), known) for name in row[:2])
-    try:
-        score = float(row[2]) if len(row) > 2 else math.inf
-    except ValueError:
-        score = math.nan
-    if math.isnan(score):
+    score = _score(row)
+    if score is None or math.isnan(score):
         raise ValueError(f"{where} must hold a number in its third field, got {row[2]!r}")
     return first, second, score
 

@@ -202,8 +202,10 @@ def test_tables_that_do_not_fit_are_refused():
 def test_says_why_amx_is_unused(monkeypatch: pytest.MonkeyPatch):
     used = NATIVE.why_amx_is_unused() == ""
     assert used or "amx_bf16" not in NATIVE.instruction_sets()
-    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(why_amx_is_unused=lambda: "the system refused"))
-    assert cpu.passed_over() == {"amx_bf16": "the system refused"}
+    refused = SimpleNamespace(why_amx_is_unused=lambda: "the system refused", instruction_sets=lambda: ["avx2"])
+    monkeypatch.setattr(cpu, "extension", lambda: refused)
+    assert cpu.notes(torch.bfloat16) == {"avx2": None, "amx_bf16": "the system refused"}
+    assert cpu.notes(torch.float32) == {"avx2": None}
 
 
 def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch):

@@ -46,15 +46,10 @@ def instruction_set() -> str:
     return INSTRUCTION_SET or extension().instruction_sets()[0]
 
 
-def passed_over() -> dict[str, str]:
-    """Return better instruction sets that this CPU has and the kernels cannot use here, and why not."""
-    why = extension().why_amx_is_unused()
-    return {"amx_bf16": why} if why else {}
-
-
 def notes(dtype: torch.dtype) -> dict[str, str | None]:
-    """Return the instruction set that the kernels use, and for bfloat16 those of `passed_over`."""
-    return {instruction_set(): None, **(passed_over() if dtype == torch.bfloat16 else {})}
+    """Return the instruction set that the kernels use, and a better one that this CPU has, with why it is not used."""
+    why = extension().why_amx_is_unused() if dtype == torch.bfloat16 else None
+    return {instruction_set(): None} | ({"amx_bf16": why} if why else {})
 
 
 TRAITS = Traits(notes=notes)

@@ -32,29 +32,22 @@ class Walk(NamedTuple):
 def walk(layout: BlockLayout, most_rows: int, most_columns: int) -> Walk:
     """Return the tables of a layout on the CPU, with tiles of at most `most_rows` x `most_columns` tokens."""
     runs = SimpleNamespace(**{name: table.numpy().astype(np.int64) for name, table in layout.runs._asdict().items()})
-    num_groups, num_dense = len(runs.row_start), len(runs.dense_columns)
     group, start, length = _walked(layout, runs)
-    is_dense = start < 0
-    token_start, token_end = start[~is_dense], (start + length)[~is_dense]
-    cuts = np.unique(np.concatenate([token_start, token_end]))
-    first, last = np.searchsorted(cuts, token_start), np.searchsorted(cuts, token_end)
-
-    pieces = np.diff(cuts)
+    # The dense columns are cut as if they lay behind the last token.
+    start = np.where(start < 0, layout.num_key_tokens + start - DENSE, start)
+    cuts = np.unique(np.concatenate([start, start + length]))
+    first, last = np.searchsorted(cuts, start), np.searchsorted(cuts, start + length)
     seen = np.cumsum(np.bincount(first, minlength=len(cuts)) - np.bincount(last, minlength=len(cuts)))[:-1] > 0
-    tiles, tiles_before = _cut(cuts[:-1], np.where(seen, pieces, 0), most_columns)
-    dense_tiles, _ = _cut(np.zeros(1, np.int64), np.array([num_dense]), most_columns)
-    column_tiles = np.concatenate(
-        [np.pad(tiles, ((0, 0), (0, 1))), np.pad(dense_tiles, ((0, 0), (0, 1)), constant_values=1)]
-    )
-    ranges = np.tile([len(tiles), len(column_tiles)], (len(group), 1))
-    ranges[~is_dense] = np.stack([tiles_before[first], tiles_before[last]], axis=1)
+    tiles, tiles_before = _cut(cuts[:-1], np.where(seen, np.diff(cuts), 0), most_columns)
+    is_dense = tiles[:, 0] >= layout.num_key_tokens
+    column_tiles = np.column_stack([tiles[:, 0] - is_dense * layout.num_key_tokens, tiles[:, 1], is_dense])
 
     row_tiles = layout.row_tiles(most_rows).numpy().astype(np.int64)
     cost = row_tiles[:, 2] * runs.columns[row_tiles[:, 0]]
     return Walk(
         row_tiles=_tensor(row_tiles[np.argsort(-cost, kind="stable")]),
-        offsets=_tensor(np.pad(np.cumsum(np.bincount(group, minlength=num_groups)), (1, 0))),
-        runs=_tensor(ranges),
+        offsets=_tensor(np.pad(np.cumsum(np.bincount(group, minlength=len(runs.row_start))), (1, 0))),
+        runs=_tensor(np.stack([tiles_before[first], tiles_before[last]], axis=1)),
         column_tiles=_tensor(column_tiles),
         dense_rows=_tensor(runs.dense_rows),
         dense_columns=_tensor(runs.dense_columns),

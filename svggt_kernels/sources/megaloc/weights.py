@@ -18,6 +18,11 @@ OTHERWISE = (
     '"sequential" takes them in order (on the command line --covisibility tokens, thumbnails, sequential), and graphs '
     "come from poses, COLMAP or any list of pairs (docs/covisibility.md)"
 )
+ADVICE = (
+    f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
+    "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
+    f"--megaloc FILE; {OTHERWISE}"
+)
 
 
 def read_weights(source: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,10 +82,10 @@ def find_weights(source: str | Path) -> Path:
     if path.is_dir():
         if (path / FILE).is_file():
             return path / FILE
-        raise FileNotFoundError(f"{path} must hold MegaLoc's weights as {FILE}, and does not; {_advice()}")
+        raise FileNotFoundError(f"{path} must hold MegaLoc's weights as {FILE}, and does not; {ADVICE}")
     name = str(source)
     if name.count("/") != 1 or path.suffix in {*PICKLES, ".safetensors"} or name.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"MegaLoc's weights must be at {path}, but there is no such file; {_advice()}")
+        raise FileNotFoundError(f"MegaLoc's weights must be at {path}, but there is no such file; {ADVICE}")
     return _from_hub(name)
 
 
@@ -105,13 +110,5 @@ def _from_hub(name: str) -> Path:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise FileNotFoundError(
             f"MegaLoc's weights must be in the cache of the Hugging Face hub or within reach, but {FILE} of {name} is "
-            f"neither ({type(error).__name__}: {reason}); {_advice()}"
+            f"neither ({type(error).__name__}: {reason}); {ADVICE}"
         ) from error
-
-
-def _advice() -> str:
-    return (
-        f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
-        "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
-        f"--megaloc FILE; {OTHERWISE}"
-    )
