@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -294,7 +295,7 @@ class FusedForward:
             tables = self._positions.get(key, lambda: dpt.position_tables(head, size, weight))
             run: Callable[..., Any] = dpt.ReadyHead(head, tables, weight.dtype)
         else:
-            run = heads.own_forward(stand_in.original, len(outputs))
+            run = partial(heads.run_original, stand_in.original, len(outputs))
         together = min(frames, self._plan.frames_together)
         return heads.run_dpt_head(run, head.intermediate_layer_idx, outputs, images, first_patch, together)
 
