@@ -60,6 +60,21 @@ def first_true(flags: Tensor) -> int | None:
     return int(places[0]) if len(places) else None
 
 
+def descriptors_tensor(descriptors: Tensor | np.ndarray) -> Tensor:
+    """Return descriptors `[S, C]` as a tensor, which may share their memory.
+
+    Raises:
+        TypeError: If they are not floating point.
+        ValueError: If they are not `[S, C]`.
+    """
+    descriptors = tensor("descriptors", descriptors)
+    if not descriptors.is_floating_point():
+        raise TypeError(f"descriptors must be a floating point tensor or array, got {descriptors.dtype}")
+    if descriptors.ndim != 2 or 0 in descriptors.shape:
+        raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
+    return descriptors
+
+
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """Return x on another device; only CUDA is not waited for, others may read memory that is gone."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")

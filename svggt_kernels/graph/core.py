@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import integer, tensor
-from .descriptors import checked_descriptors
+from .arguments import descriptors_tensor, integer, tensor
 from .neighbours import FrameSimilarity
 
 Choice = Literal["farthest", "covering"]
@@ -42,7 +41,7 @@ def choose_core(
     """
     if choice not in ("farthest", "covering"):
         raise ValueError(f'choice must be "farthest" or "covering", got {choice!r}')
-    descriptors = checked_descriptors(descriptors)
+    descriptors = descriptors_tensor(descriptors)
     frames = len(descriptors)
     size, first = min(integer("size", size, 1), frames), integer("first", first, 0, frames - 1)
     similarity = FrameSimilarity.from_descriptors(descriptors, frames)
@@ -60,7 +59,7 @@ def nearest_frames(
         TypeError: If the descriptors are not floating point.
         ValueError: If they are not `[S, C]`, or hold NaN, infinity or a zero row.
     """
-    descriptors = checked_descriptors(descriptors)
+    descriptors = descriptors_tensor(descriptors)
     similarity = FrameSimilarity.from_descriptors(descriptors, len(descriptors))
     return similarity.nearest(min(integer("count", count, 0), len(descriptors) - 1)).to(descriptors.device)
 

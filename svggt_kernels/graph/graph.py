@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import first_true, integer, moved, pairs_tensor, tensor
+from .arguments import descriptors_tensor, first_true, integer, moved, pairs_tensor, tensor
 from .connectivity import connected_components
 from .core import checked_core, core_edges
 from .descriptors import GraphOrigin, edges_from_descriptors
@@ -263,11 +263,7 @@ class CovisibilityGraph:
             ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range; if
                 `also` is over other frames.
         """
-        descriptors = tensor("descriptors", descriptors)
-        if not descriptors.is_floating_point():
-            raise TypeError(f"descriptors must be a floating point tensor or array, got {descriptors.dtype}")
-        if descriptors.ndim != 2 or 0 in descriptors.shape:
-            raise ValueError(f"descriptors must be [S, C] with S, C >= 1, got shape {tuple(descriptors.shape)}")
+        descriptors = descriptors_tensor(descriptors)
         frames = len(descriptors)
         known = cls.sequential(frames, window)
         if also is not None:

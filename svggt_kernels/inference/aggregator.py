@@ -136,7 +136,10 @@ def aggregate(
             global_block,
             tokens.view(B, S * P, C),
             across,
-            partial(attend, layer, tokens=partial(blocks.entering, global_block, tokens.view(B, S * P, C))),
+            # Made in place, so that nothing holds these tokens once this call has returned.
+            partial(
+                attend, layer, tokens=partial(layer_norm, tokens.view(B, S * P, C), global_block.norm1, torch.float32)
+            ),
             dtype,
             tokens_together,
         ).view(B, S, P, C)

@@ -176,11 +176,6 @@ def launches(block: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[parti
     yield partial(gelu_, product.clone())
 
 
-def entering(block: Any, x: Tensor) -> Tensor:
-    """Return the tokens that enter a block's attention, `[B, N, C]`, in float32."""
-    return layer_norm(x, block.norm1, torch.float32)
-
-
 def compute_dtype(block: Any) -> torch.dtype:
     """Return the dtype in which a block's products are computed: autocast's, or that of its weights."""
     weight = block.attn.qkv.weight

@@ -321,7 +321,7 @@ class FusedForward:
             tables = self._positions.get(key, lambda: dpt.position_tables(head, size, weight))
             run: Callable[..., Any] = dpt.ReadyHead(head, tables, weight.dtype)
         else:
-            run = heads.own_forward(stand_in.original, len(outputs))
+            run = partial(heads.run_original, stand_in.original, len(outputs))
         together = min(frames, self._plan.frames_together)
         return heads.run_dpt_head(run, head.intermediate_layer_idx, outputs, images, first_patch, together)
 

@@ -52,7 +52,7 @@ def run_dpt_head(
     """Run a DPT head some frames at a time.
 
     Args:
-        run: A `ReadyHead`, or `own_forward`.
+        run: A `ReadyHead`, or `run_original` for a head and a depth.
         layers: The layers that it reads.
         outputs: The layer outputs.
         images: `[B, S, 3, H, W]`.
@@ -72,13 +72,11 @@ def run_dpt_head(
     return whole[0] if isinstance(result, Tensor) else whole
 
 
-def own_forward(original: Callable[..., Any], depth: int) -> Callable[[dict[int, Tensor], Tensor, int], Any]:
-    """Return the forward of a DPT head as a function of the outputs of those of `depth` layers that it reads."""
-
-    def run(tokens: dict[int, Tensor], images: Tensor, first_patch: int) -> Any:
-        return original(as_list(tokens, depth), images, first_patch, images.shape[1])
-
-    return run
+def run_original(
+    original: Callable[..., Any], depth: int, tokens: dict[int, Tensor], images: Tensor, first_patch: int
+) -> Any:
+    """Run the forward of a DPT head, `original`, on the outputs of those of `depth` layers that it reads."""
+    return original(as_list(tokens, depth), images, first_patch, images.shape[1])
 
 
 def tensors(result: Any) -> list[Tensor]:

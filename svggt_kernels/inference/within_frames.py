@@ -54,7 +54,11 @@ class AttentionWithinFrames:
         self.ran.add(runner)
         if runner == PYTORCH:
             return by_pytorch(q, k, v, scale)
-        out = block_sparse_attention(q, k, v, self._layout(q.shape[2], q.device), scale=scale, backend=runner)
+        of_one_frame = q.shape[2], q.device
+        if of_one_frame not in self._layouts:
+            graph = CovisibilityGraph.all_visible(1).to(q.device)
+            self._layouts[of_one_frame] = BlockLayout.from_graph(graph, q.shape[2])
+        out = block_sparse_attention(q, k, v, self._layouts[of_one_frame], scale=scale, backend=runner)
         assert isinstance(out, Tensor)
         return out
 
@@ -64,10 +68,3 @@ class AttentionWithinFrames:
         if (tokens, q.device) not in self._layouts and is_capturing(q.device):
             return PYTORCH  # a layout and its tables cannot be made while a CUDA graph is captured
         return backends.faster_than_dense(q.device, q.dtype, head_size, samples * tokens, self.backend) or PYTORCH
-
-    def _layout(self, tokens: int, device: torch.device) -> BlockLayout:
-        """Return the layout of one frame that sees itself; made once."""
-        if (tokens, device) not in self._layouts:
-            graph = CovisibilityGraph.all_visible(1).to(device)
-            self._layouts[tokens, device] = BlockLayout.from_graph(graph, tokens)
-        return self._layouts[tokens, device]

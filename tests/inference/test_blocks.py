@@ -65,11 +65,6 @@ def test_a_block_is_its_forward_under_autocast():
     assert (narrow.double() - exact).norm() <= 0.02 * exact.norm()
 
 
-def test_the_tokens_that_enter_attention_are_normalised():
-    block = block_of()
-    torch.testing.assert_close(blocks.entering(block, TOKENS), block.norm1(TOKENS))
-
-
 class Int8(nn.Linear):
     """Weights of 8 bits, which are parameters of a Linear layer."""
 
