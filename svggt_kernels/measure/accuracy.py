@@ -34,6 +34,7 @@ __all__ = [
     "point_errors",
     "pose_auc",
     "relative_pose_errors",
+    "rotation_angle",
     "trajectory_error",
 ]
 
@@ -84,7 +85,7 @@ def pair_errors(predicted: Tensor, true: Tensor, *, signed: bool = False) -> Pai
     cosine = torch.where(lengths > 0, cosine / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 0.0)
     if not signed:
         cosine = cosine.abs()
-    return PairErrors(_rotation_angle(difference), torch.rad2deg(cosine.clamp(-1, 1).acos()))
+    return PairErrors(rotation_angle(difference), torch.rad2deg(cosine.clamp(-1, 1).acos()))
 
 
 def pose_auc(errors: Tensor, threshold: int) -> float:
@@ -194,7 +195,7 @@ def relative_pose_errors(predicted: Tensor, true: Tensor) -> tuple[float, float]
     true_rotation, true_translation = _relative(true, i, i + 1)
     # The motion that is left when the true one is undone.
     distance = (translation - true_translation).norm(dim=-1)
-    angle = _rotation_angle(true_rotation.mT @ rotation)
+    angle = rotation_angle(true_rotation.mT @ rotation)
     return float(distance.square().mean().sqrt()), float(angle.square().mean().sqrt())
 
 
@@ -314,6 +315,14 @@ def mean_interval(
     return Interval(float(statistic(sample, axis=0)), float(low), float(high), len(sample))
 
 
+def rotation_angle(rotation: Tensor) -> Tensor:
+    """Return the angles of rotations `[..., 3, 3]` in degrees; by the arc tangent, exact near 0 and 180."""
+    skew = rotation - rotation.mT
+    sine = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1).norm(dim=-1)
+    cosine = rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1
+    return torch.rad2deg(torch.atan2(sine, cosine))
+
+
 def _poses(name: str, poses: Tensor) -> Tensor:
     if poses.dim() != 3 or poses.shape[1:] != (4, 4):
         raise ValueError(f"{name} poses must be [S, 4, 4], camera to world, got {list(poses.shape)}")
@@ -325,14 +334,6 @@ def _relative(poses: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
     rotation, centre = poses[:, :3, :3], poses[:, :3, 3]
     inverse = rotation[i].mT
     return inverse @ rotation[j], (inverse @ (centre[j] - centre[i])[..., None])[..., 0]
-
-
-def _rotation_angle(rotation: Tensor) -> Tensor:
-    """Return the angles of rotations `[..., 3, 3]` in degrees; by the arc tangent, exact near 0 and 180."""
-    skew = rotation - rotation.mT
-    sine = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1).norm(dim=-1)
-    cosine = rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1
-    return torch.rad2deg(torch.atan2(sine, cosine))
 
 
 def _mean_nearest(points: Tensor, others: Tensor, block: int = 2048) -> float:

@@ -13,6 +13,7 @@ from .base import (
     has_parts,
     read_images,
 )
+from .cameras import poses_of_encoding
 
 TOY = ModelRecord(
     name="toy",
@@ -25,6 +26,7 @@ TOY = ModelRecord(
         name="toy",
         build=ToyMultiViewTransformer,
         outputs=partial(first_sample, names=("depth", "depth_conf", "pose_enc")),
+        cameras=poses_of_encoding,
         long_side=336,
         trainable=False,
         cell=14,
