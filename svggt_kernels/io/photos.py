@@ -111,7 +111,7 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
     files = [Path(path) for path in paths]
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor() as workers:
-        sizes = list(workers.map(_upright_size, files))
+        sizes = list(workers.map(photo_size, files))
         median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
         width, height = frame_size(*median, long_side, patch_size)
         _warn_of_crops(files, sizes, median[0] / median[1])
@@ -145,6 +145,46 @@ def frame_size(width: float, height: float, long_side: int, patch_size: int) -> 
     return (
         max(1, round(width * scale / patch_size)) * patch_size,
         max(1, round(height * scale / patch_size)) * patch_size,
+    )
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Return width and height as the photo is meant to be seen, from the header alone if that tells.
+
+    Raises:
+        ValueError: The file cannot be read as a photo.
+    """
+    with _opened(path) as image:
+        if image.format == "TIFF" and _orientation(image) in ON_ITS_SIDE:
+            image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only
+        width, height = image.size
+        return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
+
+
+def read_levels(path: Path) -> np.ndarray:
+    """Return the numbers of a grey picture as they are stored, upright or not, `[H, W]`; three dimensions if coloured.
+
+    Raises:
+        ValueError: The file cannot be read as a picture.
+    """
+    with _opened(path) as image:
+        return np.array(image)
+
+
+def frame_crop(photo: tuple[int, int], frame: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the part of a photo that `load_photos` scales to a frame: left, upper, right, lower edge in its pixels.
+
+    Args:
+        photo: Width and height of the upright photo.
+        frame: Width and height of the frame.
+    """
+    (width, height), scale = photo, max(frame[0] / photo[0], frame[1] / photo[1])
+    half_width, half_height = frame[0] / scale / 2, frame[1] / scale / 2
+    return (
+        max(0.0, width / 2 - half_width),
+        max(0.0, height / 2 - half_height),
+        min(float(width), width / 2 + half_width),
+        min(float(height), height / 2 + half_height),
     )
 
 
@@ -216,15 +256,6 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Return width and height as the photo is meant to be seen, from the header alone if that tells."""
-    with _opened(path) as image:
-        if image.format == "TIFF" and _orientation(image) in ON_ITS_SIDE:
-            image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only
-        width, height = image.size
-        return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
-
-
 def _read(path: Path) -> Image:
     with _opened(path) as image:
         image.load()  # first, because a TIFF is turned by it
@@ -261,12 +292,5 @@ def _to_rgb(image: Image) -> Image:
 
 def _cover(image: Image, width: int, height: int) -> Image:
     """Scale to cover `width` x `height` and cut off equally on both sides."""
-    scale = max(width / image.width, height / image.height)
-    half_width, half_height = width / scale / 2, height / scale / 2
-    box = (
-        max(0.0, image.width / 2 - half_width),
-        max(0.0, image.height / 2 - half_height),
-        min(float(image.width), image.width / 2 + half_width),
-        min(float(image.height), image.height / 2 + half_height),
-    )
+    box = frame_crop(image.size, (width, height))
     return image.resize((width, height), _pillow().Resampling.BICUBIC, box=box)
