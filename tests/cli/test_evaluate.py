@@ -43,6 +43,13 @@ def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: object) 
     return captured.err
 
 
+def of_model(photos: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Poses and depth of the model as it is."""
+    model = load_model("toy", None, torch.device("cpu"))
+    outputs = model(load_photos(photos, long_side=42))
+    return model.kind.cameras(outputs), outputs["depth"]
+
+
 def test_every_truth_gives_the_figures_of_what_was_rendered(
     tmp_path: Path, walk: Walk, capsys: pytest.CaptureFixture[str]
 ):
@@ -53,12 +60,11 @@ def test_every_truth_gives_the_figures_of_what_was_rendered(
         walks.as_tum(tmp_path / "groundtruth.txt", walk, range(6)),
         walks.as_kitti(tmp_path / "poses.txt", walk),
     ]
-    model = load_model("toy", None, torch.device("cpu"))
-    outputs = model(load_photos(walk.photos, long_side=42))
-    expected = pose_scores(model.kind.cameras(outputs), walk.poses) | depth_scores(outputs["depth"], walk.depth)
+    poses, depth = of_model(walk.photos)
+    expected = pose_scores(poses, walk.poses) | depth_scores(depth, walk.depth)
     for truth in truths:
-        depth = () if truth.suffix == ".json" else ("--depth", tmp_path / "depth")
-        report = evaluate(tmp_path, "--truth", truth, *depth)
+        more = () if truth.suffix == ".json" else ("--depth", tmp_path / "depth")
+        report = evaluate(tmp_path, "--truth", truth, *more)
         dense, sparse = report["accuracy"]["dense"], report["accuracy"]["sparse"]
         ratio = dense.pop("scale_ratio")
         assert dense == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -84,15 +90,20 @@ def test_all_visible_is_as_accurate_as_dense(tmp_path: Path, walk: Walk):
 
 
 def test_what_is_not_known_is_said(tmp_path: Path, walk: Walk, capsys: pytest.CaptureFixture[str]):
-    model = walks.as_colmap_text(tmp_path / "sparse", walk)
-    walk.photos[1].rename(walk.photos[1].with_name("stranger.png"))
-    report = evaluate(tmp_path, "--truth", model)
+    truth = walks.as_transforms(tmp_path / "transforms.json", walk)
+    stranger = walk.photos[1].rename(walk.photos[1].with_name("0.png"))
+    report = evaluate(tmp_path, "--truth", truth)
     said = capsys.readouterr().out
-    assert "poses of 5 of 6 photos, depth maps of 0" in said
-    assert "Run but not scored, because their poses are not known: stranger.png" in said
+    assert "poses of 5 of 6 photos, depth maps of 5" in said
+    assert "Run but not scored, because their poses are not known: 0.png" in said
     assert "Not used, because they are of no photo here: 1 pose\n" in said
-    assert report["truth"]["unscored_photos"] == ["stranger.png"] and report["truth"]["scored_pairs"] == 10
+    assert report["truth"]["unscored_photos"] == ["0.png"] and report["truth"]["scored_pairs"] == 10
     assert report["comparison"]["frames"] == 6
+    rest = [0, 2, 3, 4, 5]
+    poses, depth = of_model([stranger, *(walk.photos[i] for i in rest)])
+    expected = pose_scores(poses[1:], walk.poses[rest]) | depth_scores(depth[1:], walk.depth[rest])
+    del report["accuracy"]["dense"]["scale_ratio"]
+    assert report["accuracy"]["dense"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_the_first_photos_of_a_data_set(tmp_path: Path, walk: Walk):

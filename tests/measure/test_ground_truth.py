@@ -92,6 +92,14 @@ class TestWhichPhoto:
         file.write_text(file.read_text().replace('.png"', '"'))
         assert read_truth(file, walk.photos).known == list(range(6))
 
+    def test_frames_in_another_order(self, tmp_path: Path, walk: Walk):
+        file = walks.as_transforms(tmp_path / "transforms.json", walk)
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "frames": content["frames"][::-1]}))
+        truth = read_truth(file, walk.photos)
+        torch.testing.assert_close(truth.poses, walk.poses)
+        assert torch.equal(truth.depth_of_frames(walk.depth.shape[-2:]), walk.depth)
+
     def test_a_path_that_leaves_the_folder(self, tmp_path: Path, walk: Walk):
         (tmp_path / "nerf").mkdir()
         file = walks.as_transforms(tmp_path / "nerf" / "transforms.json", walk)
@@ -122,12 +130,11 @@ class TestWhichPhoto:
         torch.testing.assert_close(truth.poses, walk.poses)
 
     def test_a_pose_goes_to_the_nearest_of_several_photos(self, tmp_path: Path):
-        walk = walks.walk(tmp_path, names=["0.png", "1.png", "1.01.png", "2.png", "3.png", "7.png"])
-        file = walks.as_tum(tmp_path / "t.txt", walk, [0, 1.009, 2, 3, 4, 5])
-        lines = file.read_text().splitlines()
-        file.write_text("\n".join(lines[:-1]))
-        truth = read_truth(file, walk.photos)
-        assert (truth.known, truth.unused) == ([0, 2, 3, 4], 1)
+        walk = walks.walk(tmp_path, names=["0.png", "1.png", "1.01.png", "2.png", "2.01.png", "4.03.png"])
+        four = walk._replace(poses=walk.poses[:4])
+        truth = read_truth(walks.as_tum(tmp_path / "t.txt", four, [0, 1.001, 2.009, 4]), walk.photos)
+        assert (truth.known, truth.unused) == ([0, 1, 4], 1)
+        torch.testing.assert_close(truth.poses, walk.poses[:3])
 
     def test_lines_are_names(self, tmp_path: Path, walk: Walk):
         truth = read_truth(walks.as_kitti(tmp_path / "poses.txt", walk), walk.photos[1::2])
