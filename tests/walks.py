@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Walk(NamedTuple):
     depth: Tensor
 
 
+@lru_cache
 def render(frames: int = 6, size: tuple[int, int] = (28, 42)) -> tuple[Tensor, Tensor, Tensor]:
     """Images `[S, 3, H, W]` in [0, 1], poses `[S, 4, 4]` rigid in float64, and depth `[S, H, W]`."""
     scenes = make_scenes(1, frames, Draws(0), rooms=2, size=size)

@@ -7,13 +7,10 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
-
 from ..measure.compare import Comparison
 from ..measure.ground_truth import Truth, find_truth, photos_of, read_truth, with_depth_maps
-from ..measure.scores import depth_scores, pose_scores
+from ..measure.scores import scene_scores
 from ..measure.wording import count, mebibytes, milliseconds, percent
-from ..models.loading import LoadedModel
 from .compare import compare_on, load, pick_backend
 from .device import pick_device
 from .errors import refusals
@@ -49,12 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
         truth = _truth(arguments)
     covisibility = source(arguments)
     model, frames = load(arguments, truth.photos, device)
-    with refusals(), stage("reading true depth"):
-        depth = truth.depth_of_frames((frames.shape[-2], frames.shape[-1])) if any(truth.depth) else None
+    depth = None
+    if any(truth.depth):
+        with refusals(), stage("reading true depth"):
+            depth = truth.depth_of_frames((frames.shape[-2], frames.shape[-1]))
     print(_said(truth))
     comparison, outputs = compare_on(arguments, model, frames.to(device), covisibility)
     scores = {
-        name: _scores(model, run, truth, depth) for name, run in (("dense", outputs.dense), ("sparse", outputs.sparse))
+        name: scene_scores(model.kind.cameras(run)[truth.known], truth.poses, run["depth"][truth.known], depth)
+        for name, run in (("dense", outputs.dense), ("sparse", outputs.sparse))
     }
     print(_as_text(comparison, truth, scores))
     report = {
@@ -81,15 +81,6 @@ def _truth(arguments: argparse.Namespace) -> Truth:
     if arguments.depth is not None:
         truth = with_depth_maps(truth, arguments.depth, arguments.depth_scale)
     return truth.first(arguments.max_frames)
-
-
-def _scores(model: LoadedModel, outputs: dict[str, Tensor], truth: Truth, depth: Tensor | None) -> Scores:
-    scores = pose_scores(model.kind.cameras(outputs)[truth.known], truth.poses)
-    if depth is not None:
-        scores |= depth_scores(outputs["depth"][truth.known], depth)
-    if "depth_scale" in scores and scores.get("camera_scale"):
-        scores["scale_ratio"] = scores["depth_scale"] / scores["camera_scale"]
-    return scores
 
 
 def _said(truth: Truth) -> str:

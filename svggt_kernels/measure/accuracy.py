@@ -315,14 +315,6 @@ def mean_interval(
     return Interval(float(statistic(sample, axis=0)), float(low), float(high), len(sample))
 
 
-def rotation_angle(rotation: Tensor) -> Tensor:
-    """Return the angles of rotations `[..., 3, 3]` in degrees; by the arc tangent, exact near 0 and 180."""
-    skew = rotation - rotation.mT
-    sine = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1).norm(dim=-1)
-    cosine = rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1
-    return torch.rad2deg(torch.atan2(sine, cosine))
-
-
 def _poses(name: str, poses: Tensor) -> Tensor:
     if poses.dim() != 3 or poses.shape[1:] != (4, 4):
         raise ValueError(f"{name} poses must be [S, 4, 4], camera to world, got {list(poses.shape)}")
@@ -334,6 +326,14 @@ def _relative(poses: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
     rotation, centre = poses[:, :3, :3], poses[:, :3, 3]
     inverse = rotation[i].mT
     return inverse @ rotation[j], (inverse @ (centre[j] - centre[i])[..., None])[..., 0]
+
+
+def rotation_angle(rotation: Tensor) -> Tensor:
+    """Return the angles of rotations `[..., 3, 3]` in degrees; by the arc tangent, exact near 0 and 180."""
+    skew = rotation - rotation.mT
+    sine = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1).norm(dim=-1)
+    cosine = rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1
+    return torch.rad2deg(torch.atan2(sine, cosine))
 
 
 def _mean_nearest(points: Tensor, others: Tensor, block: int = 2048) -> float:

@@ -14,7 +14,7 @@ from walks import Walk
 
 from svggt_kernels.cli import main
 from svggt_kernels.io.photos import load_photos
-from svggt_kernels.measure.scores import depth_scores, pose_scores
+from svggt_kernels.measure.scores import scene_scores
 from svggt_kernels.models.loading import load_model
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -61,15 +61,13 @@ def test_every_truth_gives_the_figures_of_what_was_rendered(
         walks.as_kitti(tmp_path / "poses.txt", walk),
     ]
     poses, depth = of_model(walk.photos)
-    expected = pose_scores(poses, walk.poses) | depth_scores(depth, walk.depth)
+    expected = scene_scores(poses, walk.poses, depth, walk.depth)
     for truth in truths:
         more = () if truth.suffix == ".json" else ("--depth", tmp_path / "depth")
         report = evaluate(tmp_path, "--truth", truth, *more)
         dense, sparse = report["accuracy"]["dense"], report["accuracy"]["sparse"]
-        ratio = dense.pop("scale_ratio")
         assert dense == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        assert ratio == pytest.approx(expected["depth_scale"] / expected["camera_scale"], rel=1e-6)
-        assert sparse["rotation_median"] != dense["rotation_median"] and set(sparse) == {*dense, "scale_ratio"}
+        assert sparse["rotation_median"] != dense["rotation_median"] and set(sparse) == set(dense)
         assert report["truth"]["scored_pairs"] == 15 and report["truth"]["depth_maps"] == 6
         assert report["truth"]["unscored_photos"] == [] and len(report["truth"]["scored_photos"]) == 6
         # Each sees its two neighbours and frame 0, and frame 0 sees all.
@@ -101,8 +99,7 @@ def test_what_is_not_known_is_said(tmp_path: Path, walk: Walk, capsys: pytest.Ca
     assert report["comparison"]["frames"] == 6
     rest = [0, 2, 3, 4, 5]
     poses, depth = of_model([stranger, *(walk.photos[i] for i in rest)])
-    expected = pose_scores(poses[1:], walk.poses[rest]) | depth_scores(depth[1:], walk.depth[rest])
-    del report["accuracy"]["dense"]["scale_ratio"]
+    expected = scene_scores(poses[1:], walk.poses[rest], depth[1:], walk.depth[rest])
     assert report["accuracy"]["dense"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
@@ -117,7 +114,7 @@ def test_the_first_photos_of_a_data_set(tmp_path: Path, walk: Walk):
 def test_refusals(tmp_path: Path, walk: Walk, capsys: pytest.CaptureFixture[str]):
     file = walks.as_kitti(tmp_path / "poses.txt", walk)
     assert "give --truth: " in refusal(capsys, tmp_path)
-    assert "must be known, but of the 1 photos" in refusal(capsys, tmp_path, "--truth", file, "--max-frames", 1)
+    assert "must be known, but of 1 photo (" in refusal(capsys, tmp_path, "--truth", file, "--max-frames", 1)
     assert "does not exist" in refusal(capsys, tmp_path, "--truth", tmp_path / "nowhere")
     assert "give --depth too" in refusal(capsys, tmp_path, "--truth", file, "--depth-scale", 2)
     assert "must be above 0" in refusal(capsys, tmp_path, "--truth", file, "--depth", tmp_path, "--depth-scale", 0)

@@ -108,7 +108,7 @@ class TestWhichPhoto:
 
     def test_another_folder_is_not_passed_over(self, tmp_path: Path, walk: Walk):
         model = walks.as_colmap_text(tmp_path / "sparse", walk, "left/")
-        with pytest.raises(ValueError, match=r"knows none of the 6 photos .*left/000000.png.* lay them into folders"):
+        with pytest.raises(ValueError, match=r"knows none of 6 photos .*left/000000.png.* lay them into folders"):
             read_truth(model, walk.photos)
 
     def test_times_in_a_table(self, tmp_path: Path):

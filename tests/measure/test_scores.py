@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from svggt_kernels.measure.accuracy import align
-from svggt_kernels.measure.scores import depth_scores, pose_scores
+from svggt_kernels.measure.scores import depth_scores, pose_scores, scene_scores
 
 
 def poses(frames: int = 5) -> torch.Tensor:
@@ -33,7 +33,9 @@ def test_another_coordinate_system_costs_nothing():
 def test_where_no_camera_moves_only_rotations_are_scored():
     still = poses()
     still[:, :3, 3] = 7
-    assert pose_scores(poses(), still) == {"rotation_auc30": 1, "rotation_median": pytest.approx(0, abs=1e-9)}
+    scores = pose_scores(poses(), still)
+    assert scores.pop("rotation_auc30") == 1
+    assert scores == pytest.approx({"rotation_median": 0, "rpe_rotation": 0}, abs=2e-6)
 
 
 def test_a_pose_that_is_not_finite_counts_as_wrong():
@@ -53,3 +55,12 @@ def test_depth_is_scored_where_it_is_known():
         "depth_scale": pytest.approx(1 / 3),
     }
     assert depth_scores(true, torch.zeros_like(true)) == {}
+
+
+def test_depth_in_the_unit_of_the_cameras_has_the_ratio_one():
+    predicted, true_depth = poses(), torch.rand(5, 4, 6) + 1
+    predicted[:, :3, 3] /= 4
+    scores = scene_scores(predicted, poses(), true_depth / 4, true_depth)
+    assert (scores["camera_scale"], scores["depth_scale"]) == (pytest.approx(4), pytest.approx(4))
+    assert scores["scale_ratio"] == pytest.approx(1)
+    assert scene_scores(predicted, poses()) == pose_scores(predicted, poses())

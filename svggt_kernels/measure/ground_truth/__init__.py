@@ -20,6 +20,7 @@ from torch import Tensor
 from ...io.depth_maps import DEPTH_SUFFIXES, depth_of_frame, read_depth_map
 from ...io.photos import find_photos, photo_size
 from ...sources.names import ImageNames
+from ..wording import count
 from . import seven_scenes
 from .base import DepthReader, KnownPhoto, Reading
 from .co3d import CO3D
@@ -63,13 +64,14 @@ class Truth:
     def __post_init__(self) -> None:
         if len(self.known) < 2:
             raise ValueError(
-                f"{self.label}: the poses of two photos or more must be known, but of the {len(self.photos)} photos "
-                f"({_names(self.photos)}) {len(self.known)} are; give the truth of these photos, or more of them"
+                f"{self.label}: the poses of two photos or more must be known, but of "
+                f"{count(len(self.photos), 'photo')} ({_names(self.photos)}) {len(self.known)} are; give the truth of "
+                "these photos, or more of them"
             )
 
-    def first(self, count: int | None) -> Truth:
+    def first(self, most: int | None) -> Truth:
         """Return what is known of the first so many photos; of all for None."""
-        photos = self.photos[:count]
+        photos = self.photos[:most]
         kept = sum(place < len(photos) for place in self.known)
         return replace(self, photos=photos, known=self.known[:kept], poses=self.poses[:kept], depth=self.depth[:kept])
 
@@ -149,7 +151,7 @@ def with_depth_maps(truth: Truth, folder: Path, scale: float | None = None) -> T
     if any(truth.depth):
         raise ValueError(f"{truth.label} comes with depth maps of its own; leave {folder} out")
     files = [file for file in sorted(folder.glob("*")) if file.suffix.lower() in DEPTH_SUFFIXES]
-    repeated = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
+    repeated = [stem for stem, times in Counter(file.stem for file in files).items() if times > 1]
     if repeated:
         raise ValueError(f"{folder} must hold one depth map a photo, but two are called {repeated[0]}; take one out")
     by_stem = {file.stem: file for file in files}
@@ -182,9 +184,9 @@ def _matched(path: Path, reading: Reading, photos: Sequence[Path]) -> Truth:
             found[place] = known
     if not found:
         raise ValueError(
-            f"{path} knows none of the {len(photos)} photos ({_listed(photos)}): it is of {len(reading.photos)} others "
-            f"({_listed([known.name for known in reading.photos])}), whose whole names must be ends of the photos' "
-            "paths; give the truth of these photos, or lay them into folders of these names"
+            f"{path} knows none of {count(len(photos), 'photo')} ({_listed(photos)}): it is of {len(reading.photos)} "
+            f"others ({_listed([known.name for known in reading.photos])}), whose whole names must be ends of the "
+            "photos' paths; give the truth of these photos, or lay them into folders of these names"
         )
     places = sorted(found)
     return Truth(
