@@ -28,13 +28,7 @@ def read_depth_map(path: Path, scale: float = 1.0, unknown: int | None = None) -
     Raises:
         ValueError: The file cannot be read as a depth map.
     """
-    if path.suffix.lower() == ".npy":
-        try:
-            levels = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read as an array of NumPy ({error}); write it with np.save") from error
-    else:
-        levels = read_levels(path)
+    levels = read_array(path) if path.suffix.lower() == ".npy" else read_levels(path)
     if levels.ndim != 2 or levels.dtype.kind not in "fui" or levels.itemsize < 2 or levels.size == 0:
         raise ValueError(
             f"{path} must hold a depth map [H, W] of numbers of 16 bits or more, a picture of depth is none; got "
@@ -43,11 +37,25 @@ def read_depth_map(path: Path, scale: float = 1.0, unknown: int | None = None) -
     return scaled(levels, scale, unknown)
 
 
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of a .npy file; runs no code from it.
+
+    Raises:
+        ValueError: The file cannot be read as an array.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # NumPy reads the header as Python and raises whatever that leads to
+        raise ValueError(f"{path} cannot be read as an array of NumPy ({error}); write it with np.save") from error
+
+
 def scaled(levels: np.ndarray, scale: float, unknown: int | None = None) -> Tensor:
     """Return the numbers of a depth map as `read_depth_map` does."""
-    depth = levels.astype(np.float64) * scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        depth = (levels.astype(np.float64) * scale).astype(np.float32)
     known = np.isfinite(depth) & (depth > 0) & (levels != unknown)
-    return torch.from_numpy(np.where(known, depth, 0).astype(np.float32))
+    return torch.from_numpy(np.where(known, depth, np.float32(0)))
 
 
 def depth_of_frame(

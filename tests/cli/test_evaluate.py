@@ -56,7 +56,6 @@ def test_every_truth_gives_the_figures_of_what_was_rendered(
     truths = [
         walks.as_transforms(tmp_path / "transforms.json", walk),
         walks.as_colmap_text(tmp_path / "text", walk),
-        walks.as_colmap_binary(tmp_path / "binary", walk),
         walks.as_tum(tmp_path / "groundtruth.txt", walk, range(6)),
         walks.as_kitti(tmp_path / "poses.txt", walk),
     ]

@@ -50,7 +50,7 @@ def test_a_map_of_another_shape_is_refused():
 
 
 def test_what_is_not_known_is_zero(tmp_path: Path):
-    np.save(tmp_path / "map.npy", np.array([[1.0, np.nan, np.inf], [-1, 0, 5]]))
+    np.save(tmp_path / "map.npy", np.array([[1.0, np.nan, np.inf], [-1, 1e300, 5]]))
     assert read_depth_map(tmp_path / "map.npy", 2.0).tolist() == [[2, 0, 0], [0, 0, 10]]
     Image.fromarray(np.array([[1000, 65535, 0]], np.uint16)).save(tmp_path / "map.png")
     assert read_depth_map(tmp_path / "map.png", 0.001, 65535).tolist() == [[1, 0, 0]]
@@ -74,3 +74,9 @@ def test_what_is_no_depth_map_is_refused(name: str, numbers: np.ndarray, message
         Image.fromarray(numbers).save(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         read_depth_map(tmp_path / name)
+
+
+def test_an_archive_is_no_array(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"a.npy cannot be read as an array of NumPy .*; write it with np.save"):
+        read_depth_map((tmp_path / "a.npz").rename(tmp_path / "a.npy"))

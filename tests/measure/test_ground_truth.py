@@ -230,7 +230,8 @@ def test_a_quaternion_of_no_length_is_refused(kind: str, tmp_path: Path, walk: W
 def test_a_binary_model_that_is_cut_off_or_too_long(tmp_path: Path, walk: Walk):
     file = walks.as_colmap_binary(tmp_path / "sparse", walk) / "images.bin"
     content = file.read_bytes()
-    for damaged in (content[:-3], content[:50], content + b"\0", struct.pack("<Q", 7) + content[8:]):
+    huge = content.replace(struct.pack("<Q", 3) + struct.pack("<d", 1.5), b"\xff" * 16)  # points of one image
+    for damaged in (content[:-3], content[:50], content + b"\0", struct.pack("<Q", 7) + content[8:], huge):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"images.bin must be the images of a COLMAP model"):
             read_truth(file.parent, walk.photos)

@@ -64,7 +64,7 @@ def _binary(path: Path) -> Iterator[tuple[str, list[float]]]:
             [points] = POINTS.unpack_from(content, end + 1)
             place = end + 1 + POINTS.size + POINT_BYTES * points
             yield name, numbers
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, OverflowError) as error:
         raise ValueError(f"{path} must be the images of a COLMAP model, and is cut off or damaged ({error})") from error
     if place != len(content):
         raise ValueError(f"{path} must be the images of a COLMAP model, but {len(content) - place} bytes do not fit")

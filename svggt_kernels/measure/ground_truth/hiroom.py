@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from ...io.depth_maps import read_depth_map
+from ...io.depth_maps import read_array, read_depth_map
 from ...io.photos import read_levels
 from ...models.cameras import inverse
 from .base import Format, KnownPhoto, Reading, rigid
@@ -30,14 +29,10 @@ def read_scene(path: Path, photos: Sequence[Path]) -> Reading:
     """Read every pose, and the depth map of each photo that has one."""
     known = []
     for file in sorted(path.glob("*.npy")):
-        try:
-            rows = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{file} must hold a matrix of NumPy, and cannot be read ({error})") from error
         depth = path.parent / "depth" / f"{file.stem}.png"
         mask = path.parent / "aliasing_mask" / f"{file.stem}.png"
         reader = partial(_read, depth, mask) if depth.is_file() else None
-        known.append(KnownPhoto(f"image/{file.stem}", inverse(rigid(str(file), rows)), reader))
+        known.append(KnownPhoto(f"image/{file.stem}", inverse(rigid(str(file), read_array(file))), reader))
     return Reading("HiRoom", known)
 
 
