@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .photos import frame_crop, read_levels
+from .photos import read_levels
 
 DEPTH_SUFFIXES = (".png", ".npy")
 LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of a photo and its depth map
@@ -65,8 +65,8 @@ def depth_of_frame(
 ) -> Tensor:
     """Return the depth at the middle of each pixel of a frame, `[H, W]`: the nearest pixel of the map, never a mean.
 
-    The frame shows the part of the photo that `load_photos` keeps (`frame_crop`). The map shows what the whole photo
-    shows, at any resolution.
+    The frame shows the part of the photo that `load_photos` keeps: the largest of the frame's shape, in the middle. The
+    map shows what the whole photo shows, at any resolution.
 
     Args:
         depth: The depth map.
@@ -83,13 +83,14 @@ def depth_of_frame(
             f"a depth map must show what its photo shows, but it has {width} x {height} pixels and the upright photo "
             f"{photo[0]} x {photo[1]}; scale or crop it to that shape"
         )
-    left, upper, right, lower = frame_crop(photo, frame)
-    columns = _nearest(left / photo[0], right / photo[0], frame[0], width)
-    rows = _nearest(upper / photo[1], lower / photo[1], frame[1], height)
+    # The part of the photo's width, and of its height, that the frame shows.
+    along, down = frame[0] / photo[0], frame[1] / photo[1]
+    columns = _nearest(min(1.0, along / down), frame[0], width)
+    rows = _nearest(min(1.0, down / along), frame[1], height)
     return depth[rows[:, None], columns]
 
 
-def _nearest(first: float, last: float, steps: int, pixels: int) -> Tensor:
-    """Return the pixels at the middles of equal steps from `first` to `last`, shares of a side of so many pixels."""
+def _nearest(share: float, steps: int, pixels: int) -> Tensor:
+    """Return the pixels at the middles of equal steps through a share of a side of so many pixels, in its middle."""
     middles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    return ((first + middles * (last - first)) * pixels).long().clamp(0, pixels - 1)
+    return (((1 - share) / 2 + share * middles) * pixels).long().clamp(0, pixels - 1)

@@ -109,6 +109,7 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
     if not paths:
         raise ValueError("at least one photo is needed, none was given")
     files = [Path(path) for path in paths]
+    fit = _pillow("PIL.ImageOps").fit
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor() as workers:
         sizes = list(workers.map(photo_size, files))
@@ -118,7 +119,8 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
         frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
 
         def fill(frame: Tensor, file: Path) -> None:
-            pixels = np.array(_cover(_read(file), width, height), dtype=np.uint8)  # [H, W, 3]
+            photo = fit(_read(file), (width, height), _pillow().Resampling.BICUBIC)
+            pixels = np.array(photo, dtype=np.uint8)  # [H, W, 3]
             frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
 
         list(workers.map(fill, frames, files))
@@ -148,19 +150,6 @@ def frame_size(width: float, height: float, long_side: int, patch_size: int) -> 
     )
 
 
-def photo_size(path: Path) -> tuple[int, int]:
-    """Return width and height as the photo is meant to be seen, from the header alone if that tells.
-
-    Raises:
-        ValueError: The file cannot be read as a photo.
-    """
-    with _opened(path) as image:
-        if image.format == "TIFF" and _orientation(image) in ON_ITS_SIDE:
-            image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only
-        width, height = image.size
-        return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
-
-
 def read_levels(path: Path) -> np.ndarray:
     """Return the numbers of a grey picture as they are stored, upright or not, `[H, W]`; three dimensions if coloured.
 
@@ -169,23 +158,6 @@ def read_levels(path: Path) -> np.ndarray:
     """
     with _opened(path) as image:
         return np.array(image)
-
-
-def frame_crop(photo: tuple[int, int], frame: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the part of a photo that `load_photos` scales to a frame: left, upper, right, lower edge in its pixels.
-
-    Args:
-        photo: Width and height of the upright photo.
-        frame: Width and height of the frame.
-    """
-    (width, height), scale = photo, max(frame[0] / photo[0], frame[1] / photo[1])
-    half_width, half_height = frame[0] / scale / 2, frame[1] / scale / 2
-    return (
-        max(0.0, width / 2 - half_width),
-        max(0.0, height / 2 - half_height),
-        min(float(width), width / 2 + half_width),
-        min(float(height), height / 2 + half_height),
-    )
 
 
 def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
@@ -229,9 +201,9 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
         )
 
 
-def _pillow() -> Any:
-    """Return `PIL.Image`."""
-    return optional("PIL.Image", "reading photos", "Pillow", "'svggt-kernels[viz]'")
+def _pillow(module: str = "PIL.Image") -> Any:
+    """Return a module of Pillow."""
+    return optional(module, "reading photos", "Pillow", "'svggt-kernels[viz]'")
 
 
 @contextmanager
@@ -254,6 +226,19 @@ def _orientation(image: Image) -> int:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # as Pillow's parser raises it; EXIF is no part of the picture
         return 1
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Return width and height as the photo is meant to be seen, from the header alone if that tells.
+
+    Raises:
+        ValueError: The file cannot be read as a photo.
+    """
+    with _opened(path) as image:
+        if image.format == "TIFF" and _orientation(image) in ON_ITS_SIDE:
+            image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only
+        width, height = image.size
+        return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
 
 
 def _read(path: Path) -> Image:
@@ -288,9 +273,3 @@ def _to_rgb(image: Image) -> Image:
         image = image.convert("RGBA")
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _cover(image: Image, width: int, height: int) -> Image:
-    """Scale to cover `width` x `height` and cut off equally on both sides."""
-    box = frame_crop(image.size, (width, height))
-    return image.resize((width, height), _pillow().Resampling.BICUBIC, box=box)
