@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .. import backends
 from ..io.photos import find_photos, load_photos
-from ..measure.compare import compare
+from ..measure.compare import Comparison, Outputs, compare
 from ..measure.pictures import require_matplotlib
 from ..measure.wording import count
-from ..models.loading import HEAD_SIZE, running_dtype
+from ..models.loading import HEAD_SIZE, LoadedModel, running_dtype
+from ..sources import Source
 from .device import pick_device
 from .errors import CommandError, refusals
 from .models import load_model
@@ -24,29 +29,48 @@ def run(arguments: argparse.Namespace) -> int:
         require_matplotlib()
         photos = find_photos(arguments.folder)[: arguments.max_frames]
     device = pick_device(arguments.device)
-    if arguments.backend is not None:
-        with refusals():
-            arguments.backend = backends.load(arguments.backend).NAME
-        reason = backends.reasons(device, running_dtype(device), HEAD_SIZE)[arguments.backend]
-        if reason is not None:
-            raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
+    pick_backend(arguments, device)
     covisibility = source(arguments)
+    model, frames = load(arguments, photos, device)
+    comparison, outputs = compare_on(arguments, model, frames.to(device), covisibility)
+    print(as_text(comparison))
+    names = [photo.name for photo in photos]
+    print(write_results(arguments.output, comparison, outputs, frames, names, command=arguments.command_line))
+    return 0
+
+
+def pick_backend(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Refuse a `--backend` that cannot run there before any work is done; put its full name into the arguments."""
+    if arguments.backend is None:
+        return
+    with refusals():
+        arguments.backend = backends.load(arguments.backend).NAME
+    reason = backends.reasons(device, running_dtype(device), HEAD_SIZE)[arguments.backend]
+    if reason is not None:
+        raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
+
+
+def load(arguments: argparse.Namespace, photos: list[Path], device: torch.device) -> tuple[LoadedModel, Tensor]:
+    """Return the model on the device, and the photos in its resolution, `[S, 3, H, W]` on the CPU."""
     model = load_model(arguments.model, arguments.weights, device)
     with refusals(), stage(f"reading {count(len(photos), 'photo')}"):
         frames = load_photos(
             photos, long_side=arguments.long_side or model.kind.long_side, patch_size=model.kind.patch_size
         )
+    return model, frames
+
+
+def compare_on(
+    arguments: argparse.Namespace, model: LoadedModel, frames: Tensor, covisibility: Source
+) -> tuple[Comparison, Outputs]:
+    """Run the model dense and sparse on frames that are on its device."""
     with refusals():
-        comparison, outputs = compare(
+        return compare(
             model,
-            frames.to(device),
+            frames,
             covisibility,
             described=covisibility.label,
             backend=arguments.backend,
             repeats=arguments.repeats,
             stage=stage,
         )
-    print(as_text(comparison))
-    names = [photo.name for photo in photos]
-    print(write_results(arguments.output, comparison, outputs, frames, names, command=arguments.command_line))
-    return 0

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_demo):
+    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_evaluate, _add_demo):
         add(commands)
     return parser
 
@@ -68,6 +68,8 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
             )
     if getattr(arguments, "truth_above", None) is not None and arguments.truth is None:
         raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
+    if getattr(arguments, "depth_scale", None) is not None and arguments.depth is None:
+        raise CommandError("--depth-scale is the scale of the maps in --depth; give --depth too, or leave it out")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -96,6 +98,14 @@ def number(text: str) -> float:
         value = math.nan
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Read a number above 0."""
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
     return value
 
 
@@ -178,32 +188,39 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "trained; only MegaLoc's are downloaded, where its graph is asked for.",
     )
     _add_photos(parser)
-    parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="its weights, .safetensors or .pt, of toy .npz; without them they are random, but those of toy trained",
-    )
-    _add_graph(parser)
-    parser.add_argument(
-        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
-    )
-    _add_device(parser)
-    parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="the backend that must run, of those that info lists (default: the best that can)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="timed runs of each kind, after one that is not; fewer if they take long. One alone does not tell how far "
-        "runs differ (default: 3)",
-    )
+    _add_run(parser, repeats=3)
     _add_output(parser, "compare-output")
+    parser.set_defaults(read_by=READ_BY)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="run a model on photos whose cameras are known, dense and sparse, and say how accurate each is",
+        description="Runs a model on a folder of photos, as it is and patched, and compares the cameras of each with "
+        "the true ones (pose AUC, ATE, RPE), and its depth where true depth is known (AbsRel). Writes a report. The "
+        "truth may be a COLMAP model, a TUM or KITTI trajectory, nerfstudio's transforms.json, or that of a data set.",
+    )
+    _add_photos(parser)
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="TRUTH",
+        help="folder of a COLMAP model, a trajectory or a transforms.json (default: where 7-Scenes, ETH3D, CO3D and "
+        "HiRoom keep it for the photos in DIR)",
+    )
+    parser.add_argument(
+        "--depth", type=Path, metavar="DIR", help="true depth maps with the names of the photos, 16-bit .png or .npy"
+    )
+    parser.add_argument(
+        "--depth-scale",
+        type=above_zero,
+        metavar="X",
+        help="by what their numbers are multiplied to be in the unit of the truth (default: 0.001 for .png, which "
+        "stands for millimetres, 1 for .npy)",
+    )
+    _add_run(parser, repeats=1)
+    _add_output(parser, "evaluate-output")
     parser.set_defaults(read_by=READ_BY)
 
 
@@ -230,6 +247,35 @@ def _add_photos(parser: argparse.ArgumentParser) -> None:
         "folder", type=Path, metavar="DIR", help="a folder of photos, taken in the order of their names"
     )
     parser.add_argument("--max-frames", type=positive, metavar="N", help="use the first N photos only")
+
+
+def _add_run(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Add what says which model runs, how, and with what graph."""
+    parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="its weights, .safetensors or .pt, of toy .npz; without them they are random, but those of toy trained",
+    )
+    _add_graph(parser)
+    parser.add_argument(
+        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
+    )
+    _add_device(parser)
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="the backend that must run, of those that info lists (default: the best that can)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        default=repeats,
+        metavar="N",
+        help="timed runs of each kind, after one that is not; fewer if they take long. One alone does not tell how far "
+        f"runs differ (default: {repeats})",
+    )
 
 
 def _add_graph(parser: argparse.ArgumentParser) -> None:
@@ -272,5 +318,5 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
         type=Path,
         default=Path(default),
         metavar="DIR",
-        help=f"folder for report and pictures (default: {default})",
+        help=f"folder for what it writes (default: {default})",
     )

@@ -158,8 +158,6 @@ def _deviations(c: Comparison) -> str:
     for name, d in c.deviations.items():
         broken = f" ({d.not_finite} values not finite)" if d.not_finite else ""
         rows.append((name, f"{d.relative_l2:.2e}", f"{d.max_abs:.2e}{broken}"))
-    if c.rotation_degrees is None:
-        return table(rows)
     median, largest = c.rotation_degrees["median"], c.rotation_degrees["max"]
     return f"{table(rows)}\n  The cameras turn by {median:.3g} degrees (median), {largest:.3g} at most."
 

@@ -111,7 +111,7 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
     fit = _pillow("PIL.ImageOps").fit
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor() as workers:
-        sizes = list(workers.map(_upright_size, files))
+        sizes = list(workers.map(photo_size, files))
         median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
         width, height = frame_size(*median, long_side, patch_size)
         _warn_of_crops(files, sizes, median[0] / median[1])
@@ -147,6 +147,16 @@ def frame_size(width: float, height: float, long_side: int, patch_size: int) -> 
         max(1, round(width * scale / patch_size)) * patch_size,
         max(1, round(height * scale / patch_size)) * patch_size,
     )
+
+
+def read_levels(path: Path) -> np.ndarray:
+    """Return the numbers of a grey picture as they are stored, upright or not, `[H, W]`; three dimensions if coloured.
+
+    Raises:
+        ValueError: The file cannot be read as a picture.
+    """
+    with _opened(path) as image:
+        return np.array(image)
 
 
 def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
@@ -213,8 +223,12 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Return width and height as the photo is meant to be seen, from the header alone if that tells."""
+def photo_size(path: Path) -> tuple[int, int]:
+    """Return width and height as the photo is meant to be seen, from the header alone if that tells.
+
+    Raises:
+        ValueError: The file cannot be read as a photo.
+    """
     with _opened(path) as image:
         if image.format == "TIFF" and _orientation(image) in ON_ITS_SIDE:
             image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only

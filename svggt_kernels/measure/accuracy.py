@@ -35,6 +35,7 @@ __all__ = [
     "pose_auc",
     "ratio_interval",
     "relative_pose_errors",
+    "rotation_angle",
     "trajectory_error",
 ]
 
@@ -87,7 +88,7 @@ def pair_errors(predicted: Tensor, true: Tensor, *, signed: bool = False) -> Pai
     cosine = torch.where(lengths > 0, cosine / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 0.0)
     if not signed:
         cosine = cosine.abs()
-    return PairErrors(_rotation_angle(difference), torch.rad2deg(cosine.clamp(-1, 1).acos()))
+    return PairErrors(rotation_angle(difference), torch.rad2deg(cosine.clamp(-1, 1).acos()))
 
 
 def pose_auc(errors: Tensor, threshold: int) -> float:
@@ -197,7 +198,7 @@ def relative_pose_errors(predicted: Tensor, true: Tensor) -> tuple[float, float]
     true_rotation, true_translation = _relative(true, i, i + 1)
     # The motion that is left when the true one is undone.
     distance = (translation - true_translation).norm(dim=-1)
-    angle = _rotation_angle(true_rotation.mT @ rotation)
+    angle = rotation_angle(true_rotation.mT @ rotation)
     return float(distance.square().mean().sqrt()), float(angle.square().mean().sqrt())
 
 
@@ -373,7 +374,7 @@ def _relative(poses: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
     return inverse @ rotation[j], (inverse @ (centre[j] - centre[i])[..., None])[..., 0]
 
 
-def _rotation_angle(rotation: Tensor) -> Tensor:
+def rotation_angle(rotation: Tensor) -> Tensor:
     """Return the angles of rotations `[..., 3, 3]` in degrees; by the arc tangent, exact near 0 and 180."""
     skew = rotation - rotation.mT
     sine = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1).norm(dim=-1)

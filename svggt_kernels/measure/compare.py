@@ -83,7 +83,7 @@ class Comparison:
         kept_mib: Memory that patch and MegaLoc hold from run to run, MiB; None where it cannot be measured.
         attention: Cost of one global attention.
         deviations: For each output, how far sparse is from dense.
-        rotation_degrees: Angle between the cameras of both, median and max; None if the model gives no camera.
+        rotation_degrees: Angle between the cameras of both, median and max.
     """
 
     model: str
@@ -114,7 +114,7 @@ class Comparison:
     kept_mib: float | None
     attention: AttentionCost
     deviations: dict[str, Deviation]
-    rotation_degrees: dict[str, float] | None
+    rotation_degrees: dict[str, float]
 
     @property
     def speedup(self) -> float:
@@ -238,7 +238,7 @@ def compare(
         kept_mib=None if before is None or after is None else after - before,
         attention=attention,
         deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
-        rotation_degrees=camera_rotation(dense, sparse),
+        rotation_degrees=camera_rotation(model.kind.cameras(dense), model.kind.cameras(sparse)),
     ), Outputs(dense, sparse, graph)
 
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# The part of an output that holds the rotation of the cameras, by the name of the output.
-ROTATIONS = {
-    "pose_enc": (..., slice(3, 7)),
-    "extrinsics": (..., slice(3), slice(3)),
-    "camera_poses": (..., slice(3), slice(3)),
-}
+from .accuracy import rotation_angle
 
 
 @dataclass(frozen=True)
@@ -52,25 +44,10 @@ class Deviation:
         )
 
 
-def camera_rotation(dense: Mapping[str, Tensor], sparse: Mapping[str, Tensor]) -> dict[str, float] | None:
-    """Return the median and the largest angle between the cameras of two runs, degrees; None without cameras."""
-    for name, part in ROTATIONS.items():
-        if name in dense:
-            angles = rotation_degrees(dense[name][part], sparse[name][part])
-            return {"median": float(angles.median()), "max": float(angles.max())}
-    return None
-
-
-def rotation_degrees(
-    dense: Tensor,  # [..., 4] quaternions or [..., 3, 3] matrices
+def camera_rotation(
+    dense: Tensor,  # [S, 4, 4]
     sparse: Tensor,
-) -> Tensor:
-    """Return the angle between two rotations, degrees `[...]` float64; quaternions need not be of unit length."""
-    dense, sparse = dense.double(), sparse.double()
-    if dense.shape[-2:] == (3, 3):
-        # |R - R'| = 2 sqrt(2) sin(angle / 2)
-        chord = torch.linalg.matrix_norm(dense - sparse) / (2 * math.sqrt(2))
-        return torch.rad2deg(2 * torch.asin(chord.clamp(max=1)))
-    a, b = (F.normalize(quaternion, dim=-1) for quaternion in (dense, sparse))
-    near, far = (a - b).norm(dim=-1), (a + b).norm(dim=-1)
-    return torch.rad2deg(4 * torch.atan2(torch.minimum(near, far), torch.maximum(near, far)))
+) -> dict[str, float]:
+    """Return the median and the largest angle between the cameras of two runs, poses camera to world, degrees."""
+    angles = rotation_angle(dense[:, :3, :3].mT @ sparse[:, :3, :3])
+    return {"median": float(angles.median()), "max": float(angles.max())}

@@ -48,6 +48,7 @@ class RunnableModel:
         name: Its name on the command line.
         build: Makes the model with random weights; imports the package that holds its code.
         outputs: Reads the result of its forward into named tensors `[S, ...]`; "depth" is `[S, H, W]`.
+        cameras: Reads poses, camera to world `[S, 4, 4]` float64 with axes as in OpenCV, from what `outputs` returns.
         feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward.
         requirement: How to install what `build` imports; empty if nothing is needed.
         long_side: The model's usual resolution: pixels of the longer side.
@@ -60,6 +61,7 @@ class RunnableModel:
     name: str
     build: Callable[[], nn.Module]
     outputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    cameras: Callable[[Mapping[str, Tensor]], Tensor]
     feed: Callable[[Tensor], Tensor] = one_batch
     requirement: str = ""
     long_side: int = 518

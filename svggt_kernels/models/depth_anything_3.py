@@ -20,6 +20,7 @@ from .base import (
     has_parts,
     inputs_from_images,
 )
+from .cameras import poses_of_extrinsics
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -73,6 +74,7 @@ DEPTH_ANYTHING_3 = ModelRecord(
         name="da3-small",
         build=_build_small,
         outputs=partial(first_sample, names=("depth", "depth_conf", "extrinsics", "intrinsics")),
+        cameras=poses_of_extrinsics,
         feed=_feed,
         requirement="pip install --no-deps depth-anything-3 && "
         "pip install einops omegaconf addict huggingface_hub safetensors",

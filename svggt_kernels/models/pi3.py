@@ -16,6 +16,7 @@ from .base import (
     has_parts,
     read_images,
 )
+from .cameras import poses_as_they_are
 
 
 def _build() -> nn.Module:
@@ -41,6 +42,7 @@ PI3 = ModelRecord(
         name="pi3",
         build=_build,
         outputs=_outputs,
+        cameras=poses_as_they_are,
         requirement="pip install --no-deps git+https://github.com/yyfz/Pi3 && pip install huggingface_hub safetensors",
     ),
 )

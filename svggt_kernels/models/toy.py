@@ -9,6 +9,7 @@ from torch import nn
 from ..demo.model import RoomsModel
 from ..demo.model.aggregator import Aggregator
 from .base import RunnableModel
+from .cameras import poses_of_encoding
 from .vggt import VGGT, vggt_outputs
 
 
@@ -25,6 +26,7 @@ TOY = replace(
         name="toy",
         build=RoomsModel,
         outputs=vggt_outputs,
+        cameras=poses_of_encoding,
         long_side=154,
         trained=RoomsModel.trained,
     ),

@@ -19,6 +19,7 @@ from .base import (
     has_parts,
     read_images,
 )
+from .cameras import poses_of_encoding
 
 
 def _build() -> nn.Module:
@@ -46,6 +47,7 @@ VGGT = ModelRecord(
         name="vggt",
         build=_build,
         outputs=vggt_outputs,
+        cameras=poses_of_encoding,
         requirement="pip install --no-deps git+https://github.com/facebookresearch/vggt && "
         "pip install einops huggingface_hub safetensors",
     ),

@@ -13,6 +13,7 @@ from benchmarks import model_report, models
 from benchmarks.__main__ import main
 from svggt_kernels.inference import memory
 from svggt_kernels.models.base import RunnableModel, first_sample
+from svggt_kernels.models.cameras import poses_of_encoding
 
 
 @pytest.mark.parametrize("name", ["toy-16f-4n", "vggt-1b-100f-10n", "vggt-1b-100f-10n-random"])
@@ -123,7 +124,8 @@ def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):
 
 
 def test_a_model_over_its_budget_has_no_numbers(tmp_path, monkeypatch):
-    kind = RunnableModel("double", VGGT, outputs=partial(first_sample, names=("depth", "confidence", "pose")))
+    outputs = partial(first_sample, names=("depth", "confidence", "pose"))
+    kind = RunnableModel("double", VGGT, outputs, cameras=poses_of_encoding)
     monkeypatch.setitem(models.KINDS, "toy", kind)
     monkeypatch.setitem(models.SYSTEMS, "svggt-40gib", {"memory_budget": 2})
     monkeypatch.setattr(memory, "DEVICES", ("cpu",))

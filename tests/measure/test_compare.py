@@ -5,38 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svggt_kernels import Patch, patch
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.measure import compare
+from svggt_kernels.models import RUNNABLE
+from svggt_kernels.models.loading import LoadedModel
 
 FRAMES = torch.rand(3, 3, 28, 28)
 
 
-@dataclass(frozen=True)
-class Toy:
-    module: nn.Module
-    name: str = "toy"
-    weights: str = "random"
-    warning: str | None = None
-    autocast: torch.dtype | None = None
-
-    def __call__(self, frames: Tensor) -> dict[str, Tensor]:
-        with torch.inference_mode():
-            return {name: output[0] for name, output in self.module(frames[None]).items()}
-
-
 @pytest.fixture
-def toy() -> Toy:
-    return Toy(RoomsModel(dim=16, depth=2, num_heads=2).eval())
+def toy() -> LoadedModel:
+    module = RoomsModel(dim=16, depth=2, num_heads=2).eval()
+    return LoadedModel(RUNNABLE["toy"], module, weights="random", warning=None, autocast=None)
 
 
-def test_one_patch_serves_all_timed_runs(monkeypatch: pytest.MonkeyPatch, toy: Toy):
+def test_one_patch_serves_all_timed_runs(monkeypatch: pytest.MonkeyPatch, toy: LoadedModel):
     patched: list[nn.Module] = []
 
     def slowly(module: nn.Module, **options: object) -> Patch:
@@ -54,13 +43,13 @@ def test_one_patch_serves_all_timed_runs(monkeypatch: pytest.MonkeyPatch, toy: T
     assert [parameter.data_ptr() for parameter in patched[0].parameters()] == weights
 
 
-def test_the_model_is_as_before(toy: Toy):
+def test_the_model_is_as_before(toy: LoadedModel):
     before = toy(FRAMES)
     compare.compare(toy, FRAMES, "tokens", described="", repeats=1)
     assert torch.equal(toy(FRAMES)["depth"], before["depth"])
 
 
-def test_stages_are_told(toy: Toy):
+def test_stages_are_told(toy: LoadedModel):
     told: list[str] = []
 
     @contextmanager
@@ -78,6 +67,6 @@ def test_stages_are_told(toy: Toy):
     ]
 
 
-def test_what_the_frames_cannot_have_is_refused(toy: Toy):
+def test_what_the_frames_cannot_have_is_refused(toy: LoadedModel):
     with pytest.raises(ValueError, match="covisibility"):
         compare.compare(toy, FRAMES, "nonsense", described="")

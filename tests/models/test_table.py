@@ -14,7 +14,7 @@ from svggt_kernels import models
 from svggt_kernels.models import RECORDS, RUNNABLE, ModelRecord
 from svggt_kernels.models.depth_anything_3 import IMAGENET_DEVIATION, IMAGENET_MEAN
 
-SHARED = {"base", "loading", "wrappers"}
+SHARED = {"base", "cameras", "loading", "wrappers"}
 """The modules that belong to no model."""
 
 
@@ -58,6 +58,24 @@ def test_outputs_are_those_of_the_one_sample(name: str, result: dict[str, torch.
     assert all(len(output) == 5 for output in outputs.values())
     depth = result["local_points"][0, ..., 2] if name == "pi3" else result["depth"].reshape(5, 14, 28)
     assert torch.equal(outputs["depth"], depth)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_cameras_are_poses_in_the_axes_of_opencv(name: str):
+    """A camera at (1, 2, 3) that looks along x: its x axis is -y of the world, its y axis -z."""
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3] = torch.tensor([[0.0, 0, 1, 1], [-1, 0, 0, 2], [0, -1, 0, 3]])
+    to_camera = pose.inverse()
+    quaternion = torch.tensor([0.5, -0.5, 0.5, 0.5])  # x, y, z, w of the rotation from world to camera
+    field_of_view = torch.ones(2)
+    outputs = {
+        "pose_enc": torch.cat([to_camera[:3, 3].float(), 2 * quaternion, field_of_view])[None],
+        "extrinsics": to_camera[None, :3],
+        "camera_poses": pose[None],
+    }
+    cameras = RUNNABLE[name].cameras(outputs)
+    assert cameras.dtype == torch.float64
+    torch.testing.assert_close(cameras, pose[None])
 
 
 @pytest.mark.parametrize("record", [record for record in RECORDS if record.runnable], ids=lambda record: record.name)

@@ -1,0 +1,134 @@
+"""`evaluate DIR`: a model on photos whose cameras are known, dense and sparse, each against the truth."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from ..measure.compare import Comparison
+from ..measure.ground_truth import Truth, find_truth, photos_of, read_truth, with_depth_maps
+from ..measure.scores import scene_scores
+from ..measure.wording import count, mebibytes, milliseconds, percent
+from .compare import compare_on, load, pick_backend
+from .device import pick_device
+from .errors import refusals
+from .files import write_files
+from .options import source
+from .results import as_json
+from .text import stage, table
+
+Scores = dict[str, float]
+
+ROWS = (
+    ("pose AUC@3", "auc3", "{:.4f}"),
+    ("pose AUC@5", "auc5", "{:.4f}"),
+    ("pose AUC@15", "auc15", "{:.4f}"),
+    ("pose AUC@30", "auc30", "{:.4f}"),
+    ("rotation AUC@30", "rotation_auc30", "{:.4f}"),
+    ("rotation of pairs, median", "rotation_median", "{:.3g} degrees"),
+    ("translation direction of pairs, median", "translation_median", "{:.3g} degrees"),
+    ("ATE after the best similarity", "ate", "{:.4g}"),
+    ("RPE, translation", "rpe_translation", "{:.4g}"),
+    ("RPE, rotation", "rpe_rotation", "{:.3g} degrees"),
+    ("depth AbsRel after the median scale", "absrel", "{:.4f}"),
+    ("depth within a factor of 1.25", "delta125", "{:.4f}"),
+    ("scale of depth / scale of cameras", "scale_ratio", "{:.4f}"),
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the model both ways, print and write the accuracy of each; return the exit code."""
+    device = pick_device(arguments.device)
+    pick_backend(arguments, device)
+    with refusals():
+        truth = _truth(arguments)
+    covisibility = source(arguments)
+    model, frames = load(arguments, truth.photos, device)
+    depth = None
+    if any(truth.depth):
+        with refusals(), stage("reading true depth"):
+            depth = truth.depth_of_frames((frames.shape[-2], frames.shape[-1]))
+    print(_said(truth))
+    comparison, outputs = compare_on(arguments, model, frames.to(device), covisibility)
+    scores = {
+        name: scene_scores(model.kind.cameras(run)[truth.known], truth.poses, run["depth"][truth.known], depth)
+        for name, run in (("dense", outputs.dense), ("sparse", outputs.sparse))
+    }
+    print(_as_text(comparison, truth, scores))
+    report = {
+        "truth": {
+            "label": truth.label,
+            "scored_photos": [truth.photos[place].name for place in truth.known],
+            "unscored_photos": [photo.name for photo in _unscored(truth)],
+            "unused_poses": truth.unused,
+            "scored_pairs": _pairs(truth),
+            "depth_maps": sum(read is not None for read in truth.depth),
+            "depth_pixels": 0 if depth is None else int((depth > 0).sum()),
+        },
+        "accuracy": scores,
+        "comparison": asdict(comparison),
+    }
+    write_files(arguments.output, {"report.json": as_json(arguments.command_line, report).encode()})
+    print(f"Report: {arguments.output / 'report.json'}")
+    return 0
+
+
+def _truth(arguments: argparse.Namespace) -> Truth:
+    photos = photos_of(arguments.folder)
+    truth = read_truth(arguments.truth or find_truth(arguments.folder), photos)
+    if arguments.depth is not None:
+        truth = with_depth_maps(truth, arguments.depth, arguments.depth_scale)
+    return truth.first(arguments.max_frames)
+
+
+def _said(truth: Truth) -> str:
+    """Return in words what is known of the photos, and what is not."""
+    depth = sum(read is not None for read in truth.depth)
+    poses = f"poses of {len(truth.known)} of {count(len(truth.photos), 'photo')}"
+    lines = [f"Truth: {truth.label}; {poses}, depth maps of {depth}"]
+    if unscored := _unscored(truth):
+        lines.append(f"Run but not scored, because their poses are not known: {_first(unscored)}")
+    if truth.unused:
+        lines.append(f"Not used, because they are of no photo here: {count(truth.unused, 'pose')}")
+    return "\n".join(lines)
+
+
+def _unscored(truth: Truth) -> list[Path]:
+    known = set(truth.known)
+    return [photo for place, photo in enumerate(truth.photos) if place not in known]
+
+
+def _first(photos: list[Path], most: int = 3) -> str:
+    names = ", ".join(photo.name for photo in photos[:most])
+    return names + (f" and {len(photos) - most} more" if len(photos) > most else "")
+
+
+def _pairs(truth: Truth) -> int:
+    return math.comb(len(truth.known), 2)
+
+
+def _as_text(c: Comparison, truth: Truth, scores: dict[str, Scores]) -> str:
+    dense, sparse = scores["dense"], scores["sparse"]
+    rated = [row for row in ROWS if row[1] in dense and row[1] in sparse]
+    rows = [
+        ("", "dense", "sparse"),
+        *((label, words.format(dense[key]), words.format(sparse[key])) for label, key, words in rated),
+        ("whole model", milliseconds(c.dense.median_ms), milliseconds(c.sparse.median_ms)),
+        ("  first run", milliseconds(c.first_dense_ms), milliseconds(c.first_sparse_ms)),
+        ("peak memory that a run adds", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib)),
+        ("frame pairs in global attention", str(c.frames**2), str(c.graph["edges"])),
+    ]
+    lines = [
+        "",
+        f"{c.model}, weights: {c.weights}; {count(c.frames, 'frame')} of {c.width} x {c.height} px on {c.device_name}",
+        f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over "
+        f"tokens; backend {c.backend}",
+        *(f"Note: {warning}" for warning in c.graph["warnings"]),
+        "",
+        table(rows),
+        f"  Over {count(_pairs(truth), 'pair')} of photos. ATE and RPE are in the unit of the truth.",
+        *(["", c.warning] if c.warning else []),
+    ]
+    return "\n".join(lines)

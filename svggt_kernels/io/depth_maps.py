@@ -1,0 +1,96 @@
+"""Depth maps from files, and what of them a frame shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .photos import read_levels
+
+DEPTH_SUFFIXES = (".png", ".npy")
+LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of a photo and its depth map
+
+
+def read_depth_map(path: Path, scale: float = 1.0, unknown: int | None = None) -> Tensor:
+    """Read a depth map: a grey PNG of 16 bits, or a NumPy array `[H, W]` of numbers.
+
+    Args:
+        path: The file, .png or .npy.
+        scale: By what its numbers are multiplied.
+        unknown: A number that stands for no depth, beside 0.
+
+    Returns:
+        Depth `[H, W]`, float32; 0 where it is not known (0, negative, infinite or not a number in the file).
+
+    Raises:
+        ValueError: The file cannot be read as a depth map.
+    """
+    levels = read_array(path) if path.suffix.lower() == ".npy" else read_levels(path)
+    if levels.ndim != 2 or levels.dtype.kind not in "fui" or levels.itemsize < 2 or levels.size == 0:
+        raise ValueError(
+            f"{path} must hold a depth map [H, W] of numbers of 16 bits or more, a picture of depth is none; got "
+            f"{levels.dtype} {list(levels.shape)}"
+        )
+    return scaled(levels, scale, unknown)
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of a .npy file; runs no code from it.
+
+    Raises:
+        ValueError: The file cannot be read as an array.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # NumPy reads the header as Python and raises whatever that leads to
+        raise ValueError(f"{path} cannot be read as an array of NumPy ({error}); write it with np.save") from error
+
+
+def scaled(levels: np.ndarray, scale: float, unknown: int | None = None) -> Tensor:
+    """Return the numbers of a depth map as `read_depth_map` does."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        depth = (levels.astype(np.float64) * scale).astype(np.float32)
+    known = np.isfinite(depth) & (depth > 0) & (levels != unknown)
+    return torch.from_numpy(np.where(known, depth, np.float32(0)))
+
+
+def depth_of_frame(
+    depth: Tensor,  # [h, w]
+    photo: tuple[int, int],
+    frame: tuple[int, int],
+) -> Tensor:
+    """Return the depth at the middle of each pixel of a frame, `[H, W]`: the nearest pixel of the map, never a mean.
+
+    The frame shows the part of the photo that `load_photos` keeps: the largest of the frame's shape, in the middle. The
+    map shows what the whole photo shows, at any resolution.
+
+    Args:
+        depth: The depth map.
+        photo: Width and height of the upright photo.
+        frame: Width and height of the frame.
+
+    Raises:
+        ValueError: If the map has another aspect ratio than the photo.
+    """
+    height, width = depth.shape
+    ratio = width / height * photo[1] / photo[0]
+    if abs(ratio - 1) > LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"a depth map must show what its photo shows, but it has {width} x {height} pixels and the upright photo "
+            f"{photo[0]} x {photo[1]}; scale or crop it to that shape"
+        )
+    # The part of the photo's width, and of its height, that the frame shows.
+    along, down = frame[0] / photo[0], frame[1] / photo[1]
+    columns = _nearest(min(1.0, along / down), frame[0], width)
+    rows = _nearest(min(1.0, down / along), frame[1], height)
+    return depth[rows[:, None], columns]
+
+
+def _nearest(share: float, steps: int, pixels: int) -> Tensor:
+    """Return the pixels at the middles of equal steps through a share of a side of so many pixels, in its middle."""
+    middles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    return (((1 - share) / 2 + share * middles) * pixels).long().clamp(0, pixels - 1)
