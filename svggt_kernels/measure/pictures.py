@@ -292,7 +292,6 @@ def draw_floor_plan(
     width = 4.6
     height = width * (top - bottom) / (right - left)
     figure = _figure(width * len(predictions), height + 1.6, title)
-    figure.supxlabel(note, fontsize=9)
     true_eyes = truth[:, :2, 3].cpu().numpy()
     for axis, cameras in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions, strict=True):
         axis.add_collection(PolyCollection(list(things.cpu().numpy()), facecolor="#e8e4da", edgecolor="#c8c2b2"))
@@ -317,7 +316,8 @@ def draw_floor_plan(
         Line2D([], [], color=PAIR_COLOURS[MISSED], label="from true to predicted"),
         dot(color=MARK_COLOUR, fillstyle="none", label="frames that all frames see"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    beneath = {"loc": "outside lower center", "ncols": len(handles), "frameon": False, "fontsize": 9}
+    figure.legend(handles=handles, title=note, title_fontsize=9, alignment="center", **beneath)
     return _png(figure, dpi=110)
 
 

@@ -83,7 +83,6 @@ def test_numbers_that_eight_bits_cannot_hold_are_refused(bad: float, tmp_path: P
         write_weights(tmp_path / "weights.npz", {"norm.weight": torch.tensor([1.0, bad])}, SIZES)
 
 
-@pytest.mark.skipif(not model.TRAINED.is_file(), reason="no trained weights are in this checkout")
 def test_the_weights_of_the_package_are_those_that_were_measured():
     content = model.TRAINED.read_bytes()
     facts = RoomsModel.provenance()
