@@ -60,7 +60,7 @@ def draw(shown: Sequence[Section], metrics: Sequence[str], file: Path) -> None:
                     continue
                 _draw_panel(panel, section, axis_name, name, kinds)
                 panel.set(xlabel=AXES[axis_name], ylabel=METRICS[name].label)
-                panel.set_xlim(left=0)
+                panel.set_xlim(0, 1.03 if axis_name == "pairs" else None)
         few = "" if section.scenes >= ENOUGH_SCENES else ": too few"
         grid[2 * number, 0].set_title(f"{section.title} ({section.scenes} scenes{few})", loc="left", fontsize=10)
     handles: dict[str, Any] = {}
@@ -92,8 +92,7 @@ def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: 
         mean, low, high, _ = section.interval(DENSE, name)
         panel.axhspan(low, high, color="0.85", zorder=0)
         panel.axhline(mean, color="0.4", linewidth=1, label="dense, and its interval")
-        if axis_name == "seconds":
-            panel.axvline(section.interval(DENSE, "seconds", np.median).mean, color="0.4", linewidth=1, linestyle=":")
+        panel.plot(section.interval(DENSE, axis_name, np.median).mean, mean, "o", color="0.4", markersize=4)
     panel.grid(alpha=0.3)
 
 

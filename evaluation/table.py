@@ -1,4 +1,4 @@
-"""`table`: result lines as Markdown, means over scenes with their intervals, and differences from dense."""
+"""`table`: result lines as Markdown, means over scenes with their intervals, and differences from one layout, dense."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "table",
         help="show result lines of curve as Markdown",
-        description="Prints a table for each kind of scene, and one of the differences from dense.",
+        description="Prints a table for each kind of scene, and one of the differences from a layout.",
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve wrote")
     add_metrics(parser)
-    parser.add_argument("--ratio", action="store_true", help="ratios to dense in place of differences from it")
+    parser.add_argument(
+        "--base", default=DENSE, metavar="NAME", help=f"what layouts are compared with (default: {DENSE})"
+    )
+    parser.add_argument("--ratio", action="store_true", help="ratios to it in place of differences from it")
     parser.add_argument("--median", action="store_true", help="medians over scenes in place of means")
     parser.set_defaults(run_command=run)
 
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [line for file in options.results for line in read_results(file)]
     statistic = np.median if options.median else np.mean
     for section in sections(lines):
-        print(markdown(section, chosen_metrics(options), statistic, options.ratio))
+        print(markdown(section, chosen_metrics(options), statistic, options.ratio, options.base))
     return 0
 
 
@@ -58,6 +61,7 @@ def markdown(
     metrics: Sequence[str],
     statistic: Callable[..., np.ndarray] = np.mean,
     ratio: bool = False,
+    base: str = DENSE,
 ) -> str:
     """Return the tables of one kind of scene.
 
@@ -65,7 +69,8 @@ def markdown(
         section: The lines.
         metrics: Names of what to show; what the scenes do not have is left out.
         statistic: Over scenes.
-        ratio: Show ratios to dense, always of means, in place of differences from it.
+        ratio: Show ratios to the base, always of means, in place of differences from it.
+        base: The layout that others are compared with.
     """
     names = section.names(metrics)
     labels = [METRICS[name].label for name in names]
@@ -77,16 +82,23 @@ def markdown(
         seconds = section.interval(layout, "seconds", np.median).mean
         rows.append([layout, f"{pairs:.3f}", *cells, f"{seconds:.3f}", str(len(lines))])
     parts.append(_table(["layout", "pairs", *labels, "seconds", "scenes"], rows))
-    others = [layout for layout in section.layouts if layout != DENSE]
-    if others and DENSE in section.layouts:
-        bold = f"; bold where the interval leaves {int(ratio)} out" * (section.scenes >= ENOUGH_SCENES)
-        parts.append(f"{'Ratio to' if ratio else 'Difference from'} dense on the same scenes{bold}:")
-        rows = [
-            [layout, *(_against_dense(section, layout, name, statistic, ratio) for name in names)] for layout in others
-        ]
+    others = [layout for layout in section.layouts if layout != base]
+    if others and base in section.layouts:
+        enough = section.scenes >= ENOUGH_SCENES
+        bold = f"; bold where the interval leaves {int(ratio)} out" * enough
+        parts.append(f"{'Ratio to' if ratio else 'Difference from'} {base} on the same scenes{bold}:")
+        rows = []
+        for layout in others:
+            compared = [
+                section.ratio(layout, name, base) if ratio else section.difference(layout, name, statistic, base)
+                for name in names
+            ]
+            digits = [2 if ratio else METRICS[name].digits for name in names]
+            both = zip(compared, digits, strict=True)
+            rows.append([layout, *(_compared(interval, places, ratio, enough) for interval, places in both)])
         parts.append(_table(["layout", *labels], rows))
     elif others:
-        parts.append("Dense was not measured, so there are no differences from it.")
+        parts.append(f"{base} was not measured, so there are no differences from it.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,13 +116,11 @@ def _about(section: Section, statistic: Callable[..., np.ndarray]) -> str:
     return text
 
 
-def _against_dense(section: Section, layout: str, name: str, statistic: Callable[..., np.ndarray], ratio: bool) -> str:
-    interval = section.ratio(layout, name) if ratio else section.difference(layout, name, statistic)
+def _compared(interval: Interval | None, digits: int, ratio: bool, enough: bool) -> str:
     if interval is None:
         return "-"
-    text = _cell(interval, 2) if ratio else _cell(interval, METRICS[name].digits, sign="+")
-    is_certain = section.scenes >= ENOUGH_SCENES and not interval.low <= int(ratio) <= interval.high
-    return f"**{text}**" if is_certain else text
+    text = _cell(interval, digits, sign="" if ratio else "+")
+    return f"**{text}**" if enough and not interval.low <= int(ratio) <= interval.high else text
 
 
 def _cell(interval: Interval, digits: int, sign: str = "") -> str:

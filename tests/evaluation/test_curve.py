@@ -153,6 +153,8 @@ def test_means_and_paired_differences_by_hand():
     text = markdown(section, ["auc30"], ratio=True)
     assert "Ratio to dense on the same scenes; bold where the interval leaves 1 out" in text
     assert "| core-8 | **0.79 [0." in text
+    text = markdown(section, ["auc30"], base="core-8")
+    assert "Difference from core-8 on" in text and "| dense | **+0.100 [+0.100, +0.100]** |" in text
 
 
 def test_differences_are_over_shared_scenes_and_few_scenes_are_said():
@@ -166,7 +168,7 @@ def test_differences_are_over_shared_scenes_and_few_scenes_are_said():
     (section,) = sections(lines[2:])
     assert section.difference("own", "auc30") is None
     (section,) = sections([*lines[2:], result("core-2", 1, 20)])
-    assert "Dense was not measured" in markdown(section, ["auc30"])
+    assert "dense was not measured" in markdown(section, ["auc30"])
 
 
 def test_kinds_of_scenes_models_and_devices_are_not_mixed():
