@@ -42,6 +42,7 @@ from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph, TokenSimilarity, patch
 from svggt_kernels.demo.scenes import Scenes
+from svggt_kernels.graph.core import choose_core, nearest_frames, spread_evenly
 from svggt_kernels.sources.base import Scene
 from svggt_kernels.sources.thumbnails import thumbnails
 
@@ -209,15 +210,13 @@ def core(
         )
 
     def graph(scene: Scene, known: Known) -> CovisibilityGraph:
-        chosen = choose_core(frames, choice, scene, known, covering)
-        sees = torch.eye(scene.num_frames, dtype=torch.bool)
-        if near:
-            similarity = _similarity(_by(choice), scene, known).fill_diagonal_(-torch.inf)
-            sees.scatter_(1, similarity.topk(min(near, scene.num_frames - 1)).indices, True)
-            if closed:
-                sees[chosen] = torch.eye(scene.num_frames, dtype=torch.bool)[chosen]
-        sees[:, chosen] = True
-        return CovisibilityGraph.from_dense(sees, square=True)
+        chosen = _core_frames(frames, choice, covering, scene, known)
+        further = nearest_frames(_descriptors(_by(choice), scene, known), near) if near else None
+        graph = CovisibilityGraph.core(scene.num_frames, chosen, nearest=further)
+        if closed or further is None:
+            return graph
+        pairs = torch.stack([torch.arange(scene.num_frames).repeat_interleave(near), further.flatten()], dim=1)
+        return graph | CovisibilityGraph.from_pairs(scene.num_frames, pairs)
 
     words = f"core-{frames}" + f"-{choice}" * (choice != "tokens") + "-covering" * covering
     words += f"-near{near}" * (near > 0) + "-open" * (not closed)
@@ -241,63 +240,13 @@ def nearest(neighbours: int, by: By = "tokens", special: Special = "dense") -> G
     return GraphLayout(_name(words, special, "dense"), graph, special, by == "overlap")
 
 
-def choose_core(frames: int, choice: Choice, scene: Scene, known: Known, covering: bool = False) -> list[int]:
-    """Return the frames of a core, frame 0 first; see `core`."""
-    frames = min(frames, scene.num_frames)
+def _core_frames(frames: int, choice: Choice, covering: bool, scene: Scene, known: Known) -> Tensor | list[int]:
+    """Return the frames of a core, frame 0 among them; see `core`."""
     if choice == "evenly":
-        return np.linspace(0, scene.num_frames - 1, frames).round().astype(int).tolist()
+        return spread_evenly(scene.num_frames, frames)
     if choice == "random":
         return [0, *(1 + known.numbers().permutation(scene.num_frames - 1)[: frames - 1]).tolist()]
-    choose = covering_points if covering else farthest_points
-    return choose(_similarity(choice, scene, known), frames)
-
-
-def farthest_points(
-    similarity: Tensor,  # [S, S]
-    count: int,
-    first: int = 0,
-) -> list[int]:
-    """Return frames of which each is the least similar to those before it; of equal ones that of the lowest index.
-
-    Gonzalez, "Clustering to minimize the maximum intercluster distance" (1985).
-
-    Args:
-        similarity: Of each two frames.
-        count: How many frames, at most S.
-        first: The one to begin with.
-    """
-    scores = similarity.double().cpu().numpy()
-    chosen, closest = [first], scores[first].copy()
-    while len(chosen) < count:
-        closest[chosen] = np.inf
-        chosen.append(int(closest.argmin()))
-        closest = np.maximum(closest, scores[chosen[-1]])
-    return chosen
-
-
-def covering_points(
-    similarity: Tensor,  # [S, S]
-    count: int,
-    first: int = 0,
-) -> list[int]:
-    """Return frames of which each adds most to the sum over all frames of the similarity to the nearest chosen one.
-
-    The greedy solution of facility location: Nemhauser, Wolsey and Fisher, "An analysis of approximations for
-    maximizing submodular set functions" (1978). Of equal frames that of the lowest index.
-
-    Args:
-        similarity: Of each two frames.
-        count: How many frames, at most S.
-        first: The one to begin with.
-    """
-    scores = similarity.double().cpu().numpy()
-    chosen, closest = [first], scores[first].copy()
-    while len(chosen) < count:
-        gains = np.maximum(scores - closest, 0).sum(1)
-        gains[chosen] = -np.inf
-        chosen.append(int(gains.argmax()))
-        closest = np.maximum(closest, scores[chosen[-1]])
-    return chosen
+    return choose_core(_descriptors(choice, scene, known), frames, choice="covering" if covering else "farthest")
 
 
 def named(text: str) -> Layout:
@@ -343,14 +292,6 @@ def _name(words: str, special: Special, usual: Special) -> str:
 
 def _by(choice: Choice) -> By:
     return "tokens" if choice in ("evenly", "random") else choice  # type: ignore[return-value]
-
-
-def _similarity(by: By, scene: Scene, known: Known) -> Tensor:
-    """Return how similar each two frames are, `[S, S]` float64 on the CPU, its own."""
-    if by == "overlap":
-        return known.overlap.clone()
-    unit = torch.nn.functional.normalize(_descriptors(by, scene, known).double(), dim=1)
-    return unit @ unit.T
 
 
 def _descriptors(by: By, scene: Scene, known: Known) -> Tensor:

@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from svggt_kernels.demo.model.poses import decode_poses
 from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
-from svggt_kernels.measure.accuracy import (
-    align,
-    depth_errors,
-    pair_errors,
-    point_errors,
-    pose_auc,
-    relative_pose_errors,
-    trajectory_error,
-)
+from svggt_kernels.measure.accuracy import align, point_errors
+from svggt_kernels.measure.scores import scene_scores
 
 DIFFICULTY = 0.7
 POINTS = 10_000
@@ -129,27 +122,7 @@ def scene_metrics(predicted: Views, true: Views) -> dict[str, float]:
         predicted: In any coordinate system and unit.
         true: Of the same frames, in metres.
     """
-    errors = pair_errors(predicted.poses, true.poses)
-    depth = depth_errors(predicted.depth, true.depth)
-    rpe_translation, rpe_rotation = relative_pose_errors(predicted.poses, true.poses)
-    metrics = {
-        "rotation_auc30": pose_auc(errors.rotation, 30),
-        "rotation_median": float(errors.rotation.median()),
-        "rpe_rotation": rpe_rotation,
-        "absrel": depth.absrel,
-        "delta125": depth.delta,
-        **_cloud_metrics(predicted, true),
-    }
-    centres = true.poses[:, :3, 3]
-    if (centres == centres[0]).all():
-        return metrics
-    auc = {f"auc{threshold}": pose_auc(errors.pose, threshold) for threshold in (3, 5, 15, 30)}
-    moved = {
-        "translation_median": float(errors.translation.median()),
-        "ate": trajectory_error(predicted.poses, true.poses),
-        "rpe_translation": rpe_translation,
-    }
-    return auc | metrics | moved
+    return scene_scores(predicted.poses, true.poses, predicted.depth, true.depth) | _cloud_metrics(predicted, true)
 
 
 def _cloud_metrics(predicted: Views, true: Views) -> dict[str, float]:

@@ -114,7 +114,7 @@ class BlockLayout:
         tokens_per_frame: int | Sequence[int] | np.ndarray | Tensor,
         *,
         special_tokens: int | Sequence[int] = 0,
-        dense_special: bool = True,
+        dense_special: bool | None = None,
         trailing_tokens: int = 0,
         key_tokens_per_frame: int | Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> BlockLayout:
@@ -126,7 +126,8 @@ class BlockLayout:
                 sequence, array or tensor.
             special_tokens: The first R tokens of each frame; `(a, b)` for the first a and the last b.
             dense_special: If True special tokens see everything and are seen by everything; if False they are
-                ordinary tokens of their frame.
+                ordinary tokens of their frame. None: ordinary where the graph has a core, as they would make its
+                cost quadratic again, else dense.
             trailing_tokens: Tokens after the last frame that belong to no frame. Where the graph has a core and special
                 tokens are not dense they belong to the core. Else they are dense, so from one layer to the next they
                 carry what any frame holds to every other, also where the graph is causal.
@@ -142,6 +143,8 @@ class BlockLayout:
         """
         if not isinstance(graph, CovisibilityGraph):
             raise TypeError(f"graph must be a CovisibilityGraph, got {type(graph).__name__}")
+        if dense_special is None:
+            dense_special = graph.core_frames is None
         if not isinstance(dense_special, bool | np.bool_):
             raise TypeError(f"dense_special must be a bool, got {dense_special!r} ({type(dense_special).__name__})")
         both_ends = special_tokens if isinstance(special_tokens, Sequence) else (special_tokens, 0)

@@ -22,7 +22,7 @@ COMPILER = os.environ.get("CXX", "c++")
 
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
-    {"packages"},
+    {"packages", "rigid_motions"},
     {"graph", "streams", "compiling", "io", "demo"},
     {"sources", "models", "layout"},
     {"proof"},
@@ -38,7 +38,7 @@ FLOORS = [
 # The most lines of a module, by the folder or file that the limit is for.
 MOST_LINES = {
     "svggt_kernels": 450,
-    "svggt_kernels/patching/handle.py": 620,
+    "svggt_kernels/patching/handle.py": 250,
     "tests": 620,
     "benchmarks": 620,
     "evaluation": 450,

@@ -15,9 +15,10 @@ from ..packages import installed
 from .errors import CommandError
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
-COVISIBILITY = ("megaloc", "tokens", "thumbnails", "sequential", "all")
+COVISIBILITY = ("core", "megaloc", "tokens", "thumbnails", "sequential", "all")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
+CORE_SIZE = 48
 DEMO_FRAMES, DEMO_CORE = 128, 32
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
@@ -25,15 +26,16 @@ LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 READ_BY = {
     "--neighbours": ("megaloc", "tokens", "thumbnails"),
     "--window": ("megaloc", "tokens", "thumbnails", "sequential"),
-    "--megaloc": ("megaloc",),
+    "--megaloc": ("core", "megaloc"),
+    "--core": ("core", "megaloc", "tokens", "thumbnails"),
 }
 READ_BY_IN_LAYOUT = {
     **READ_BY,
     "--model": ("tokens",),
     "--weights": ("tokens",),
-    "--device": ("megaloc", "tokens"),
-    "--patch-size": ("megaloc", "thumbnails", "sequential", "all"),
-    "--special-tokens": ("megaloc", "thumbnails", "sequential", "all"),
+    "--device": ("core", "megaloc", "tokens"),
+    "--patch-size": ("core", "megaloc", "thumbnails", "sequential", "all"),
+    "--special-tokens": ("core", "megaloc", "thumbnails", "sequential", "all"),
 }
 
 
@@ -283,9 +285,10 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         "--covisibility",
         choices=COVISIBILITY,
         default="megaloc",
-        help="how to tell which frames see each other. megaloc: similar images by MegaLoc; tokens: similar tokens of "
-        "the model; thumbnails: similar when small, crude but without any weights; sequential: neighbours in the order "
-        "of the names, for video; all: every frame sees every other (default: megaloc)",
+        help="how to tell which frames see each other. core: all see a few frames that represent all, chosen by "
+        "MegaLoc; megaloc: similar images by MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
+        "small, crude but without any weights; sequential: neighbours in the order of the names, for video; all: every "
+        "frame sees every other (default: megaloc)",
     )
     parser.add_argument(
         "--megaloc",
@@ -298,6 +301,13 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         type=natural,
         metavar="K",
         help=f"most similar frames that each frame sees (default: {NEIGHBOURS})",
+    )
+    parser.add_argument(
+        "--core",
+        type=positive,
+        metavar="K",
+        help=f"let each frame see itself and a core of K frames, chosen by what --covisibility compares, in place of "
+        f"neighbours; frames of the core see the core alone (default with core: {CORE_SIZE})",
     )
     parser.add_argument(
         "--window",

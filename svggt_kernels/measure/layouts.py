@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..demo.model.poses import decode_poses
 from ..graph import CovisibilityGraph
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
-from ..sources import TokenSimilarity
-from .accuracy import align, depth_errors, pair_errors, pose_auc, trajectory_error
+from ..sources import Core, TokenSimilarity
+from .accuracy import align
 from .compare import Stage, silent
 from .cost import Cost, Meter
+from .scores import scene_scores
 
 WARM_UP_FRAMES = 4
 
@@ -54,11 +54,10 @@ def closed_core(frames: int) -> Layout:
     The core is frame 0 and then, one after another, the frame least similar to those before it, by the model's own
     tokens. Special tokens are tokens of their frame like all others, so nothing but the core joins the frames.
     """
-    source = TokenSimilarity(neighbours=0, anchors=frames, bridge=False, reference_frame=None)
     return Layout(
         f"core of {frames}",
         f"every frame sees itself and the {frames} frames that differ most; these see one another alone",
-        {"covisibility": source, "special_tokens": "masked"},
+        {"covisibility": Core(frames, by=TokenSimilarity())},
     )
 
 
@@ -137,7 +136,7 @@ def run_layouts(
     """
     if len(frames) < 2:
         raise ValueError(f"cameras are compared in pairs, so two frames or more are needed, got {len(frames)}")
-    meters = [Meter(frames.device) for _ in layouts]
+    meters, true = [Meter(frames.device) for _ in layouts], (true_poses.cpu(), true_depth.cpu())
     model(frames[:WARM_UP_FRAMES])
     for done in range(rounds):
         outcomes = []
@@ -145,11 +144,12 @@ def run_layouts(
             with layout.on(model) as handle:
                 with stage(f"{layout.name}, run {done + 1} of {rounds}"):
                     outputs = meter(lambda: model(frames))
-                outcomes.append(_outcome(layout, meter.cost(), handle, outputs, true_poses.cpu(), true_depth.cpu()))
+                outcomes.append(_outcome(model, layout, meter.cost(), handle, outputs, *true))
     return outcomes
 
 
 def _outcome(
+    model: LoadedModel,
     layout: Layout,
     cost: Cost,
     handle: Patch | None,
@@ -157,9 +157,8 @@ def _outcome(
     true_poses: Tensor,
     true_depth: Tensor,
 ) -> Outcome:
-    poses, _ = decode_poses(outputs["pose_enc"].cpu(), *true_depth.shape[-2:])
-    depth = outputs["depth"].cpu()
-    angles, depth_error = pair_errors(poses, true_poses).pose, depth_errors(depth, true_depth)
+    poses, depth = model.kind.cameras(outputs).cpu(), outputs["depth"].cpu()
+    scores = scene_scores(poses, true_poses, depth, true_depth)
     return Outcome(
         layout=layout,
         cost=cost,
@@ -167,9 +166,9 @@ def _outcome(
         backend=None if handle is None else handle.report().backend,
         graph=None if handle is None else handle.graph.to("cpu"),
         poses=align(poses[:, :3, 3], true_poses[:, :3, 3]).poses(poses),
-        depth=depth_error.scale * depth,
-        auc5=pose_auc(angles, 5),
-        auc30=pose_auc(angles, 30),
-        ate=trajectory_error(poses, true_poses),
-        absrel=depth_error.absrel,
+        depth=scores["depth_scale"] * depth,
+        auc5=scores["auc5"],
+        auc30=scores["auc30"],
+        ate=scores["ate"],
+        absrel=scores["absrel"],
     )

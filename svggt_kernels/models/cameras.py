@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..rigid_motions import inverse, motion, rotation_of
 
 
 def poses_of_encoding(outputs: Mapping[str, Tensor]) -> Tensor:
@@ -27,34 +27,3 @@ def poses_of_extrinsics(outputs: Mapping[str, Tensor]) -> Tensor:
 def poses_as_they_are(outputs: Mapping[str, Tensor]) -> Tensor:
     """Return `camera_poses`, `[S, 4, 4]`, which are camera to world."""
     return outputs["camera_poses"].double()
-
-
-def motion(
-    rotation: Tensor,  # [..., 3, 3]
-    translation: Tensor,  # [..., 3]
-) -> Tensor:
-    """Return the rigid motions x -> rotation x + translation, `[..., 4, 4]`."""
-    top = torch.cat([rotation, translation[..., None]], dim=-1)
-    bottom = top.new_tensor([0, 0, 0, 1]).expand(*top.shape[:-2], 1, 4)
-    return torch.cat([top, bottom], dim=-2)
-
-
-def inverse(
-    motions: Tensor,  # [..., 4, 4]
-) -> Tensor:
-    """Return the inverse of rigid motions."""
-    rotation = motions[..., :3, :3].mT
-    return motion(rotation, -(rotation @ motions[..., :3, 3:])[..., 0])
-
-
-def rotation_of(
-    quaternion: Tensor,  # [..., 4]
-) -> Tensor:
-    """Return the rotation matrices `[..., 3, 3]` of quaternions (x, y, z, w) of any length but 0."""
-    x, y, z, w = F.normalize(quaternion, dim=-1).unbind(-1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))

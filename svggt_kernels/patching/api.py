@@ -136,7 +136,8 @@ def patch(
             f"{record.name} is causal, and dense special tokens would show it later frames; "
             'use patch(model, special_tokens="masked"), or leave it out'
         )
-    planner = Planner(record, covisibility, None if special_tokens is None else special_tokens == "dense")
+    dense_special = False if record.causal else None if special_tokens is None else special_tokens == "dense"
+    planner = Planner(record, covisibility, dense_special)
     own = None
     if fused is not False:
         own = FusedForward(

@@ -30,8 +30,7 @@ class Planner:
     Args:
         record: What is known about the model.
         covisibility: As given to `patch`.
-        dense_special: Whether special tokens see everything and are seen by everything; None for all graphs but those
-            of a core, and models that are not causal.
+        dense_special: Whether special tokens see everything and are seen by everything; None: where there is no core.
 
     Raises:
         ValueError: If `covisibility` is an unknown word, or MegaLoc's weights are not what they must be.
@@ -178,7 +177,7 @@ class Planner:
                 in_order(usable, order),
                 per_frame,
                 special_tokens=inputs.special_tokens,
-                dense_special=self._dense_special(usable),
+                dense_special=self.dense_special,
                 trailing_tokens=inputs.trailing_tokens,
             )
             return usable, layout if layout.device == device else layout.to(device)
@@ -193,11 +192,6 @@ class Planner:
         dense: set[bool | None] = {layout.queries.dense_special for layout in layouts}
         words = {True: "dense", False: "masked", None: "masked where there is a core, else dense"}
         return ", ".join(words[each] for each in sorted(dense or {self.dense_special}, key=str))
-
-    def _dense_special(self, graph: CovisibilityGraph) -> bool:
-        if self.dense_special is None:
-            return graph.core_frames is None and not self.record.causal
-        return self.dense_special
 
     def _warn(self, graph: CovisibilityGraph, reference: int | None) -> None:
         """Say what is probably no intention of whoever made a graph by hand; reads it from its device."""

@@ -160,7 +160,7 @@ class TestLayout:
         tiny_toy: None,
     ) -> None:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
-        given = {"--window": 1, "--neighbours": 1, "--device": "cpu"}
+        given = {"--device": "cpu"} | ({"--core": 2} if kind == "core" else {"--window": 1, "--neighbours": 1})
         read = [
             word for option in given if kind in parser.READ_BY_IN_LAYOUT[option] for word in (option, given[option])
         ]
@@ -387,13 +387,13 @@ class TestRefusals:
             (["tokens", "--patch-size", "16"], "--patch-size does not go with --covisibility tokens"),
             (
                 ["tokens", "--special-tokens", "9"],
-                "it is for --covisibility megaloc or thumbnails or sequential or all",
+                "it is for --covisibility core or megaloc or thumbnails or sequential or all",
             ),
             (["megaloc", "--model", "vggt"], "--model does not go with --covisibility megaloc"),
-            (["all", "--megaloc", "m.pt"], "it is for --covisibility megaloc"),
+            (["all", "--megaloc", "m.pt"], "it is for --covisibility core or megaloc"),
             (["sequential", "--neighbours", "4"], "--neighbours does not go with --covisibility sequential"),
             (["all", "--window", "2"], "--window does not go with --covisibility all"),
-            (["thumbnails", "--device", "cpu"], "it is for --covisibility megaloc or tokens"),
+            (["thumbnails", "--device", "cpu"], "it is for --covisibility core or megaloc or tokens"),
             (["all", "--truth-above", "3"], "give --truth too"),
         ],
         ids=" ".join,

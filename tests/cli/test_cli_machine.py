@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ class TestInfo:
     ) -> None:
         monkeypatch.setattr(cpu, "unsupported", lambda *kind: None)
         monkeypatch.setattr(cpu, "instruction_set", lambda: "avx512_bf16")
-        monkeypatch.setattr(cpu, "passed_over", lambda: {"amx_bf16": "the system refused them"})
+        refused = SimpleNamespace(why_amx_is_unused=lambda: "the system refused them")
+        monkeypatch.setattr(cpu, "extension", lambda: refused)
         assert main(["info", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["instruction_sets"] == {"avx512_bf16": None, "amx_bf16": "the system refused them"}

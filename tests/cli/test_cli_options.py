@@ -11,8 +11,9 @@ import torch
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity
 from svggt_kernels.cli import options, parser
+from svggt_kernels.cli.errors import CommandError
 from svggt_kernels.models import RUNNABLE
-from svggt_kernels.sources import SOURCES, AllFrames, Scene, Sequential, ThumbnailSimilarity
+from svggt_kernels.sources import SOURCES, AllFrames, Core, Scene, Sequential, ThumbnailSimilarity
 
 
 def test_the_parser_knows_what_the_package_has():
@@ -20,11 +21,10 @@ def test_the_parser_knows_what_the_package_has():
     assert parser.COVISIBILITY == tuple(SOURCES)
     assert parser.SEQUENTIAL_WINDOW == Sequential().window
     assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
+    assert parser.CORE_SIZE == Core().size
 
 
-@pytest.mark.parametrize(
-    ("option", "setting"), [("neighbours", "neighbours"), ("window", "window"), ("megaloc", "weights")]
-)
+@pytest.mark.parametrize(("option", "setting"), [("neighbours", "neighbours"), ("window", "window")])
 def test_an_option_goes_with_the_sources_that_have_its_setting(option: str, setting: str):
     readers = [word for word, source in SOURCES.items() if setting in {field.name for field in fields(source)}]
     assert parser.READ_BY[f"--{option}"] == tuple(readers)
@@ -35,7 +35,7 @@ def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: model)
 
     def meant(word: str, **values: int) -> object:
-        unset = {"window": None, "neighbours": None, "megaloc": None, "device": "cpu"}
+        unset = {"window": None, "neighbours": None, "core": None, "megaloc": None, "device": "cpu"}
         return options.source(argparse.Namespace(covisibility=word, **{**unset, **values}))
 
     assert meant("tokens", neighbours=3) == TokenSimilarity(neighbours=3)
@@ -43,6 +43,10 @@ def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
     assert meant("sequential") == Sequential(window=10)
     assert meant("megaloc", neighbours=3) == MegaLocSimilarity(neighbours=3, weights=model)
     assert meant("all") == AllFrames()
+    assert meant("core") == Core(48, by=MegaLocSimilarity(weights=model)) == meant("megaloc", core=48)
+    assert meant("tokens", core=7) == Core(7, by=TokenSimilarity())
+    with pytest.raises(CommandError, match="--core and --neighbours say both what each frame sees"):
+        meant("tokens", core=7, neighbours=3)
 
 
 def test_sequential_is_the_window_and_the_reference_frame():

@@ -14,6 +14,7 @@ from svggt_kernels.demo.scenes import HELD_OUT, Draws, Scenes
 
 SIZE = (28, 42)
 LARGER_IS_BETTER = {"auc3", "auc5", "auc15", "auc30", "rotation_auc30", "delta125"}
+UNITS = {"depth_scale", "camera_scale", "scale_ratio"}
 OF_MOTION = {"auc3", "auc5", "auc15", "auc30", "ate", "rpe_translation", "translation_median"}
 
 
@@ -40,8 +41,9 @@ def test_perfect_predictions_are_perfect(family: str):
     true = Views.true(SceneSet(family, 2, 4).draw(1, Draws(0), SIZE))[0]
     metrics = scene_metrics(in_another_world(true), true)
     assert OF_MOTION <= set(metrics) or (family == "rotation" and not OF_MOTION & set(metrics))
-    for name, value in metrics.items():
-        assert value == 1 if name in LARGER_IS_BETTER else value < 1e-3, name
+    assert all(metrics[name] == pytest.approx(5, rel=1e-4) for name in UNITS & set(metrics) - {"scale_ratio"})
+    for name in set(metrics) - UNITS:
+        assert metrics[name] == 1 if name in LARGER_IS_BETTER else metrics[name] < 1e-3, name
 
 
 def test_points_are_where_rays_meet_the_depth(scenes: Scenes, true: Views):
@@ -56,7 +58,7 @@ def test_points_are_where_rays_meet_the_depth(scenes: Scenes, true: Views):
 def test_each_error_shows_where_it_belongs(true: Views):
     perfect = scene_metrics(true, true)
     depth = scene_metrics(replace(true, depth=true.depth * torch.linspace(0.7, 1.3, SIZE[1])), true)
-    assert {name for name in perfect if abs(depth[name] - perfect[name]) > 1e-3} == {
+    assert {name for name in set(perfect) - UNITS if abs(depth[name] - perfect[name]) > 1e-3} == {
         *("absrel", "delta125", "accuracy", "accuracy_median", "completeness", "completeness_median")
     }
     poses = true.poses.clone()

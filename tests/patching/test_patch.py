@@ -421,9 +421,9 @@ def test_streaming_model_runs_causally():
 def test_streaming_model_refuses_what_is_not_causal_or_cached():
     model = doubles.StreamVGGT().double().eval()
     with pytest.raises(ValueError, match='special_tokens="masked"'):
-        patch(model, covisibility="tokens")
+        patch(model, covisibility="tokens", special_tokens="dense")
     with (
-        patch(model, covisibility="tokens", special_tokens="masked"),
+        patch(model, covisibility="tokens"),
         pytest.raises(ValueError, match="use_cache=True"),
     ):
         model.aggregator(images(1), past_key_values=[None, None], use_cache=True)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import doubles
 import pytest
@@ -196,7 +197,8 @@ def test_report(double: Double):
 def test_report_says_why_a_better_instruction_set_is_unused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     if why := cpu.unsupported(torch.device("cpu"), dtype, 64):
         pytest.skip(why)
-    monkeypatch.setattr(cpu, "passed_over", lambda: {"amx_bf16": "the system refused them"})
+    compiled = vars(cpu.extension()) | {"why_amx_is_unused": lambda: "the system refused them"}
+    monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(**compiled))
     model = FAMILY["vggt"].create(dtype)
     handle = patch(model, covisibility=BAND, backend="cpu")
     model(images(dtype=dtype))

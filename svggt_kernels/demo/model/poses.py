@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...rigid_motions import inverse, motion, rotation_of
+
 
 def encode_poses(
     rotation: Tensor,  # [..., 3, 3]
@@ -41,25 +43,11 @@ def decode_poses(
         width: Likewise.
     """
     translation, quaternion, view = encoding.split([3, 4, 2], dim=-1)
-    rotation = _rotation(quaternion).mT
-    pose = torch.zeros(*encoding.shape[:-1], 4, 4, dtype=encoding.dtype, device=encoding.device)
-    pose[..., :3, :3], pose[..., 3, 3] = rotation, 1
-    pose[..., :3, 3] = -(rotation @ translation[..., None])[..., 0]
+    pose = inverse(motion(rotation_of(quaternion), translation))
     size = view.new_tensor([height, width])
     focal = (size / 2 / torch.tan(view / 2)).flip(-1)
     centre = ((size - 1) / 2).flip(-1).expand_as(focal)
     return pose, torch.cat([focal, centre], dim=-1)
-
-
-def _rotation(quaternion: Tensor) -> Tensor:
-    """Return the rotation matrix `[..., 3, 3]` of a quaternion (x, y, z, w), of any length but 0."""
-    x, y, z, w = F.normalize(quaternion, dim=-1).unbind(-1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
 
 
 def _quaternion(rotation: Tensor) -> Tensor:

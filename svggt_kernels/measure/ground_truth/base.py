@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...models.cameras import motion, rotation_of
+from ...rigid_motions import motion, rotation_of
 from ...sources.poses import HOMOGENEOUS_TOLERANCE, ROTATION_TOLERANCE
 
 LARGEST_EXCESS = 0.01  # of a quaternion's length; files round to four digits

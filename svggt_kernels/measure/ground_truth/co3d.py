@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...io.depth_maps import scaled
 from ...io.photos import read_levels
-from ...models.cameras import inverse
+from ...rigid_motions import inverse
 from .base import Format, KnownPhoto, Reading, rigid
 
 ANNOTATIONS = "frame_annotations.jgz"

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...models.cameras import inverse
+from ...rigid_motions import inverse
 from .base import Format, KnownPhoto, Reading, rigid_of_quaternion
 
 IMAGE = struct.Struct("<I7dI")  # id, quaternion (w, x, y, z), translation, camera

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...io.depth_maps import read_array, read_depth_map
 from ...io.photos import read_levels
-from ...models.cameras import inverse
+from ...rigid_motions import inverse
 from .base import Format, KnownPhoto, Reading, rigid
 
 METRES = 100 / 65535
