@@ -79,9 +79,10 @@ def _about(model: LoadedModel, learned: Mapping[str, Any], frames: int) -> str:
 
 def _table(outcomes: Sequence[Outcome]) -> str:
     runs = outcomes[0].cost.runs
+    which = f"the shortest of {runs} runs" if runs > 1 else "one run"
     rows = {
         "": [outcome.layout.name for outcome in outcomes],
-        f"time, the shortest of {count(runs, 'run')}": [milliseconds(outcome.cost.min_ms) for outcome in outcomes],
+        f"time, {which}": [milliseconds(outcome.cost.min_ms) for outcome in outcomes],
         "peak memory that a run adds": [mebibytes(outcome.cost.peak_mib) for outcome in outcomes],
         "pairs of tokens that attend": [percent(outcome.pairs) for outcome in outcomes],
         "pose AUC@5, 1 is best": [f"{outcome.auc5:.3f}" for outcome in outcomes],

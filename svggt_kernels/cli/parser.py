@@ -19,7 +19,7 @@ COVISIBILITY = ("core", "megaloc", "tokens", "thumbnails", "sequential", "all")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
 CORE_SIZE = 48
-DEMO_FRAMES, DEMO_CORE = 128, 32
+DEMO_FRAMES, DEMO_CORE = 192, 48
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
 # The graphs that read an option; with others the option would have no effect.

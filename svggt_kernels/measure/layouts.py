@@ -19,6 +19,7 @@ from .cost import Cost, Meter
 from .scores import scene_scores
 
 WARM_UP_FRAMES = 4
+ENOUGH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def run_layouts(
     true_depth: Tensor,  # [S, H, W]
     layouts: Sequence[Layout],
     *,
-    rounds: int = 2,
+    rounds: int = 3,
     stage: Stage = silent,
 ) -> list[Outcome]:
     """Run a model with each layout in turn, a few rounds, so that other work on the machine meets all alike.
@@ -128,7 +129,7 @@ def run_layouts(
         true_poses: Camera to world, metres.
         true_depth: Metres along the optical axis, 0 where it is not known.
         layouts: What to run.
-        rounds: Runs of each, 1 or more.
+        rounds: Runs of each at most, 1 or more; no round begins after `ENOUGH_SECONDS`.
         stage: Is told each stage of the work.
 
     Raises:
@@ -138,14 +139,19 @@ def run_layouts(
         raise ValueError(f"cameras are compared in pairs, so two frames or more are needed, got {len(frames)}")
     meters, true = [Meter(frames.device) for _ in layouts], (true_poses.cpu(), true_depth.cpu())
     model(frames[:WARM_UP_FRAMES])
-    for done in range(rounds):
+    outcomes: list[Outcome] = []
+    while not outcomes or (len(meters[0].times_ms) < rounds and _seconds(meters) < ENOUGH_SECONDS):
         outcomes = []
         for layout, meter in zip(layouts, meters, strict=True):
             with layout.on(model) as handle:
-                with stage(f"{layout.name}, run {done + 1} of {rounds}"):
+                with stage(f"{layout.name}, run {len(meter.times_ms) + 1}"):
                     outputs = meter(lambda: model(frames))
                 outcomes.append(_outcome(model, layout, meter.cost(), handle, outputs, *true))
     return outcomes
+
+
+def _seconds(meters: Sequence[Meter]) -> float:
+    return sum(sum(meter.times_ms) for meter in meters) / 1000
 
 
 def _outcome(

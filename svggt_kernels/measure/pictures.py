@@ -291,7 +291,7 @@ def draw_floor_plan(
     (left, bottom), (right, top) = (corners.amin(0) - 0.3).tolist(), (corners.amax(0) + 0.3).tolist()
     width = 4.6
     height = width * (top - bottom) / (right - left)
-    figure = _figure(width * len(predictions), height + 1.6, title)
+    figure = _figure(width * len(predictions), height + 1.35, title)
     true_eyes = truth[:, :2, 3].cpu().numpy()
     for axis, cameras in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions, strict=True):
         axis.add_collection(PolyCollection(list(things.cpu().numpy()), facecolor="#e8e4da", edgecolor="#c8c2b2"))

@@ -12,6 +12,7 @@ from svggt_kernels import Patch
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.model.poses import encode_poses
 from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
+from svggt_kernels.measure import layouts
 from svggt_kernels.measure.layouts import DENSE, NEIGHBOURS, closed_core, run_layouts
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import LoadedModel
@@ -92,6 +93,13 @@ def test_a_core_is_closed_and_special_tokens_belong_to_their_frames(scenes: Scen
     assert core.layout.name == "core of 3"
     with pytest.raises(ValueError, match="is not patched"):
         Patch.of(model.module)
+
+
+def test_what_takes_long_runs_once(scenes: Scenes, model: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    inputs = (model, scenes.images[0], scenes.poses[0], scenes.depth[0], [DENSE])
+    assert [outcome.cost.runs for outcome in run_layouts(*inputs)] == [3]
+    monkeypatch.setattr(layouts, "ENOUGH_SECONDS", 0)
+    assert [outcome.cost.runs for outcome in run_layouts(*inputs)] == [1]
 
 
 def test_facts_are_plain(scenes: Scenes, model: LoadedModel):
