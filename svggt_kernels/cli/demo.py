@@ -23,7 +23,7 @@ from .models import load_model
 from .results import as_json
 from .text import stage, table
 
-SEED = 20_261_136
+SEED = 20_261_129
 """Of five walks the one nearest to their mean. A training with seed s draws from 7919 s + 1, which this is not."""
 
 ROOMS, DIFFICULTY = 8, 0.7
