@@ -9,7 +9,7 @@ PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo help test test-all test-native lint bench clean
 
-demo: $(VENV)/.runs  ## dense against sparse attention on a rendered walk, in half a minute on two cores once installed
+demo: $(VENV)/.runs  ## a trained model on a rendered walk, dense and sparse against the truth, in about a minute on two cores
 	$(BIN)/svggt-kernels demo
 
 help:  ## what make can do
