@@ -27,6 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve wrote")
     parser.add_argument("--output", type=Path, default=Path("curve.png"), help="the picture (default: curve.png)")
+    parser.add_argument("--against", nargs="+", choices=AXES, default=list(AXES), help="a row for each (default: both)")
     add_metrics(parser)
     parser.set_defaults(run_command=run)
 
@@ -35,26 +36,28 @@ def run(options: argparse.Namespace) -> int:
     """Draw; return the exit code."""
     require_matplotlib()
     lines = [line for file in options.results for line in read_results(file)]
-    draw(sections(lines), chosen_metrics(options), options.output)
+    draw(sections(lines), chosen_metrics(options), options.against, options.output)
     print(options.output)
     return 0
 
 
-def draw(shown: Sequence[Section], metrics: Sequence[str], file: Path) -> None:
-    """Draw two rows of panels for each kind of scene: a panel for each metric, against pairs and against seconds.
+def draw(shown: Sequence[Section], metrics: Sequence[str], axes: Sequence[str], file: Path) -> None:
+    """Draw a row of panels for each kind of scene and each of `axes`, of `AXES`: a panel for each metric.
 
     The grey band is dense with its 95 % interval over scenes. Bars are 95 % intervals of the difference from dense on
     the same scenes, which are narrower; of the mean itself where dense was not measured.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(metrics), 0.4 + 6.0 * len(shown)), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(3.4 * len(metrics), 0.4 + 3.0 * len(axes) * len(shown)), layout="constrained", facecolor="white"
+    )
     kinds = list(dict.fromkeys(_kind(layout) for section in shown for layout in section.layouts if layout != DENSE))
-    grid = figure.subplots(2 * len(shown), len(metrics), squeeze=False)
+    grid = figure.subplots(rows, len(metrics), squeeze=False)
     for number, section in enumerate(shown):
         names = section.names(metrics)
-        for row, axis_name in enumerate(AXES):
-            for panel, name in zip(grid[2 * number + row], metrics, strict=True):
+        for row, axis_name in enumerate(axes):
+            for panel, name in zip(grid[len(axes) * number + row], metrics, strict=True):
                 if name not in names:
                     panel.set_axis_off()
                     continue
@@ -62,7 +65,9 @@ def draw(shown: Sequence[Section], metrics: Sequence[str], file: Path) -> None:
                 panel.set(xlabel=AXES[axis_name], ylabel=METRICS[name].label)
                 panel.set_xlim(0, 1.03 if axis_name == "pairs" else None)
         few = "" if section.scenes >= ENOUGH_SCENES else ": too few"
-        grid[2 * number, 0].set_title(f"{section.title} ({section.scenes} scenes{few})", loc="left", fontsize=10)
+        grid[len(axes) * number, 0].set_title(
+            f"{section.title} ({section.scenes} scenes{few})", loc="left", fontsize=10
+        )
     handles: dict[str, Any] = {}
     for panel in grid.flat:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):

@@ -60,6 +60,9 @@ METRICS = {
     "accuracy_median": Metric("accuracy median, m", 3),
     "completeness": Metric("completeness, m", 3),
     "completeness_median": Metric("completeness median, m", 3),
+    "depth_scale": Metric("scale of depth", 3),
+    "camera_scale": Metric("scale of cameras", 3),
+    "scale_ratio": Metric("scale of depth / scale of cameras", 3),
 }
 """The metrics of a line; docs/accuracy.md defines them."""
 
