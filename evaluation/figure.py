@@ -49,9 +49,8 @@ def draw(shown: Sequence[Section], metrics: Sequence[str], axes: Sequence[str], 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(3.4 * len(metrics), 0.4 + 3.0 * len(axes) * len(shown)), layout="constrained", facecolor="white"
-    )
+    rows = len(axes) * len(shown)
+    figure = Figure(figsize=(3.4 * len(metrics), 0.4 + 3.0 * rows), layout="constrained", facecolor="white")
     kinds = list(dict.fromkeys(_kind(layout) for section in shown for layout in section.layouts if layout != DENSE))
     grid = figure.subplots(rows, len(metrics), squeeze=False)
     for number, section in enumerate(shown):
