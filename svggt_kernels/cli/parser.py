@@ -284,11 +284,11 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--covisibility",
         choices=COVISIBILITY,
-        default="megaloc",
+        default="core",
         help="how to tell which frames see each other. core: all see a few frames that represent all, chosen by "
         "MegaLoc; megaloc: similar images by MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
         "small, crude but without any weights; sequential: neighbours in the order of the names, for video; all: every "
-        "frame sees every other (default: megaloc)",
+        "frame sees every other (default: core)",
     )
     parser.add_argument(
         "--megaloc",

@@ -20,7 +20,7 @@ from .plan import Covisibility, Planner
 def patch(
     model: nn.Module,
     *,
-    covisibility: Covisibility = "megaloc",
+    covisibility: Covisibility = "core",
     special_tokens: Literal["dense", "masked"] | None = None,
     backend: str | None = None,
     fused: bool | None = None,
@@ -49,11 +49,12 @@ def patch(
     Args:
         model: The model, or any module that holds it.
         covisibility: Which frames see which:
-            "core", or a `Core` with other options: itself and a core of frames that represent all, chosen by
-            MegaLoc's descriptors;
-            "megaloc", or a `MegaLocSimilarity` with other options: similarity of the images by MegaLoc's descriptors;
-            "tokens", or a `TokenSimilarity` with other options: similarity of the model's own tokens;
-            "thumbnails", or a `ThumbnailSimilarity`: similarity of the images made small, crude but without weights;
+            "core", or a `Core` with other options: each sees itself and 48 frames that represent all, chosen by
+            MegaLoc's descriptors; up to 48 frames see everything;
+            "megaloc", or a `MegaLocSimilarity` with other options: the frames most like it by MegaLoc's descriptors;
+            "tokens", or a `TokenSimilarity` with other options: likewise by the model's own tokens;
+            "thumbnails", or a `ThumbnailSimilarity`: likewise by images made small, crude but without weights; these
+            three were measured to lose most of the poses of a model that was trained densely (docs/accuracy.md);
             "sequential": the 10 frames before and after, and the model's reference frame;
             "all": everything, which is dense attention;
             a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;

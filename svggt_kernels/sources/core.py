@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -14,8 +14,16 @@ from ..graph.core import Choice, choose_core, nearest_frames, spread_evenly
 from .base import Scene
 from .megaloc import MegaLocSimilarity
 from .similarity import Similarity
+from .thumbnails import ThumbnailSimilarity
+from .tokens import TokenSimilarity
 
 CORE_SIZE = 48
+By = Literal["megaloc", "tokens", "thumbnails"]
+SIMILARITIES: dict[By, type[Similarity]] = {
+    "megaloc": MegaLocSimilarity,
+    "tokens": TokenSimilarity,
+    "thumbnails": ThumbnailSimilarity,
+}
 GRAPHS_KEPT = 16
 
 
@@ -29,43 +37,51 @@ class Core:
 
     Attributes:
         size: Frames of the core.
-        by: Whose descriptors choose them, a similarity of which nothing else is used; None takes frames at equal
-            distances in their order.
+        by: Whose descriptors choose them: "megaloc", "tokens", "thumbnails", or a similarity of which nothing else is
+            used; None takes frames at equal distances in their order.
         choice: How they are chosen; see `graph.core.choose_core`.
         nearest: Most similar frames that each frame outside the core sees besides.
     """
 
     size: int = CORE_SIZE
-    by: Similarity | None = field(default_factory=MegaLocSimilarity)
+    by: Similarity | By | None = "megaloc"
     choice: Choice = "farthest"
     nearest: int = 0
+    _similarity: Similarity | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         integer("size", self.size, 1)
         integer("nearest", self.nearest, 0)
+        if not (self.by is None or isinstance(self.by, Similarity) or self.by in SIMILARITIES):
+            words = ", ".join(f'"{word}"' for word in SIMILARITIES)
+            raise ValueError(f"by must be {words}, a similarity or None, got {self.by!r}")
+        if self.choice not in get_args(Choice):
+            raise ValueError(f"choice must be one of {', '.join(get_args(Choice))}, got {self.choice!r}")
         if self.by is None and self.nearest:
             raise ValueError(f"nearest={self.nearest} frames need descriptors; give `by`, or leave nearest=0")
+        similarity = SIMILARITIES[self.by]() if isinstance(self.by, str) else self.by
+        object.__setattr__(self, "_similarity", similarity)
 
     @property
     def label(self) -> str:
         """How the graph is made, in words."""
-        how = "at equal distances" if self.by is None else f"chosen by {self.by.by}"
+        how = "at equal distances" if self._similarity is None else f"chosen by {self._similarity.by}"
         beside = f", and {self.nearest} nearest frames" if self.nearest else ""
         return f"a core of {self.size} frames {how}{beside}"
 
     @property
     def needs(self) -> Literal["nothing", "images", "tokens"]:
         """What a scene must have."""
-        return "nothing" if self.by is None else self.by.needs
+        return "nothing" if self._similarity is None else self._similarity.needs
 
     @property
     def reads_fingerprints(self) -> bool:
         """Whether the images of a scene are looked up."""
-        return getattr(self.by, "reads_fingerprints", False)
+        return getattr(self._similarity, "reads_fingerprints", False)
 
     def opened(self) -> Core:
         """Return the same source, ready to be used by one patch."""
-        opened = getattr(self.by, "opened", None)
+        opened = getattr(self._similarity, "opened", None)
         return self if opened is None else replace(self, by=opened())
 
     def graph(self, scene: Scene) -> CovisibilityGraph:
@@ -74,8 +90,8 @@ class Core:
         Raises:
             ValueError: If a descriptor is not finite or zero, or the scene has not what descriptors need.
         """
-        if self.by is not None:
-            return self.by.graph(scene, self._from_descriptors)
+        if self._similarity is not None:
+            return self._similarity.graph(scene, self._from_descriptors)
         return _evenly(scene.num_frames, self.size, scene.reference_frame)
 
     def _from_descriptors(self, descriptors: Tensor, reference_frame: int | None) -> CovisibilityGraph:

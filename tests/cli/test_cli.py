@@ -172,16 +172,16 @@ class TestLayout:
         assert (printed["graph"]["density"] == 1) == (kind == "all")
         assert ("not learned from photos" in str(printed["note"])) == (kind == "tokens")
 
-    def test_megaloc_is_the_default(
+    def test_a_core_by_megaloc_is_the_default(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked = []
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: asked.append(source) or tiny.megaloc())
-        words = ["layout", folder, "--neighbours", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
+        words = ["layout", folder, "--core", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
         succeed(*words)
         succeed(*words, "--megaloc", tmp_path / "m.pt")
         assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
-        assert "2 neighbours by MegaLoc" in capsys.readouterr().out
+        assert "a core of 2 frames chosen by MegaLoc" in capsys.readouterr().out
 
     @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
     def test_megaloc_out_of_reach(self, folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:

@@ -23,6 +23,7 @@ from svggt_kernels.backends import cpu
 from svggt_kernels.compiling import uncompiled
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.models import RECORDS
+from svggt_kernels.sources import Core
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
 
@@ -191,6 +192,18 @@ def test_report(double: Double):
         "not triton",
     ):
         assert fact in text
+
+
+def test_report_says_what_neighbours_cost_and_what_a_core_is():
+    model = FAMILY["vggt"].create()
+    said = {}
+    for word, source in (("near", "tokens"), ("core", Core(2, by="tokens")), ("given", BAND)):
+        with patch(model, covisibility=source) as handle:
+            model(images())
+        said[word] = str(handle.report())
+    assert ["a fifth to a half of its AUC@30" in text for text in said.values()] == [True, False, False]
+    assert ["a core of 2 frames" in text for text in said.values()] == [False, True, False]
+    assert ["special tokens: masked" in text for text in said.values()] == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -64,7 +64,12 @@ def test_nearest_frames_are_added():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"size": 0}, "size must be at least 1"), ({"by": None, "nearest": 2}, "nearest=2 frames need descriptors")],
+    [
+        ({"size": 0}, "size must be at least 1"),
+        ({"by": None, "nearest": 2}, "nearest=2 frames need descriptors"),
+        ({"by": "colour"}, "by must be .*, got 'colour'"),
+        ({"choice": "best"}, "choice must be one of farthest, covering, got 'best'"),
+    ],
 )
 def test_settings_without_a_meaning_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -73,4 +78,6 @@ def test_settings_without_a_meaning_are_refused(options, message):
 
 def test_labels_say_how_the_core_is_chosen():
     assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames chosen by similar tokens of the model"
+    assert Core(8, by="tokens").label == Core(8, by=TokenSimilarity()).label
+    assert Core().label == "a core of 48 frames chosen by MegaLoc"
     assert Core(8, by=None).label == "a core of 8 frames at equal distances"
