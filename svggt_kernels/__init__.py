@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .attention import block_sparse_attention, prepare
     from .graph import CovisibilityGraph
     from .layout import BlockLayout
+    from .measure.dense import compare_dense
     from .patching import Patch, PatchReport, patch
     from .sources import MegaLoc, MegaLocSimilarity, TokenSimilarity
 
@@ -29,6 +30,7 @@ _HOMES = {
     "PatchReport": "patching",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
+    "compare_dense": "measure.dense",
     "patch": "patching",
     "prepare": "attention",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "PatchReport",
     "TokenSimilarity",
     "block_sparse_attention",
+    "compare_dense",
     "patch",
     "prepare",
 ]

@@ -11,11 +11,12 @@ import torch
 from ..demo.model import RoomsModel
 from ..demo.scenes import SIZE, Draws, Scenes, make_scenes
 from ..demo.scenes.boxes import outlines
-from ..measure.layouts import DENSE, NEIGHBOURS, Outcome, closed_core, run_layouts
+from ..measure.layouts import Outcome, Reference, layouts_named, run_layouts
 from ..measure.machine import device_name
 from ..measure.pictures import Cameras, draw_depths, draw_floor_plan, require_matplotlib
 from ..measure.wording import count, mebibytes, milliseconds, percent, times
 from ..models.loading import LoadedModel
+from ..sources import TokenSimilarity
 from .device import pick_device
 from .errors import refusals
 from .files import write_files
@@ -46,9 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     frames = arguments.frames
     with stage(f"rendering {count(frames, 'frame')}"):
         scene = make_scenes(1, frames, Draws(SEED), rooms=ROOMS, difficulty=DIFFICULTY, size=SIZE)
-    layouts = (DENSE, closed_core(min(arguments.core, frames)), NEIGHBOURS)
+    layouts = layouts_named(("dense", f"core-{min(arguments.core, frames)}", "nearest-10"), TokenSimilarity)
+    truth = Reference(scene.poses[0].cpu(), scene.depth[0].cpu())
     with refusals():
-        outcomes = run_layouts(model, scene.images[0].to(device), scene.poses[0], scene.depth[0], layouts, stage=stage)
+        outcomes = run_layouts(model, scene.images[0].to(device), layouts, truth, stage=stage)
     print(f"{_about(model, learned, frames)}\n\n{_table(outcomes)}\n\n{_speed(*outcomes[:2])}\n")
     report = {
         "device": device_name(device),
@@ -87,10 +89,10 @@ def _table(outcomes: Sequence[Outcome]) -> str:
         f"time, {which}": [milliseconds(outcome.cost.min_ms) for outcome in outcomes],
         "peak memory that a run adds": [mebibytes(outcome.cost.peak_mib) for outcome in outcomes],
         "pairs of tokens that attend": [percent(outcome.pairs) for outcome in outcomes],
-        "pose AUC@5, 1 is best": [f"{outcome.auc5:.3f}" for outcome in outcomes],
+        "pose AUC@5, 1 is best": [f"{outcome.scores['auc5']:.3f}" for outcome in outcomes],
         "pose AUC@30, 1 is best": [f"{outcome.auc30:.3f}" for outcome in outcomes],
-        "trajectory error ATE, 0 is best": [f"{outcome.ate:.2f} m" for outcome in outcomes],
-        "depth AbsRel, 0 is best": [f"{outcome.absrel:.3f}" for outcome in outcomes],
+        "trajectory error ATE, 0 is best": [f"{outcome.scores['ate']:.2f} m" for outcome in outcomes],
+        "depth AbsRel, 0 is best": [f"{outcome.scores['absrel']:.3f}" for outcome in outcomes],
     }
     seen = [f"  {outcome.layout.name}: {outcome.layout.sees}" for outcome in outcomes]
     return "\n".join([table([(name, *row) for name, row in rows.items()]), "", *seen])
@@ -99,9 +101,9 @@ def _table(outcomes: Sequence[Outcome]) -> str:
 def _speed(dense: Outcome, core: Outcome) -> str:
     factor = dense.cost.min_ms / core.cost.min_ms
     if factor > 1:
-        return f"The {core.layout.name} is {times(factor)} as fast as dense, by backend {core.backend}."
+        return f"Layout {core.layout.name} is {times(factor)} as fast as dense, by backend {core.backend}."
     return (
-        f"The {core.layout.name} is no faster than dense here, {times(factor)} as fast, by backend {core.backend}, "
+        f"Layout {core.layout.name} is no faster than dense here, {times(factor)} as fast, by backend {core.backend}, "
         f"though {percent(core.pairs)} of the pairs attend:\nthe rest of a small model takes time too, as does other "
         "work on the machine."
     )
@@ -125,7 +127,7 @@ def _floor_plan(scene: Scenes, outcomes: Sequence[Outcome]) -> bytes:
     plans = [
         Cameras(
             f"{outcome.layout.name}: {percent(outcome.pairs)} of the pairs\nAUC@30 {outcome.auc30:.2f}, ATE "
-            f"{outcome.ate:.2f} m",
+            f"{outcome.scores['ate']:.2f} m",
             outcome.poses,
             outcome.core,
         )

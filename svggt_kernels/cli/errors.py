@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# How PyTorch's CPU allocator begins to say that memory ran out; it raises a plain RuntimeError.
-CPU_ALLOCATOR = "DefaultCPUAllocator"
-
 
 class CommandError(Exception):
     """The command cannot do what was asked; the message says what must hold, what was given and what to do."""
@@ -25,12 +22,12 @@ def refusals() -> Iterator[None]:
 @contextmanager
 def enough_memory() -> Iterator[None]:
     """Turn a device that runs out of memory into a `CommandError` that says what to do."""
-    import torch
+    from ..measure.cost import is_out_of_memory
 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and CPU_ALLOCATOR not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise CommandError(
             "memory ran out; use fewer frames (--max-frames; in demo --frames) or smaller ones (--long-side)"

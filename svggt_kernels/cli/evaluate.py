@@ -6,10 +6,13 @@ import argparse
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..measure.compare import Comparison
 from ..measure.ground_truth import Truth, find_truth, photos_of, read_truth, with_depth_maps
-from ..measure.scores import scene_scores
+from ..measure.layouts import Reference
 from ..measure.wording import count, mebibytes, milliseconds, percent
 from .compare import compare_on, load, pick_backend
 from .device import pick_device
@@ -43,39 +46,25 @@ def run(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
     pick_backend(arguments, device)
     with refusals():
-        truth = _truth(arguments)
+        truth = truth_of(arguments)
     covisibility = source(arguments)
     model, frames = load(arguments, truth.photos, device)
-    depth = None
-    if any(truth.depth):
-        with refusals(), stage("reading true depth"):
-            depth = truth.depth_of_frames((frames.shape[-2], frames.shape[-1]))
-    print(_said(truth))
+    reference = reference_of(truth, frames)
+    print(said(truth))
     comparison, outputs = compare_on(arguments, model, frames.to(device), covisibility)
     scores = {
-        name: scene_scores(model.kind.cameras(run)[truth.known], truth.poses, run["depth"][truth.known], depth)
+        name: reference.scores(model.kind.cameras(run), run["depth"])
         for name, run in (("dense", outputs.dense), ("sparse", outputs.sparse))
     }
     print(_as_text(comparison, truth, scores))
-    report = {
-        "truth": {
-            "label": truth.label,
-            "scored_photos": [truth.photos[place].name for place in truth.known],
-            "unscored_photos": [photo.name for photo in _unscored(truth)],
-            "unused_poses": truth.unused,
-            "scored_pairs": _pairs(truth),
-            "depth_maps": sum(read is not None for read in truth.depth),
-            "depth_pixels": 0 if depth is None else int((depth > 0).sum()),
-        },
-        "accuracy": scores,
-        "comparison": asdict(comparison),
-    }
+    report = {"truth": facts(truth, reference), "accuracy": scores, "comparison": asdict(comparison)}
     write_files(arguments.output, {"report.json": as_json(arguments.command_line, report).encode()})
     print(f"Report: {arguments.output / 'report.json'}")
     return 0
 
 
-def _truth(arguments: argparse.Namespace) -> Truth:
+def truth_of(arguments: argparse.Namespace) -> Truth:
+    """Return what is known of the photos in the folder, by `--truth` and `--depth` or the layout of a data set."""
     photos = photos_of(arguments.folder)
     truth = read_truth(arguments.truth or find_truth(arguments.folder), photos)
     if arguments.depth is not None:
@@ -83,7 +72,29 @@ def _truth(arguments: argparse.Namespace) -> Truth:
     return truth.first(arguments.max_frames)
 
 
-def _said(truth: Truth) -> str:
+def reference_of(truth: Truth, frames: Tensor) -> Reference:
+    """Return the truth of frames `[S, 3, H, W]`; reads its depth maps."""
+    depth = None
+    if any(truth.depth):
+        with refusals(), stage("reading true depth"):
+            depth = truth.depth_of_frames((frames.shape[-2], frames.shape[-1]))
+    return Reference(truth.poses, depth, truth.known)
+
+
+def facts(truth: Truth, reference: Reference) -> dict[str, Any]:
+    """Return what a report says of the truth."""
+    return {
+        "label": truth.label,
+        "scored_photos": [truth.photos[place].name for place in truth.known],
+        "unscored_photos": [photo.name for photo in _unscored(truth)],
+        "unused_poses": truth.unused,
+        "scored_pairs": _pairs(truth),
+        "depth_maps": sum(read is not None for read in truth.depth),
+        "depth_pixels": 0 if reference.depth is None else int((reference.depth > 0).sum()),
+    }
+
+
+def said(truth: Truth) -> str:
     """Return in words what is known of the photos, and what is not."""
     depth = sum(read is not None for read in truth.depth)
     poses = f"poses of {len(truth.known)} of {count(len(truth.photos), 'photo')}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ..sources import SOURCES, Core, MegaLoc, Similarity, Source
-from ..sources.core import CORE_SIZE
+from ..sources import SOURCES, Core, MegaLoc, MegaLocSimilarity, Similarity, Source
+from ..sources.core import CORE_SIZE, SIMILARITIES
 from ..sources.megaloc.weights import PUBLISHED
 from .device import pick_device
 from .errors import CommandError, refusals
@@ -18,7 +20,7 @@ def source(arguments: argparse.Namespace) -> Source:
     """Return the source that the options stand for, with MegaLoc's weights loaded if they are needed.
 
     Raises:
-        CommandError: If both a core and neighbours are asked for.
+        CommandError: If both a core and neighbours are asked for, or MegaLoc's weights cannot be had.
     """
     options: dict[str, Any] = {
         name: value for name in ("neighbours", "window") if (value := getattr(arguments, name)) is not None
@@ -26,13 +28,24 @@ def source(arguments: argparse.Namespace) -> Source:
     word = arguments.covisibility
     if arguments.core is not None and options:
         raise CommandError(f"--core and --{next(iter(options))} say both what each frame sees; give one of them")
-    if word in ("core", "megaloc"):
-        with refusals():
-            megaloc = MegaLoc.from_pretrained(arguments.megaloc or PUBLISHED)
-        device = pick_device(arguments.device)
-        options["weights"] = megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if word == "core" or arguments.core is not None:
-        by = SOURCES["megaloc" if word == "core" else word](**options)
-        assert isinstance(by, Similarity)
-        return Core(arguments.core or CORE_SIZE, by=by)
-    return SOURCES[word](**options)
+        return Core(arguments.core or CORE_SIZE, by=similarity(arguments, options))
+    if word in ("sequential", "all"):
+        return SOURCES[word](**options)
+    return similarity(arguments, options)
+
+
+def similarity(arguments: argparse.Namespace, options: Mapping[str, Any] = MappingProxyType({})) -> Similarity:
+    """Return the similarity of these options that `--covisibility` names, with MegaLoc's weights loaded if needed.
+
+    Raises:
+        CommandError: If MegaLoc's weights cannot be had.
+    """
+    word = arguments.covisibility
+    if word not in ("core", "megaloc"):
+        return SIMILARITIES[word](**options)
+    with refusals():
+        megaloc = MegaLoc.from_pretrained(arguments.megaloc or PUBLISHED)
+    device = pick_device(arguments.device)
+    weights = megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return MegaLocSimilarity(weights=weights, **options)

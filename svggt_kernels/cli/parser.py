@@ -16,9 +16,11 @@ from .errors import CommandError
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
 COVISIBILITY = ("core", "megaloc", "tokens", "thumbnails", "sequential", "all")
+COMPARING = ("megaloc", "tokens", "thumbnails")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
 CORE_SIZE = 48
+SWEPT_CORES = (16, 32, 48, 64)
 DEMO_FRAMES, DEMO_CORE = 192, 48
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
@@ -29,6 +31,7 @@ READ_BY = {
     "--megaloc": ("core", "megaloc"),
     "--core": ("core", "megaloc", "tokens", "thumbnails"),
 }
+READ_BY_IN_SWEEP = {"--megaloc": ("megaloc",)}
 READ_BY_IN_LAYOUT = {
     **READ_BY,
     "--model": ("tokens",),
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_evaluate, _add_demo):
+    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_evaluate, _add_sweep, _add_demo):
         add(commands)
     return parser
 
@@ -190,6 +193,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "trained; only MegaLoc's are downloaded, where its graph is asked for.",
     )
     _add_photos(parser)
+    _add_graph(parser)
     _add_run(parser, repeats=3)
     _add_output(parser, "compare-output")
     parser.set_defaults(read_by=READ_BY)
@@ -204,12 +208,50 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "truth may be a COLMAP model, a TUM or KITTI trajectory, nerfstudio's transforms.json, or that of a data set.",
     )
     _add_photos(parser)
+    _add_truth(parser, "where 7-Scenes, ETH3D, CO3D and HiRoom keep it for the photos in DIR")
+    _add_graph(parser)
+    _add_run(parser, repeats=1)
+    _add_output(parser, "evaluate-output")
+    parser.set_defaults(read_by=READ_BY)
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="find out which layout keeps the accuracy of a model on a folder of photos, and what it costs",
+        description="Runs a model on a folder of photos as it is, and with several layouts, and says what each costs "
+        "and how far it is from dense, or with --truth from the truth, and which to take. Where memory runs out, all "
+        "run again on the first half of the photos. Writes a report and a picture.",
+    )
+    _add_photos(parser)
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        metavar="NAME",
+        help="core-K, core-K-covering, core-K-evenly (a core of K frames far apart, resembling many, or at equal "
+        f"distances) and nearest-K (the K most similar frames) (default: cores of {', '.join(map(str, SWEPT_CORES))} "
+        f"as far as there are more photos, one evenly, and nearest-{NEIGHBOURS})",
+    )
+    _add_truth(parser, "compare with dense")
+    parser.add_argument(
+        "--covisibility",
+        choices=COMPARING,
+        default="megaloc",
+        help="what frames are compared by, to choose cores and neighbours: MegaLoc, tokens of the model, or thumbnails "
+        "(default: megaloc)",
+    )
+    _add_megaloc(parser)
+    _add_run(parser, repeats=1)
+    _add_output(parser, "sweep-output")
+    parser.set_defaults(read_by=READ_BY_IN_SWEEP)
+
+
+def _add_truth(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--truth",
         type=Path,
         metavar="TRUTH",
-        help="folder of a COLMAP model, a trajectory or a transforms.json (default: where 7-Scenes, ETH3D, CO3D and "
-        "HiRoom keep it for the photos in DIR)",
+        help=f"folder of a COLMAP model, a trajectory or a transforms.json (default: {default})",
     )
     parser.add_argument(
         "--depth", type=Path, metavar="DIR", help="true depth maps with the names of the photos, 16-bit .png or .npy"
@@ -221,9 +263,6 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="by what their numbers are multiplied to be in the unit of the truth (default: 0.001 for .png, which "
         "stands for millimetres, 1 for .npy)",
     )
-    _add_run(parser, repeats=1)
-    _add_output(parser, "evaluate-output")
-    parser.set_defaults(read_by=READ_BY)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -252,7 +291,7 @@ def _add_photos(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Add what says which model runs, how, and with what graph."""
+    """Add what says which model runs, and how."""
     parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
     parser.add_argument(
         "--weights",
@@ -260,7 +299,6 @@ def _add_run(parser: argparse.ArgumentParser, repeats: int) -> None:
         metavar="FILE",
         help="its weights, .safetensors or .pt, of toy .npz; without them they are random, but those of toy trained",
     )
-    _add_graph(parser)
     parser.add_argument(
         "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
     )
@@ -290,12 +328,7 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         "small, crude but without any weights; sequential: neighbours in the order of the names, for video; all: every "
         "frame sees every other (default: core)",
     )
-    parser.add_argument(
-        "--megaloc",
-        type=Path,
-        metavar="FILE",
-        help="MegaLoc's weights (default: gberton/MegaLoc, from the cache of the Hugging Face hub or downloaded)",
-    )
+    _add_megaloc(parser)
     parser.add_argument(
         "--neighbours",
         type=natural,
@@ -315,6 +348,15 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help=f"frames before and after that each frame sees, for ordered photos (default: 0; {SEQUENTIAL_WINDOW} with "
         "sequential)",
+    )
+
+
+def _add_megaloc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--megaloc",
+        type=Path,
+        metavar="FILE",
+        help="MegaLoc's weights (default: gberton/MegaLoc, from the cache of the Hugging Face hub or downloaded)",
     )
 
 

@@ -23,6 +23,8 @@ Tell = Callable[[str], None]
 ENOUGH_SECONDS = 100.0
 FEWEST_REPEATS, MOST_REPEATS = 5, 400
 MIB = 2**20
+# How PyTorch's CPU allocator begins to say that memory ran out; it raises a plain RuntimeError.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,13 @@ def allocated_mib(device: torch.device) -> float | None:
     gc.collect()
     synchronize(device)
     return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine ran out of memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+    )
 
 
 class PeakMemory:

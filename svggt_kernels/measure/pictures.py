@@ -250,6 +250,39 @@ def draw_depths(
     return _png(figure, dpi=110)
 
 
+@_plain_text()
+def draw_trade_offs(
+    names: Sequence[str],
+    costs: Mapping[str, Sequence[float]],
+    figures: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    note: str,
+) -> bytes:
+    """Draw each figure against each cost: a row for a figure, a column for a cost, a dot for each layout.
+
+    Args:
+        names: What to call the layouts; the figures of the first, dense, are drawn as lines too.
+        costs: What each layout costs, by what that is.
+        figures: How accurate each layout is, likewise.
+        title: Lines above the picture.
+        note: A line beneath it.
+    """
+    figure = _figure(4.2 * len(costs) + 0.4, 3.1 * len(figures) + 1.4, title)
+    rows = figure.subplots(len(figures), len(costs), squeeze=False)
+    for axes, (figure_name, heights) in zip(rows, figures.items(), strict=True):
+        for axis, (cost, widths) in zip(axes, costs.items(), strict=True):
+            axis.axhline(heights[0], color=TRUE_COLOUR, linewidth=1, linestyle="--")
+            for number, (name, *place) in enumerate(zip(names, widths, heights, strict=True)):
+                axis.scatter(*place, s=34, color=TRUE_COLOUR if number == 0 else f"C{number - 1}", label=name, zorder=3)
+            axis.set(xlabel=cost, ylabel=figure_name, xlim=(0, 1.08 * max(widths) or 1))
+            axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = rows[0, 0].get_legend_handles_labels()
+    beneath = {"loc": "outside lower center", "ncols": min(len(names), 8), "frameon": False, "fontsize": 9}
+    figure.legend(handles, labels, title=note, title_fontsize=9, **beneath)
+    return _png(figure, dpi=110)
+
+
 class Cameras(NamedTuple):
     """Cameras for a floor plan.
 

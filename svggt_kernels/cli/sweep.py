@@ -1,0 +1,125 @@
+"""`sweep DIR`: a model on a folder of photos, dense and with several layouts, and which of them to take."""
+
+from __future__ import annotations
+
+import argparse
+from functools import cache, partial
+
+from torch import Tensor
+
+from ..io.photos import find_photos
+from ..measure.layouts import layouts_named
+from ..measure.machine import device_name
+from ..measure.pictures import draw_trade_offs, require_matplotlib
+from ..measure.sweep import Sweep, default_names, sweep
+from ..measure.wording import count, mebibytes, milliseconds, percent
+from ..models.loading import LoadedModel
+from ..sources import ThumbnailSimilarity
+from .compare import load, pick_backend
+from .device import pick_device
+from .errors import refusals
+from .evaluate import facts, reference_of, said, truth_of
+from .files import write_files
+from .options import similarity
+from .results import as_json
+from .text import stage, table
+
+COLUMNS = (
+    ("AUC@5", "auc5", "{:.3f}"),
+    ("AUC@30", "auc30", "{:.3f}"),
+    ("ATE", "ate", "{:.3g}"),
+    ("AbsRel", "absrel", "{:.3f}"),
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run each layout, print what came of it and which to take, write report and picture; return the exit code."""
+    device = pick_device(arguments.device)
+    pick_backend(arguments, device)
+    with refusals():
+        require_matplotlib()
+        truth = None if arguments.truth is None else truth_of(arguments)
+        photos = find_photos(arguments.folder)[: arguments.max_frames] if truth is None else truth.photos
+        layouts_named(arguments.layouts or default_names(len(photos)), ThumbnailSimilarity)  # refused before any work
+    model, frames = load(arguments, photos, device)
+    reference = None if truth is None else reference_of(truth, frames)
+    if truth is not None:
+        print(said(truth))
+    with refusals():
+        swept = sweep(
+            model,
+            frames.to(device),
+            arguments.layouts,
+            cache(partial(similarity, arguments)),
+            reference,
+            backend=arguments.backend,
+            rounds=arguments.repeats,
+            stage=stage,
+        )
+    print(_as_text(swept, model, frames, device_name(device)))
+    report = {
+        "model": model.name,
+        "weights": model.weights,
+        "warning": model.warning,
+        "device": device_name(device),
+        "photos": [photo.name for photo in photos[: swept.frames]],
+        "photos_given": swept.asked,
+        "size": list(frames.shape[-2:]),
+        "truth": None if truth is None or reference is None else facts(truth, reference),
+        "unit_of_ate": _unit(swept),
+        "layouts": [outcome.facts() for outcome in swept.outcomes],
+        "recommended": None if swept.recommended is None else swept.recommended.layout.name,
+        "advice": swept.advice,
+    }
+    files = {"trade-offs.png": _picture(swept, model), "report.json": as_json(arguments.command_line, report).encode()}
+    write_files(arguments.output, files)
+    print(f"Written: {', '.join(str(arguments.output / name) for name in files)}")
+    return 0
+
+
+def _unit(swept: Sweep) -> str:
+    return "the unit of the truth" if swept.against_truth else "the extent of dense's cameras"
+
+
+def _against(swept: Sweep) -> str:
+    return "against the truth" if swept.against_truth else "against dense"
+
+
+def _as_text(swept: Sweep, model: LoadedModel, frames: Tensor, device: str) -> str:
+    columns = [column for column in COLUMNS if all(column[1] in outcome.scores for outcome in swept.outcomes)]
+    rows = [("", "time", "memory of a run", "pairs", *(label for label, _, _ in columns))]
+    for outcome in swept.outcomes:
+        cells = (words.format(outcome.scores[key]) for _, key, words in columns)
+        cost = milliseconds(outcome.cost.min_ms), mebibytes(outcome.cost.peak_mib), percent(outcome.pairs)
+        rows.append((outcome.layout.name, *cost, *cells))
+    fewer = f" (memory ran out with {swept.asked}: these are the first)" if swept.frames < swept.asked else ""
+    lines = [
+        "",
+        f"{model.name}, weights: {model.weights}; {count(swept.frames, 'photo')}{fewer} of {frames.shape[-1]} x "
+        f"{frames.shape[-2]} px on {device}",
+        "",
+        table(rows),
+        "",
+        f"  AUC, ATE and AbsRel are {_against(swept)}; ATE is in {_unit(swept)}. Time is the shortest of "
+        f"{count(swept.dense.cost.runs, 'run')}.",
+        *(f"  {outcome.layout.name}: {outcome.layout.sees}" for outcome in swept.outcomes),
+        "",
+        swept.advice,
+        *([model.warning] if model.warning else []),
+    ]
+    return "\n".join(lines)
+
+
+def _picture(swept: Sweep, model: LoadedModel) -> bytes:
+    outcomes = swept.outcomes
+    costs = {"seconds": [outcome.cost.min_ms / 1000 for outcome in outcomes]}
+    peaks = [outcome.cost.peak_mib for outcome in outcomes]
+    if all(peak is not None for peak in peaks):
+        costs["memory of a run, GiB"] = [(peak or 0) / 1024 for peak in peaks]
+    costs["share of the pairs of tokens"] = [outcome.pairs for outcome in outcomes]
+    figures = {f"AUC@30 {_against(swept)}": [outcome.auc30 for outcome in outcomes]}
+    if "absrel" in swept.dense.scores:
+        figures[f"AbsRel {_against(swept)}"] = [outcome.scores["absrel"] for outcome in outcomes]
+    title = f"{model.name}, {count(swept.frames, 'photo')}: what each layout costs and keeps"
+    names = [outcome.layout.name for outcome in outcomes]
+    return draw_trade_offs(names, costs, figures, title=title, note=model.warning or "")
