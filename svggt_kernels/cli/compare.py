@@ -10,11 +10,10 @@ from torch import Tensor
 
 from .. import backends
 from ..io.photos import find_photos, load_photos
-from ..measure.compare import Comparison, Outputs, compare
+from ..measure.compare import compare
 from ..measure.pictures import require_matplotlib
 from ..measure.wording import count
 from ..models.loading import HEAD_SIZE, LoadedModel, running_dtype
-from ..sources import Source
 from .device import pick_device
 from .errors import CommandError, refusals
 from .models import load_model
@@ -32,7 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
     pick_backend(arguments, device)
     covisibility = source(arguments)
     model, frames = load(arguments, photos, device)
-    comparison, outputs = compare_on(arguments, model, frames.to(device), covisibility)
+    with refusals():
+        comparison, outputs = compare(
+            model,
+            frames.to(device),
+            covisibility,
+            described=covisibility.label,
+            backend=arguments.backend,
+            repeats=arguments.repeats,
+            stage=stage,
+        )
     print(as_text(comparison))
     names = [photo.name for photo in photos]
     print(write_results(arguments.output, comparison, outputs, frames, names, command=arguments.command_line))
@@ -58,19 +66,3 @@ def load(arguments: argparse.Namespace, photos: list[Path], device: torch.device
             photos, long_side=arguments.long_side or model.kind.long_side, patch_size=model.kind.patch_size
         )
     return model, frames
-
-
-def compare_on(
-    arguments: argparse.Namespace, model: LoadedModel, frames: Tensor, covisibility: Source
-) -> tuple[Comparison, Outputs]:
-    """Run the model dense and sparse on frames that are on its device."""
-    with refusals():
-        return compare(
-            model,
-            frames,
-            covisibility,
-            described=covisibility.label,
-            backend=arguments.backend,
-            repeats=arguments.repeats,
-            stage=stage,
-        )

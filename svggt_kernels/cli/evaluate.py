@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..measure.compare import Comparison
 from ..measure.ground_truth import Truth, find_truth, photos_of, read_truth, with_depth_maps
-from ..measure.layouts import Reference
+from ..measure.layouts import DENSE, Layout, Outcome, Reference, run_layouts
+from ..measure.machine import device_name
 from ..measure.wording import count, mebibytes, milliseconds, percent
-from .compare import compare_on, load, pick_backend
+from ..models.loading import LoadedModel
+from .compare import load, pick_backend
 from .device import pick_device
 from .errors import refusals
 from .files import write_files
 from .options import source
 from .results import as_json
 from .text import stage, table
-
-Scores = dict[str, float]
 
 ROWS = (
     ("pose AUC@3", "auc3", "{:.4f}"),
@@ -51,16 +51,44 @@ def run(arguments: argparse.Namespace) -> int:
     model, frames = load(arguments, truth.photos, device)
     reference = reference_of(truth, frames)
     print(said(truth))
-    comparison, outputs = compare_on(arguments, model, frames.to(device), covisibility)
-    scores = {
-        name: reference.scores(model.kind.cameras(run), run["depth"])
-        for name, run in (("dense", outputs.dense), ("sparse", outputs.sparse))
-    }
-    print(_as_text(comparison, truth, scores))
-    report = {"truth": facts(truth, reference), "accuracy": scores, "comparison": asdict(comparison)}
+    layouts = (DENSE, Layout("sparse", covisibility.label, covisibility))
+    with refusals():
+        outcomes = run_layouts(
+            model,
+            frames.to(device),
+            layouts,
+            reference,
+            backend=arguments.backend,
+            rounds=arguments.repeats,
+            stage=stage,
+        )
+    print(_as_text(heading(model, frames, device), truth, outcomes, model.warning))
+    report = facts(model, frames, device, outcomes) | {"truth": facts_of_truth(truth, reference)}
     write_files(arguments.output, {"report.json": as_json(arguments.command_line, report).encode()})
     print(f"Report: {arguments.output / 'report.json'}")
     return 0
+
+
+def heading(model: LoadedModel, frames: Tensor, device: torch.device) -> str:
+    """Say what ran on frames `[S, 3, H, W]`, and where."""
+    return (
+        f"{model.name}, weights: {model.weights}; {count(len(frames), 'photo')} of {frames.shape[-1]} x "
+        f"{frames.shape[-2]} px on {device_name(device)}"
+    )
+
+
+def facts(model: LoadedModel, frames: Tensor, device: torch.device, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return what a report says of the runs on frames `[S, 3, H, W]`."""
+    return {
+        "model": model.name,
+        "weights": model.weights,
+        "warning": model.warning,
+        "device": device_name(device),
+        "frames": len(frames),
+        "height": frames.shape[-2],
+        "width": frames.shape[-1],
+        "layouts": [outcome.facts() for outcome in outcomes],
+    }
 
 
 def truth_of(arguments: argparse.Namespace) -> Truth:
@@ -81,7 +109,7 @@ def reference_of(truth: Truth, frames: Tensor) -> Reference:
     return Reference(truth.poses, depth, truth.known)
 
 
-def facts(truth: Truth, reference: Reference) -> dict[str, Any]:
+def facts_of_truth(truth: Truth, reference: Reference) -> dict[str, Any]:
     """Return what a report says of the truth."""
     return {
         "label": truth.label,
@@ -120,26 +148,25 @@ def _pairs(truth: Truth) -> int:
     return math.comb(len(truth.known), 2)
 
 
-def _as_text(c: Comparison, truth: Truth, scores: dict[str, Scores]) -> str:
-    dense, sparse = scores["dense"], scores["sparse"]
-    rated = [row for row in ROWS if row[1] in dense and row[1] in sparse]
+def _as_text(head: str, truth: Truth, outcomes: Sequence[Outcome], warning: str | None) -> str:
+    dense, sparse = outcomes
+    rated = [row for row in ROWS if row[1] in dense.scores and row[1] in sparse.scores]
     rows = [
         ("", "dense", "sparse"),
-        *((label, words.format(dense[key]), words.format(sparse[key])) for label, key, words in rated),
-        ("whole model", milliseconds(c.dense.median_ms), milliseconds(c.sparse.median_ms)),
-        ("  first run", milliseconds(c.first_dense_ms), milliseconds(c.first_sparse_ms)),
-        ("peak memory that a run adds", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib)),
-        ("frame pairs in global attention", str(c.frames**2), str(c.graph["edges"])),
+        *((label, *(words.format(outcome.scores[key]) for outcome in outcomes)) for label, key, words in rated),
+        ("time", *(milliseconds(outcome.cost.min_ms) for outcome in outcomes)),
+        ("peak memory that a run adds", *(mebibytes(outcome.cost.peak_mib) for outcome in outcomes)),
+        ("frame pairs in global attention", *(str(outcome.frame_pairs) for outcome in outcomes)),
     ]
+    assert sparse.graph is not None
     lines = [
         "",
-        f"{c.model}, weights: {c.weights}; {count(c.frames, 'frame')} of {c.width} x {c.height} px on {c.device_name}",
-        f"Who sees whom: {c.covisibility}; density {percent(c.density)} over frames, {percent(c.token_density)} over "
-        f"tokens; backend {c.backend}",
-        *(f"Note: {warning}" for warning in c.graph["warnings"]),
+        head,
+        f"Sparse: {sparse.layout.sees}; {percent(sparse.pairs)} of the pairs of tokens; backend {sparse.backend}",
+        *(f"Note: {note}" for note in sparse.graph.summary().warnings),
         "",
         table(rows),
         f"  Over {count(_pairs(truth), 'pair')} of photos. ATE and RPE are in the unit of the truth.",
-        *(["", c.warning] if c.warning else []),
+        *(["", warning] if warning else []),
     ]
     return "\n".join(lines)

@@ -73,6 +73,8 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
             )
     if getattr(arguments, "truth_above", None) is not None and arguments.truth is None:
         raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
+    if arguments.command == "sweep" and arguments.depth is not None and arguments.truth is None:
+        raise CommandError("--depth belongs to --truth, the cameras of the same photos; give --truth too")
     if getattr(arguments, "depth_scale", None) is not None and arguments.depth is None:
         raise CommandError("--depth-scale is the scale of the maps in --depth; give --depth too, or leave it out")
 
@@ -194,7 +196,12 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     _add_photos(parser)
     _add_graph(parser)
-    _add_run(parser, repeats=3)
+    _add_run(
+        parser,
+        3,
+        "timed runs of each kind, after one that is not; fewer if they take long. One alone does not tell how far runs "
+        "differ",
+    )
     _add_output(parser, "compare-output")
     parser.set_defaults(read_by=READ_BY)
 
@@ -210,7 +217,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     _add_photos(parser)
     _add_truth(parser, "where 7-Scenes, ETH3D, CO3D and HiRoom keep it for the photos in DIR")
     _add_graph(parser)
-    _add_run(parser, repeats=1)
+    _add_run(parser)
     _add_output(parser, "evaluate-output")
     parser.set_defaults(read_by=READ_BY)
 
@@ -241,7 +248,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "(default: megaloc)",
     )
     _add_megaloc(parser)
-    _add_run(parser, repeats=1)
+    _add_run(parser)
     _add_output(parser, "sweep-output")
     parser.set_defaults(read_by=READ_BY_IN_SWEEP)
 
@@ -290,7 +297,11 @@ def _add_photos(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-frames", type=positive, metavar="N", help="use the first N photos only")
 
 
-def _add_run(parser: argparse.ArgumentParser, repeats: int) -> None:
+def _add_run(
+    parser: argparse.ArgumentParser,
+    repeats: int = 1,
+    what: str = "timed runs of each layout, of which the shortest counts; fewer if they take long",
+) -> None:
     """Add what says which model runs, and how."""
     parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
     parser.add_argument(
@@ -313,8 +324,7 @@ def _add_run(parser: argparse.ArgumentParser, repeats: int) -> None:
         type=positive,
         default=repeats,
         metavar="N",
-        help="timed runs of each kind, after one that is not; fewer if they take long. One alone does not tell how far "
-        f"runs differ (default: {repeats})",
+        help=f"{what} (default: {repeats})",
     )
 
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 from functools import cache, partial
 
-from torch import Tensor
-
 from ..io.photos import find_photos
 from ..measure.layouts import layouts_named
-from ..measure.machine import device_name
 from ..measure.pictures import draw_trade_offs, require_matplotlib
 from ..measure.sweep import Sweep, default_names, sweep
 from ..measure.wording import count, mebibytes, milliseconds, percent
 from ..models.loading import LoadedModel
-from ..sources import ThumbnailSimilarity
 from .compare import load, pick_backend
 from .device import pick_device
 from .errors import refusals
-from .evaluate import facts, reference_of, said, truth_of
+from .evaluate import facts, facts_of_truth, heading, reference_of, said, truth_of
 from .files import write_files
 from .options import similarity
 from .results import as_json
@@ -36,11 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run each layout, print what came of it and which to take, write report and picture; return the exit code."""
     device = pick_device(arguments.device)
     pick_backend(arguments, device)
+    compared = cache(partial(similarity, arguments))
     with refusals():
         require_matplotlib()
         truth = None if arguments.truth is None else truth_of(arguments)
         photos = find_photos(arguments.folder)[: arguments.max_frames] if truth is None else truth.photos
-        layouts_named(arguments.layouts or default_names(len(photos)), ThumbnailSimilarity)  # refused before any work
+        layouts_named(arguments.layouts or default_names(len(photos)), compared)  # refused before any work
     model, frames = load(arguments, photos, device)
     reference = None if truth is None else reference_of(truth, frames)
     if truth is not None:
@@ -50,24 +47,21 @@ def run(arguments: argparse.Namespace) -> int:
             model,
             frames.to(device),
             arguments.layouts,
-            cache(partial(similarity, arguments)),
+            compared,
             reference,
             backend=arguments.backend,
             rounds=arguments.repeats,
             stage=stage,
         )
-    print(_as_text(swept, model, frames, device_name(device)))
-    report = {
-        "model": model.name,
-        "weights": model.weights,
-        "warning": model.warning,
-        "device": device_name(device),
+    used, scored = frames[: swept.frames], None
+    if truth is not None and reference is not None:
+        scored = facts_of_truth(truth.first(swept.frames), reference.first(swept.frames))
+    print(_as_text(swept, heading(model, used, device), model.warning))
+    report = facts(model, used, device, swept.outcomes) | {
         "photos": [photo.name for photo in photos[: swept.frames]],
         "photos_given": swept.asked,
-        "size": list(frames.shape[-2:]),
-        "truth": None if truth is None or reference is None else facts(truth, reference),
+        "truth": scored,
         "unit_of_ate": _unit(swept),
-        "layouts": [outcome.facts() for outcome in swept.outcomes],
         "recommended": None if swept.recommended is None else swept.recommended.layout.name,
         "advice": swept.advice,
     }
@@ -85,18 +79,18 @@ def _against(swept: Sweep) -> str:
     return "against the truth" if swept.against_truth else "against dense"
 
 
-def _as_text(swept: Sweep, model: LoadedModel, frames: Tensor, device: str) -> str:
+def _as_text(swept: Sweep, head: str, warning: str | None) -> str:
     columns = [column for column in COLUMNS if all(column[1] in outcome.scores for outcome in swept.outcomes)]
     rows = [("", "time", "memory of a run", "pairs", *(label for label, _, _ in columns))]
     for outcome in swept.outcomes:
         cells = (words.format(outcome.scores[key]) for _, key, words in columns)
         cost = milliseconds(outcome.cost.min_ms), mebibytes(outcome.cost.peak_mib), percent(outcome.pairs)
         rows.append((outcome.layout.name, *cost, *cells))
-    fewer = f" (memory ran out with {swept.asked}: these are the first)" if swept.frames < swept.asked else ""
+    fewer = [f"Memory ran out with all {swept.asked} photos: these are the first."] * (swept.frames < swept.asked)
     lines = [
         "",
-        f"{model.name}, weights: {model.weights}; {count(swept.frames, 'photo')}{fewer} of {frames.shape[-1]} x "
-        f"{frames.shape[-2]} px on {device}",
+        head,
+        *fewer,
         "",
         table(rows),
         "",
@@ -105,7 +99,7 @@ def _as_text(swept: Sweep, model: LoadedModel, frames: Tensor, device: str) -> s
         *(f"  {outcome.layout.name}: {outcome.layout.sees}" for outcome in swept.outcomes),
         "",
         swept.advice,
-        *([model.warning] if model.warning else []),
+        *([warning] if warning else []),
     ]
     return "\n".join(lines)
 

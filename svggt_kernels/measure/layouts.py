@@ -182,6 +182,11 @@ class Outcome:
         """Pose AUC at 30 degrees; that of rotation alone where no camera of the reference moves."""
         return self.scores.get("auc30", self.scores["rotation_auc30"])
 
+    @property
+    def frame_pairs(self) -> int:
+        """Pairs of frames of which one sees the other, a frame and itself included."""
+        return len(self.poses) ** 2 if self.graph is None else self.graph.num_edges
+
     def facts(self) -> dict[str, Any]:
         """Return what a report holds."""
         return {
@@ -191,6 +196,7 @@ class Outcome:
             "runs": self.cost.runs,
             "peak_mib": self.cost.peak_mib,
             "pairs": self.pairs,
+            "frame_pairs": self.frame_pairs,
             "backend": self.backend,
             **self.scores,
         }
@@ -237,6 +243,7 @@ def run_layouts(
                         model(frames.flip(0))
                     outputs = meter(lambda: model(frames))
                 poses, depth = model.kind.cameras(outputs).cpu(), outputs["depth"].cpu()
+                del outputs
                 reference = reference or Reference.of_run(poses, depth)
                 outcomes.append(_outcome(layout, meter.cost(), handle, poses, depth, reference))
     return outcomes
