@@ -196,12 +196,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     _add_photos(parser)
     _add_graph(parser)
-    _add_run(
-        parser,
-        3,
-        "timed runs of each kind, after one that is not; fewer if they take long. One alone does not tell how far runs "
-        "differ",
-    )
+    _add_run(parser)
     _add_output(parser, "compare-output")
     parser.set_defaults(read_by=READ_BY)
 
@@ -297,11 +292,7 @@ def _add_photos(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-frames", type=positive, metavar="N", help="use the first N photos only")
 
 
-def _add_run(
-    parser: argparse.ArgumentParser,
-    repeats: int = 1,
-    what: str = "timed runs of each layout, of which the shortest counts; fewer if they take long",
-) -> None:
+def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add what says which model runs, and how."""
     parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
     parser.add_argument(
@@ -322,9 +313,9 @@ def _add_run(
     parser.add_argument(
         "--repeats",
         type=positive,
-        default=repeats,
+        default=3,
         metavar="N",
-        help=f"{what} (default: {repeats})",
+        help="timed runs of each kind, fewer if they take long; one alone does not tell how far runs differ (default: 3)",
     )
 
 

@@ -129,7 +129,7 @@ def sweep(
     truth: Reference | None = None,
     *,
     backend: str | None = None,
-    rounds: int = 1,
+    rounds: int = 3,
     stage: Stage = silent,
 ) -> Sweep:
     """Run a model dense and with each layout; where memory runs out, all again on the first half of the frames.

@@ -19,7 +19,7 @@ from svggt_kernels.models.loading import load_model
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
-TOY = ("--model", "toy", "--device", "cpu", "--long-side", "42")
+TOY = ("--model", "toy", "--device", "cpu", "--long-side", "42", "--repeats", "1")
 CHAIN = ("--covisibility", "sequential", "--window", "1")
 
 

@@ -19,7 +19,7 @@ from svggt_kernels.models import loading
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
-TOY = ("--model", "toy", "--device", "cpu", "--long-side", "42", "--covisibility", "tokens")
+TOY = ("--model", "toy", "--device", "cpu", "--long-side", "42", "--covisibility", "tokens", "--repeats", "1")
 LAYOUTS = ("--layouts", "core-2", "core-3-evenly", "nearest-1")
 
 
@@ -39,7 +39,7 @@ def test_against_dense(tmp_path: Path, walk: Walk, capsys: pytest.CaptureFixture
     report = sweep(tmp_path, *LAYOUTS)
     dense, core, evenly, nearest = report["layouts"]
     assert [x["layout"] for x in report["layouts"]] == ["dense", "core-2", "core-3-evenly", "nearest-1"]
-    assert (dense["auc30"], dense["pairs"], dense["frame_pairs"]) == (1, 1, 36) and dense["absrel"] < 1e-9
+    assert (dense["auc30"], dense["pairs"], dense["frame_pairs"]) == (1, 1, 36) and dense["absrel"] < 1e-6
     for facts in (core, evenly, nearest):
         assert facts["absrel"] > 1e-6 and facts["auc5"] <= facts["auc30"] <= 1 and facts["ms"] > 0
     assert core["pairs"] == pytest.approx((2 * 2 + 4 * 3) / 36) and core["frame_pairs"] == 16

@@ -110,7 +110,7 @@ def test_where_memory_runs_out_all_run_on_fewer_frames(images: Tensor, error: Ex
     model = Limited(5, error)
     truth = Reference(torch.eye(4).repeat(3, 1, 1) + torch.rand(3, 1, 1), None, [1, 3, 8])
     with pytest.warns(UserWarning, match="memory ran out with 9 frames; all runs again with the first 4"):
-        found = sweep(loaded(model), images, ["core-2", "dense", "core-3-evenly"], TokenSimilarity, truth)
+        found = sweep(loaded(model), images, ["core-2", "dense", "core-3-evenly"], TokenSimilarity, truth, rounds=1)
     assert (found.asked, found.frames, found.against_truth) == (9, 4, True)
     assert [x.layout.name for x in found.outcomes] == ["dense", "core-2", "core-3-evenly"]
     assert all(len(x.poses) == 4 for x in found.outcomes)
