@@ -315,7 +315,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=3,
         metavar="N",
-        help="timed runs of each kind, fewer if they take long; one alone does not tell how far runs differ (default: 3)",
+        help="timed runs of each kind, fewer if they take long; one alone does not tell how runs differ (default: 3)",
     )
 
 
