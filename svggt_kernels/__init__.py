@@ -1,7 +1,7 @@
 """Frame-block-sparse attention for multi-view transformers.
 
-Which frame attends to which is a graph: time and memory follow its edges. `patch(model)` puts it into a model of the VGGT
-family; `block_sparse_attention` is the operator by itself.
+Which frame attends to which is a graph: time and memory follow its edges. `patch(model)` puts it into a model of the
+VGGT family; `block_sparse_attention` is the operator by itself.
 
 The public names are imported, and torch with them, when the first of them is used.
 """
