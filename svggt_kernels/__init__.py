@@ -1,7 +1,7 @@
 """Frame-block-sparse attention for multi-view transformers.
 
-Frames that cannot see each other do not attend to each other: time and memory follow the edges of the covisibility
-graph. `patch(model)` puts it into a model of the VGGT family; `block_sparse_attention` is the operator by itself.
+Which frame attends to which is a graph: time and memory follow its edges. `patch(model)` puts it into a model of the
+VGGT family; `block_sparse_attention` is the operator by itself.
 
 The public names are imported, and torch with them, when the first of them is used.
 """
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from .layout import BlockLayout
     from .measure.dense import compare_dense
     from .patching import Patch, PatchReport, patch
-    from .sources import MegaLoc, MegaLocSimilarity, TokenSimilarity
+    from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockLayout": "layout",
+    "Core": "sources",
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
     "MegaLocSimilarity": "sources",
@@ -37,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "BlockLayout",
+    "Core",
     "CovisibilityGraph",
     "MegaLoc",
     "MegaLocSimilarity",

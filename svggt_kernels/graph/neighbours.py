@@ -110,16 +110,23 @@ class FrameSimilarity:
         """Return `start` and then, `count - 1` times, the frame that adds most to the cover, `[count]` int64.
 
         The cover is the sum over all frames of the score of the most similar point. Scores are rounded to 20 bits, so
-        that each sum is exact; of frames that add the same the first is taken. Memory is that of all S x S scores.
+        that each sum is exact; of frames that add the same the first is taken. Memory is that of all S x S scores in
+        float32.
         """
-        points = self.fixed_point.to(torch.float64)
-        scores = torch.ldexp(points @ points.T, torch.tensor(COVER_BITS - 2 * FRACTION_BITS)).round_()
-        chosen, covered = [start], scores[start].clone()
+        points = self.fixed_point.to(torch.float64) * 2.0 ** (COVER_BITS / 2 - FRACTION_BITS)
+        scores = torch.cat([(part @ points.T).round_().float() for part in points.split(ROUNDING_ROWS)])
+        chosen, covered = [start], scores[:, start].clone()
+        # What a frame adds only falls as points are chosen, so that what it added before is a bound (Minoux 1978).
+        parts = zip(scores.split(ROUNDING_ROWS), covered.split(ROUNDING_ROWS), strict=True)
+        bounds = sum((part - known[:, None]).clamp_(min=0).sum(dim=0, dtype=torch.float64) for part, known in parts)
         while len(chosen) < count:
-            gain = (scores - covered).clamp_(min=0).sum(dim=1)
-            gain[chosen] = -1
-            chosen.append(int(gain.argmax()))
-            covered = torch.maximum(covered, scores[chosen[-1]])
+            bounds[chosen] = -1
+            best = int(bounds.argmax())
+            gain = (scores[:, best] - covered).clamp_(min=0).sum(dtype=torch.float64)
+            if gain == bounds[best]:
+                chosen.append(best)
+                covered = torch.maximum(covered, scores[:, best])
+            bounds[best] = gain
         return torch.tensor(chosen[:count], dtype=torch.int64, device=self.device)
 
     def bridges(self, labels: Tensor) -> Tensor:
