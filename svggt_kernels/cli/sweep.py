@@ -6,7 +6,7 @@ import argparse
 from functools import cache, partial
 
 from ..io.photos import find_photos
-from ..measure.layouts import layouts_named
+from ..measure.layouts import Outcome, layouts_named
 from ..measure.pictures import draw_trade_offs, require_matplotlib
 from ..measure.sweep import Sweep, default_names, sweep
 from ..measure.wording import count, mebibytes, milliseconds, percent
@@ -79,6 +79,10 @@ def _against(swept: Sweep) -> str:
     return "against the truth" if swept.against_truth else "against dense"
 
 
+def _full(outcome: Outcome) -> str:
+    return "; of so few photos that is all, so it computes what dense does" if outcome.is_full else ""
+
+
 def _as_text(swept: Sweep, head: str, warning: str | None) -> str:
     columns = [column for column in COLUMNS if all(column[1] in outcome.scores for outcome in swept.outcomes)]
     rows = [("", "time", "memory of a run", "pairs", *(label for label, _, _ in columns))]
@@ -96,7 +100,7 @@ def _as_text(swept: Sweep, head: str, warning: str | None) -> str:
         "",
         f"  AUC, ATE and AbsRel are {_against(swept)}; ATE is in {_unit(swept)}. Time is the shortest of "
         f"{count(swept.dense.cost.runs, 'run')}.",
-        *(f"  {outcome.layout.name}: {outcome.layout.sees}" for outcome in swept.outcomes),
+        *(f"  {outcome.layout.name}: {outcome.layout.sees}{_full(outcome)}" for outcome in swept.outcomes),
         "",
         swept.advice,
         *([warning] if warning else []),

@@ -183,6 +183,11 @@ class Outcome:
         return self.scores.get("auc30", self.scores["rotation_auc30"])
 
     @property
+    def is_full(self) -> bool:
+        """Whether it is a graph in which every token sees every token, so that it computes what dense does."""
+        return self.graph is not None and self.pairs == 1
+
+    @property
     def frame_pairs(self) -> int:
         """Pairs of frames of which one sees the other, a frame and itself included."""
         return len(self.poses) ** 2 if self.graph is None else self.graph.num_edges

@@ -36,9 +36,9 @@ def sweep(tmp_path: Path, *words: object) -> dict:
 
 
 def test_against_dense(tmp_path: Path, walk: Walk, capsys: pytest.CaptureFixture[str]):
-    report = sweep(tmp_path, *LAYOUTS)
-    dense, core, evenly, nearest = report["layouts"]
-    assert [x["layout"] for x in report["layouts"]] == ["dense", "core-2", "core-3-evenly", "nearest-1"]
+    report = sweep(tmp_path, *LAYOUTS, "core-6")
+    dense, core, evenly, nearest, full = report["layouts"]
+    assert [x["layout"] for x in report["layouts"]] == ["dense", "core-2", "core-3-evenly", "nearest-1", "core-6"]
     assert (dense["auc30"], dense["pairs"], dense["frame_pairs"]) == (1, 1, 36) and dense["absrel"] < 1e-6
     for facts in (core, evenly, nearest):
         assert facts["absrel"] > 1e-6 and facts["auc5"] <= facts["auc30"] <= 1 and facts["ms"] > 0
@@ -46,6 +46,7 @@ def test_against_dense(tmp_path: Path, walk: Walk, capsys: pytest.CaptureFixture
     assert report["truth"] is None and report["photos"] == [photo.name for photo in walk.photos]
     assert "extent of dense's cameras" in report["unit_of_ate"]
     said = capsys.readouterr().out
+    assert full["pairs"] == 1 and said.count("of so few photos that is all, so it computes what dense does") == 1
     assert report["advice"] in said and "against dense; ATE is in the extent" in said and report["warning"] in said
 
 
