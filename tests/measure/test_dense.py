@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,27 @@ def test_model_and_patch_stay_as_they_are(model: RoomsModel, images: Tensor):
         assert torch.is_grad_enabled()
         model(images[None])
         assert handle.report().visible_pairs < handle.report().dense_pairs
+
+
+class Watched(nn.Module):
+    """Notes of each call whether it trains, whether it keeps gradients, and where the first weights lie."""
+
+    calls: ClassVar[list[tuple[bool, bool, int]]] = []
+
+    def __init__(self, model: RoomsModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self.calls.append((self.model.training, torch.is_grad_enabled(), next(self.parameters()).data_ptr()))
+        return self.model(images)
+
+
+def test_a_copy_runs_in_eval_mode_without_gradients_and_shares_the_weights(model: RoomsModel, images: Tensor):
+    watched = Watched(model).train()
+    with patch(watched, covisibility=Core(2, by="tokens")):
+        compare_dense(watched, images)
+    assert Watched.calls == [(False, False, next(model.parameters()).data_ptr())] * 4
 
 
 def test_a_full_graph_says_so_and_has_no_figures(model: RoomsModel, images: Tensor):
