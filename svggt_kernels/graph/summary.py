@@ -71,7 +71,7 @@ class GraphSummary:
         blind = int((degrees == 0).sum())
         bridges = None if origin is None else len(origin.bridges)
         lonely = () if origin is None else origin.lonely()
-        useless = graph.density > USELESS_DENSITY and core is None
+        useless = graph.density > USELESS_DENSITY and core != frames
         warnings = {
             f"density {graph.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use a "
             "sparser graph (fewer neighbours, a smaller window), or dense attention": useless,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def in_order(
         torch.stack([places[graph.rows.long()], places[graph.indices.long()]], dim=1),
         num_key_frames=graph.num_key_frames,
     )
-    return replace(moved, core_frames=None if graph.core_frames is None else places[graph.core_frames])
+    return moved.with_core(None if graph.core_frames is None else places[graph.core_frames])
 
 
 def as_images_lie(
