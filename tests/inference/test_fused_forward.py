@@ -272,8 +272,11 @@ def test_equal_settings_are_verified_once_for_each_size(monkeypatch: pytest.Monk
         assert verified.count("Aggregator") == 4
         pickle.loads(pickle.dumps(network))(IMAGES)
         assert verified.count("Aggregator") == 5
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-        network(IMAGES)
+        before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+        try:
+            network(IMAGES)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
         assert verified.count("Aggregator") == 6
         network(IMAGES[:, :2])
         assert verified.count("Aggregator") == 7
