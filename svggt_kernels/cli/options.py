@@ -33,6 +33,5 @@ def source(arguments: argparse.Namespace) -> Source:
         options["weights"] = megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if word == "core" or arguments.core is not None:
         by = SOURCES["megaloc" if word == "core" else word](**options)
-        assert isinstance(by, Similarity)
-        return Core(arguments.core or CORE_SIZE, by=by)
+        return Core(arguments.core or CORE_SIZE, by=by if isinstance(by, Similarity) else None)
     return SOURCES[word](**options)

@@ -65,9 +65,10 @@ class Core:
     @property
     def label(self) -> str:
         """How the graph is made, in words."""
-        how = "at equal distances" if self._similarity is None else f"chosen by {self._similarity.by}"
+        words = {"farthest": "that differ most by", "covering": "that resemble most others by"}
+        how = "at equal distances" if self._similarity is None else f"{words[self.choice]} {self._similarity.by}"
         beside = f", and {self.nearest} nearest frames" if self.nearest else ""
-        return f"a core of {self.size} frames {how}{beside}"
+        return f"a core of {self.size} frame{'s' * (self.size != 1)} {how}{beside}"
 
     @property
     def needs(self) -> Literal["nothing", "images", "tokens"]:

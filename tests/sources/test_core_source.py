@@ -94,7 +94,7 @@ def test_settings_without_a_meaning_are_refused(options, message):
 
 
 def test_labels_say_how_the_core_is_chosen():
-    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames chosen by similar tokens of the model"
+    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames that differ most by tokens of the model"
     assert Core(8, by="tokens").label == Core(8, by=TokenSimilarity()).label
-    assert Core().label == "a core of 48 frames chosen by MegaLoc"
+    assert Core().label == "a core of 48 frames that differ most by MegaLoc"
     assert Core(8, by=None).label == "a core of 8 frames at equal distances"
