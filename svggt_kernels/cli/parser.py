@@ -305,8 +305,8 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         "--core",
         type=positive,
         metavar="K",
-        help="let each frame see itself and a core of K frames, those that differ most by what --covisibility compares, "
-        "with sequential those at equal distances, in place of neighbours; frames of the core see the core alone "
+        help="let each frame see itself and a core of K frames in place of neighbours: those that differ most by what "
+        "--covisibility compares, with sequential those at equal distances; frames of the core see the core alone "
         f"(default with core: {CORE_SIZE})",
     )
     parser.add_argument(
