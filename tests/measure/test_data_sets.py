@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def test_the_truth_is_found_from_the_folder_of_photos(name: str, tmp_path: Path,
     frames = truth.depth_of_frames(walk.depth.shape[-2:])
     assert not frames[:, :2].any()
     torch.testing.assert_close(frames[:, 2:], walk.depth[:, 2:], atol=rounding, rtol=0)
+
+
+def test_depth_of_eth3d_lies_in_the_rows_of_the_photo_as_it_is_stored(tmp_path: Path):
+    """Where the scene's own photos have an orientation, copies without it are what can be given."""
+    walk = walks.walk(tmp_path)
+    folder = eth3d(tmp_path / "data", walk)
+    copies = Path(shutil.copytree(folder.parents[1], tmp_path / "copies" / "courtyard")) / "images" / "dslr_images"
+    for photo in photos_of(folder):
+        walks.tag(photo, 6)
+    truth = find_truth(folder)
+    with pytest.raises(ValueError, match=r"must be stored upright .* 6 of 6 are not"):
+        read_truth(truth, photos_of(folder))
+    frames = read_truth(truth, photos_of(copies)).depth_of_frames((28, 42))
+    assert torch.equal(frames[:, 2:], walk.depth[:, 2:])
 
 
 def test_undistorted_photos_of_eth3d_have_no_depth(tmp_path: Path):

@@ -77,6 +77,38 @@ def test_a_model_that_colmap_wrote(tmp_path: Path, walk: Walk):
         torch.testing.assert_close(read_truth(folder, walk.photos).poses, walk.poses)
 
 
+class TestTurnedPhotos:
+    @pytest.fixture
+    def walk(self, tmp_path: Path) -> Walk:
+        return walks.walk(tmp_path, names=[f"{i:06d}.jpg" for i in range(6)])
+
+    @pytest.mark.parametrize("kind", EXPORTS)
+    def test_are_refused(self, kind: str, tmp_path: Path, walk: Walk):
+        for photo in walk.photos[3:5]:
+            walks.tag(photo, 6)
+        with pytest.raises(
+            ValueError,
+            match=r"must be stored upright .* 2 of 6 are not \(.*000003.jpg: EXIF orientation 6\); write them",
+        ):
+            read_truth(EXPORTS[kind](tmp_path, walk), walk.photos)
+
+    @pytest.mark.parametrize("orientation", range(2, 9))
+    def test_mirrored_or_upside_down(self, orientation: int, tmp_path: Path, walk: Walk):
+        walks.tag(walk.photos[0], orientation)
+        with pytest.raises(ValueError, match=rf"1 of 6 are not .*000000.jpg: EXIF orientation {orientation}"):
+            read_truth(walks.as_colmap_text(tmp_path / "sparse", walk), walk.photos)
+
+    @pytest.mark.parametrize("orientation", [0, 1, 9])
+    def test_what_turns_nothing_is_read(self, orientation: int, tmp_path: Path, walk: Walk):
+        walks.tag(walk.photos[0], orientation)
+        assert read_truth(walks.as_colmap_text(tmp_path / "sparse", walk), walk.photos).known == list(range(6))
+
+    def test_photos_without_a_pose_may_be_turned(self, tmp_path: Path, walk: Walk):
+        walks.tag(walk.photos[5], 6)
+        model = walks.as_colmap_text(tmp_path / "sparse", walk._replace(photos=walk.photos[:5], poses=walk.poses[:5]))
+        assert read_truth(model, walk.photos).known == list(range(5))
+
+
 class TestWhichPhoto:
     def test_photos_and_poses_that_have_no_counterpart_are_told(self, tmp_path: Path, walk: Walk):
         model = walks.as_colmap_text(tmp_path / "sparse", walk)

@@ -1,7 +1,8 @@
 """ETH3D, high-resolution multi-view: a scene's images/dslr_images and images/dslr_images_undistorted.
 
 Poses are COLMAP's, in dslr_calibration_jpg and dslr_calibration_undistorted. Depth maps exist for the distorted photos
-alone, in ground_truth_depth/dslr_images: float32 in rows, of the size of the photo, infinite where depth is not known.
+alone, in ground_truth_depth/dslr_images: float32 in the rows of the photo as it is stored, infinite where depth is not
+known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ...io.depth_maps import scaled
-from ...io.photos import photo_size
+from ...io.photos import stored_size
 from . import colmap
 from .base import Format, KnownPhoto, Reading
 
@@ -41,7 +42,7 @@ def _with_depth(scene: Path, known: KnownPhoto) -> KnownPhoto:
 
 
 def _read(path: Path, photo: Path) -> Tensor:
-    width, height = photo_size(photo)
+    width, height = stored_size(photo)
     depth = np.fromfile(path, dtype="<f4")
     if depth.size != width * height:
         raise ValueError(
