@@ -143,6 +143,35 @@ def test_depth_of_eth3d_lies_in_the_rows_of_the_photo_as_it_is_stored(tmp_path: 
     assert torch.equal(frames[:, 2:], walk.depth[:, 2:])
 
 
+@pytest.mark.parametrize(
+    ("name", "level", "message"),
+    [
+        ("7-Scenes", 0, r"others \(chess/seq-01/frame-000000.color.png, "),
+        ("7-Scenes", 1, r"others \(chess/seq-01/frame-000000.color.png, "),
+        ("HiRoom", 1, r"others \(828805/1/image/0, "),
+        ("HiRoom", 2, r"others \(828805/1/image/0, "),
+        ("ETH3D", 2, r"others \(courtyard/images/dslr_images/000000.png, "),
+        ("CO3D", 1, r"no viewpoint of sequence 'other'"),
+        ("CO3D", 2, r"others \(apple/110_13051_23361/images/frame000001.jpg, "),
+    ],
+)
+def test_photos_of_another_sequence_or_scene_have_other_poses(name: str, level: int, message: str, tmp_path: Path):
+    """The folder of the photos, the one around it and so on is copied under another name; file names are the same."""
+    folder = DATA_SETS[name][0](tmp_path / "data", walks.walk(tmp_path))
+    renamed = [folder, *folder.parents][level]
+    shutil.copytree(renamed, other := renamed.with_name("other"))
+    photos = photos_of(other / folder.relative_to(renamed))
+    with pytest.raises(ValueError, match=message):
+        read_truth(find_truth(folder), photos)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_photos_may_lie_elsewhere_in_folders_of_the_same_names(name: str, tmp_path: Path):
+    folder = DATA_SETS[name][0](tmp_path / "data", walks.walk(tmp_path))
+    copies = shutil.copytree(tmp_path / "data", tmp_path / "copies") / folder.relative_to(tmp_path / "data")
+    assert read_truth(find_truth(folder), photos_of(copies)[1:4]).known == [0, 1, 2]
+
+
 def test_undistorted_photos_of_eth3d_have_no_depth(tmp_path: Path):
     walk = walks.walk(tmp_path)
     scene = tmp_path / "courtyard"
