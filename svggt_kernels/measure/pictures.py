@@ -27,6 +27,7 @@ UNSEEN, SEEN, SEEN_IN_VAIN, MISSED = range(4)
 MOSAIC_ROWS, MOSAIC_COLUMNS = 24, 10
 PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
 TRUE_COLOUR, MARK_COLOUR = "#8a8a8a", "#e08a00"
+BESIDE = 1.5  # metres beside a flat that a floor plan shows
 
 
 def require_matplotlib() -> None:

@@ -210,7 +210,7 @@ class Planner:
         if facts:
             warnings.warn(
                 f"the covisibility graph {' and '.join(facts)}; if all frames show one scene, add the pairs that join "
-                'them: covisibility="sequential" and the similarities do',
+                "them, or let all see a core (Core, CovisibilityGraph.core)",
                 UserWarning,
                 stacklevel=2,
             )
