@@ -115,7 +115,7 @@ def scene_sets(options: argparse.Namespace) -> list[SceneSet]:
 
 
 def scene_seed(chosen: SceneSet, seed: int, scene: int) -> int:
-    """Return the seed of a scene; those of training and validation are small numbers, this has 56 bits."""
+    """Return the seed of a scene, 56 bits that training and validation would meet by chance alone."""
     return int.from_bytes(hashlib.sha256(f"{chosen.name} {seed} {scene}".encode()).digest()[:7], "big")
 
 

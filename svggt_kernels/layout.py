@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -382,13 +382,17 @@ class BlockLayout:
 
 
 def _with_core_frame(graph: CovisibilityGraph) -> CovisibilityGraph:
-    """Return a graph that has a core with one frame more, the last, which belongs to it."""
-    last, core = graph.num_frames, graph.core_frames
+    """Return a graph that has a core with one frame more, the last, which belongs to it; no host sync."""
+    last, core, device = graph.num_frames, graph.core_frames, graph.device
     assert core is not None
-    everyone, new = torch.arange(last, device=core.device), torch.tensor([last], device=core.device)
-    edges = torch.stack([graph.rows, graph.indices], dim=1)
-    edges = torch.cat([edges, torch.cartesian_prod(everyone, new), torch.cartesian_prod(new, core)])
-    return replace(CovisibilityGraph.from_pairs(last + 1, edges), core_frames=torch.cat([core, new]))
+    every_row = torch.arange(last + 1, device=device, dtype=torch.int32)
+    # Each row gets the last frame as its last entry; the last row is the core, rising, and itself.
+    edges = len(graph.indices)
+    indices = torch.full((edges + last + len(core) + 1,), last, dtype=torch.int32, device=device)
+    indices[torch.arange(edges, device=device) + graph.rows] = graph.indices
+    indices[edges + last : -1] = core.sort().values
+    indptr = torch.cat([graph.indptr + every_row, every_row[-1:] + edges + len(core) + 1])
+    return CovisibilityGraph(indptr, indices, last + 1).with_core(torch.cat([core, core.new_full((1,), last)]))
 
 
 def owners(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:

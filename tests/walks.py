@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from svggt_kernels.demo.scenes import Draws, make_scenes
@@ -52,6 +52,15 @@ def walk(folder: Path, names: Sequence[str] | None = None) -> Walk:
     for photo, image in zip(photos, images, strict=True):
         Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy()).save(photo)
     return Walk(photos, poses, depth)
+
+
+def tag(photo: Path, orientation: int) -> None:
+    """Give a photo an EXIF orientation; its pixels stay as they are stored, but for what JPEG loses."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with Image.open(photo) as image:
+        image.load()
+    image.save(photo, exif=exif)
 
 
 def quaternion(rotation: np.ndarray) -> list[float]:

@@ -29,7 +29,8 @@ def source(arguments: argparse.Namespace) -> Source:
     if arguments.core is not None and options:
         raise CommandError(f"--core and --{next(iter(options))} say both what each frame sees; give one of them")
     if word == "core" or arguments.core is not None:
-        return Core(arguments.core or CORE_SIZE, by=similarity(arguments, options))
+        by = None if word == "sequential" else similarity(arguments, options)
+        return Core(arguments.core or CORE_SIZE, by=by)
     if word in ("sequential", "all"):
         return SOURCES[word](**options)
     return similarity(arguments, options)

@@ -29,7 +29,7 @@ READ_BY = {
     "--neighbours": ("megaloc", "tokens", "thumbnails"),
     "--window": ("megaloc", "tokens", "thumbnails", "sequential"),
     "--megaloc": ("core", "megaloc"),
-    "--core": ("core", "megaloc", "tokens", "thumbnails"),
+    "--core": ("core", "megaloc", "tokens", "thumbnails", "sequential"),
 }
 READ_BY_IN_SWEEP = {"--megaloc": ("megaloc",)}
 READ_BY_IN_LAYOUT = {
@@ -46,8 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="svggt-kernels",
-        description="Attention for multi-view transformers in which only frames that can see each other attend to each "
-        "other.",
+        description="Attention for multi-view transformers in which a graph says which frame attends to which.",
         epilog="'svggt-kernels COMMAND --help' shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
@@ -340,8 +339,9 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         "--core",
         type=positive,
         metavar="K",
-        help=f"let each frame see itself and a core of K frames, chosen by what --covisibility compares, in place of "
-        f"neighbours; frames of the core see the core alone (default with core: {CORE_SIZE})",
+        help="let each frame see itself and a core of K frames in place of neighbours: those that differ most by what "
+        "--covisibility compares, with sequential those at equal distances; frames of the core see the core alone "
+        f"(default with core: {CORE_SIZE})",
     )
     parser.add_argument(
         "--window",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,30 @@ def first_true(flags: Tensor) -> int | None:
     """Return the first place of `[n]` bool where it is True, None if there is none; waits for the device."""
     places = flags.nonzero()
     return int(places[0]) if len(places) else None
+
+
+def frames_tensor(name: str, frames: Sequence[Any] | Tensor | np.ndarray, dimensions: int, num_frames: int) -> Tensor:
+    """Return indices of frames as an int64 tensor.
+
+    Args:
+        name: What messages call them.
+        frames: The indices; a tensor stays on its device.
+        dimensions: How many they must have.
+        num_frames: What they must be below.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If they have other dimensions, or one is out of range.
+    """
+    indices = tensor(name, frames if isinstance(frames, (Tensor, np.ndarray)) else np.asarray(frames))
+    if indices.ndim != dimensions or 0 in indices.shape:
+        raise ValueError(f"{name} must have {dimensions} dimensions, none of them 0, got shape {tuple(indices.shape)}")
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {indices.dtype}")
+    outside = (indices < 0) | (indices >= num_frames)
+    if bool(outside.any()):
+        raise ValueError(f"{name} must be in [0, {num_frames}), got {int(indices[outside][0])}")
+    return indices.to(torch.int64, copy=True)
 
 
 def descriptors_tensor(descriptors: Tensor | np.ndarray) -> Tensor:

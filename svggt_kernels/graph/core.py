@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import descriptors_tensor, integer, tensor
+from .arguments import descriptors_tensor, first_true, frames_tensor, integer
 from .neighbours import FrameSimilarity
 
+CHUNK = 2048
 Choice = Literal["farthest", "covering"]
 
 
@@ -44,7 +45,7 @@ def choose_core(
     descriptors = descriptors_tensor(descriptors)
     frames = len(descriptors)
     size, first = min(integer("size", size, 1), frames), integer("first", first, 0, frames - 1)
-    similarity = FrameSimilarity.from_descriptors(descriptors, frames)
+    similarity = FrameSimilarity.from_descriptors(descriptors, CHUNK)
     chosen = similarity.farthest_points if choice == "farthest" else similarity.covering_points
     return chosen(first, size).to(descriptors.device)
 
@@ -60,7 +61,7 @@ def nearest_frames(
         ValueError: If they are not `[S, C]`, or hold NaN, infinity or a zero row.
     """
     descriptors = descriptors_tensor(descriptors)
-    similarity = FrameSimilarity.from_descriptors(descriptors, len(descriptors))
+    similarity = FrameSimilarity.from_descriptors(descriptors, CHUNK)
     return similarity.nearest(min(integer("count", count, 0), len(descriptors) - 1)).to(descriptors.device)
 
 
@@ -71,25 +72,17 @@ def spread_evenly(num_frames: int, size: int) -> Tensor:
 
 
 def checked_core(num_frames: int, frames: Sequence[int] | Tensor | np.ndarray) -> Tensor:
-    """Return the frames of a core as `[K]` int64.
+    """Return the frames of a core as `[K]` int64, a copy.
 
     Raises:
         TypeError: If they are not integers.
         ValueError: If there is none, one is out of range, or one is given twice.
     """
-    core = tensor("frames", frames if isinstance(frames, (Tensor, np.ndarray)) else np.asarray(list(frames)))
-    if core.ndim != 1 or len(core) == 0:
-        raise ValueError(f"a core must be a list of at least one frame, got shape {tuple(core.shape)}")
-    if core.dtype.is_floating_point or core.dtype.is_complex or core.dtype == torch.bool:
-        raise TypeError(f"the frames of a core must be integers, got {core.dtype}")
-    outside = (core < 0) | (core >= num_frames)
-    if bool(outside.any()):
-        raise ValueError(f"the frames of a core must be in [0, {num_frames}), got {int(core[outside][0])}")
-    if len(core.unique()) < len(core):
-        twice = core.sort().values
-        again = int(twice[1:][twice[1:] == twice[:-1]][0])
-        raise ValueError(f"the frames of a core must differ, but {again} is given twice")
-    return core.to(torch.int64)
+    core = frames_tensor("the frames of a core", frames, 1, num_frames)
+    rising = core.sort().values
+    if (at := first_true(rising[1:] == rising[:-1])) is not None:
+        raise ValueError(f"the frames of a core must differ, but {int(rising[at])} is given twice")
+    return core
 
 
 def core_edges(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import descriptors_tensor, first_true, integer, moved, pairs_tensor, tensor
+from .arguments import descriptors_tensor, first_true, frames_tensor, integer, moved, pairs_tensor
 from .connectivity import connected_components
 from .core import checked_core, core_edges
 from .descriptors import GraphOrigin, edges_from_descriptors
@@ -36,8 +36,10 @@ class CovisibilityGraph:
         num_frames: Query frames S, at least 1.
         num_key_frames: Key frames, at least 1. None means `num_frames`.
         origin: How its edges were found, if it comes from descriptors.
+
+    Attributes:
         core_frames: The frames that every frame sees and that see one another only, in the order in which they were
-            chosen, `[K]` int64; see `core`.
+            chosen, `[K]` int64; None for graphs that `core` did not make, unions among them.
 
     Raises:
         TypeError: If an array is not an int32 tensor or a count is not an integer.
@@ -49,7 +51,7 @@ class CovisibilityGraph:
     num_frames: int
     num_key_frames: int = None  # type: ignore[assignment]  # an int once constructed
     origin: GraphOrigin | None = None
-    core_frames: Tensor | None = None  # [K] int64
+    core_frames: Tensor | None = field(default=None, init=False)  # [K] int64
 
     def __post_init__(self) -> None:
         frames, key_frames = _frame_counts(self.num_frames, self.num_key_frames)
@@ -188,7 +190,7 @@ class CovisibilityGraph:
         num_frames: int,
         frames: Sequence[int] | Tensor | np.ndarray,  # [K]
         *,
-        nearest: Tensor | np.ndarray | None = None,  # [S, m]
+        nearest: Sequence[Sequence[int]] | Tensor | np.ndarray | None = None,  # [S, m]
     ) -> CovisibilityGraph:
         """Build the graph of a closed core: every frame sees the core and itself, frames of the core the core only.
 
@@ -208,15 +210,12 @@ class CovisibilityGraph:
         num_frames = integer("num_frames", num_frames, 1)
         core = checked_core(num_frames, frames)
         if nearest is not None:
-            nearest = tensor("nearest", nearest)
-            if nearest.ndim != 2 or len(nearest) != num_frames or bool(((nearest < 0) | (nearest >= num_frames)).any()):
-                raise ValueError(
-                    f"nearest must be [S, m] = [{num_frames}, m] frames in [0, {num_frames}), got shape "
-                    f"{tuple(nearest.shape)}"
-                )
+            nearest = frames_tensor("nearest", nearest, 2, num_frames)
+            if len(nearest) != num_frames:
+                raise ValueError(f"nearest must be [S, m], S = {num_frames}, got shape {tuple(nearest.shape)}")
         edges = core_edges(num_frames, core, nearest)
         graph = cls._from_codes(edges[:, 0] * num_frames + edges[:, 1], num_frames, num_frames)
-        return replace(graph, core_frames=core)
+        return graph.with_core(core)
 
     @classmethod
     def from_descriptors(
@@ -377,14 +376,20 @@ class CovisibilityGraph:
 
     def to(self, device: torch.device | str) -> CovisibilityGraph:
         """Return the graph on another device."""
-        return CovisibilityGraph(
+        graph = CovisibilityGraph(
             moved(self.indptr, device),
             moved(self.indices, device),
             self.num_frames,
             self.num_key_frames,
             None if self.origin is None else self.origin.to(device),
-            None if self.core_frames is None else moved(self.core_frames, device),
         )
+        return graph.with_core(None if self.core_frames is None else moved(self.core_frames, device))
+
+    def with_core(self, core: Tensor | None) -> CovisibilityGraph:
+        """Return the graph with the frames `[K]` int64 noted as its core, for a graph whose edges are those of one."""
+        graph = replace(self)
+        object.__setattr__(graph, "core_frames", core)
+        return graph
 
     def to_dense(self) -> Tensor:
         """Return the boolean matrix `[S, Sk]`; its memory grows with S * Sk."""

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .graph import CovisibilityGraph
 
 USELESS_DENSITY = 0.6
+NEIGHBOURS = (
+    "on graphs of the frames most alike a model trained with dense attention was measured to keep a fifth to a half of "
+    "its AUC@30, where a core kept it (docs/accuracy.md): use Core, on the command line --core"
+)
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,12 @@ class GraphSummary:
         blind = int((degrees == 0).sum())
         bridges = None if origin is None else len(origin.bridges)
         lonely = () if origin is None else origin.lonely()
-        useless = graph.density > USELESS_DENSITY and core is None
+        useless = graph.density > USELESS_DENSITY and core != frames
         warnings = {
             f"density {graph.density:.2f} is above {USELESS_DENSITY}: sparse attention saves little here; use a "
             "sparser graph (fewer neighbours, a smaller window), or dense attention": useless,
+            f"the core holds all {frames} frames, so that attention is dense; give a smaller one": core == frames > 1,
+            NEIGHBOURS: origin is not None and graph.density < 1,
             f"the graph has {components} components that cannot see one another; add pairs, or build it from "
             "descriptors with bridge=True": (components or 1) > 1,
             f"frames that see no other frame: {blind}": blind and square and frames > 1,

@@ -87,9 +87,11 @@ def start(
     x = tokens.new_zeros(1, TOKENS, tokens.shape[-1], dtype=torch.promote_types(tokens.dtype, torch.float32))
     is_set_up = FirstLaunches([partial(ops.set_up, device)], stream)
     dtypes = {None, dtype}  # a verification has the model's own
-    calls = [call for each in dtypes for call in aggregators.launches(aggregator, x, each)]
+    calls = [call for each in dtypes for call in _until_one_raises(aggregators.launches(aggregator, x, each))]
     of_aggregator = FirstLaunches(calls, stream, is_set_up)
-    of_heads = FirstLaunches([call for head in heads for call in _launches_of_head(head)], stream, of_aggregator)
+    known = [head for head in heads if dpt.obstacle(head) is None]
+    calls = [call for head in known for call in _until_one_raises(dpt.launches(head))]
+    of_heads = FirstLaunches(calls, stream, of_aggregator)
     return {aggregator.global_blocks: of_attention, aggregator: of_aggregator, **dict.fromkeys(heads, of_heads)}
 
 
@@ -100,7 +102,7 @@ def _attention(block: Any, device: torch.device, backend: str | None) -> partial
     return partial(prepare, layout, blocks.compute_dtype(block), head_size, backend=backend)
 
 
-def _launches_of_head(head: Any) -> Iterator[partial[Any]]:
-    if dpt.obstacle(head) is None:
-        with contextlib.suppress(Exception):  # what a head lacks its verification tells
-            yield from dpt.launches(head)
+def _until_one_raises(calls: Iterator[partial[Any]]) -> Iterator[partial[Any]]:
+    """Yield calls as far as they can be made: what a module lacks its verification tells."""
+    with contextlib.suppress(Exception):
+        yield from calls

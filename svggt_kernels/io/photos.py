@@ -29,7 +29,9 @@ PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".
 PLUGIN_SUFFIXES = frozenset({".heic", ".heif", ".hif", ".avif", ".jxl"})
 RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"})
 EXIF_ORIENTATION = 0x0112
-ON_ITS_SIDE = (5, 6, 7, 8)
+UPRIGHT = 1
+TURNED = range(2, 9)
+ON_ITS_SIDE = range(5, 9)
 CROP_WORTH_A_WARNING = 0.15  # of a photo's area
 NAMED = 5  # of the things that a message could list
 
@@ -216,11 +218,22 @@ def _opened(path: Path) -> Iterator[Image]:
 
 
 def _orientation(image: Image) -> int:
-    """Return how a photo is stored, as EXIF numbers it; 1 (upright) where EXIF does not say or cannot be read."""
+    """Return how a photo is stored, as EXIF numbers it: 2 to 8, or 1 (upright) where EXIF says none of these."""
     try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        number = image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
     except Exception:  # as Pillow's parser raises it; EXIF is no part of the picture
-        return 1
+        return UPRIGHT
+    return int(number) if number in TURNED else UPRIGHT
+
+
+def orientation(path: Path) -> int:
+    """Return the EXIF orientation by which `load_photos` turns or mirrors a photo, 2 to 8; 1 if it is shown as stored.
+
+    Raises:
+        ValueError: The file cannot be read as a photo.
+    """
+    with _opened(path) as image:
+        return _orientation(image)
 
 
 def photo_size(path: Path) -> tuple[int, int]:
@@ -234,6 +247,16 @@ def photo_size(path: Path) -> tuple[int, int]:
             image.load()  # turns by the tag and drops it; the header's size is turned in some releases of Pillow only
         width, height = image.size
         return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """Return width and height of the pixels of a photo as they are stored, upright or not.
+
+    Raises:
+        ValueError: The file cannot be read as a photo.
+    """
+    width, height = photo_size(path)
+    return (height, width) if orientation(path) in ON_ITS_SIDE else (width, height)
 
 
 def _read(path: Path) -> Image:

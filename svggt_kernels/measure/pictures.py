@@ -27,6 +27,7 @@ UNSEEN, SEEN, SEEN_IN_VAIN, MISSED = range(4)
 MOSAIC_ROWS, MOSAIC_COLUMNS = 24, 10
 PAIR_COLOURS = ("#ffffff", "#1f4e79", "#a9c4de", "#d62728")
 TRUE_COLOUR, MARK_COLOUR = "#8a8a8a", "#e08a00"
+BESIDE = 1.5  # metres beside a flat that a floor plan shows
 
 
 def require_matplotlib() -> None:
@@ -321,10 +322,15 @@ def draw_floor_plan(
     from matplotlib.lines import Line2D
 
     corners = walls.flatten(0, 1).cpu()
-    (left, bottom), (right, top) = (corners.amin(0) - 0.3).tolist(), (corners.amax(0) + 0.3).tolist()
+    low, high = corners.amin(0), corners.amax(0)
+    # Cameras that are predicted outside the flat are shown up to a distance from its walls.
+    placed = torch.cat([cameras.poses[:, :2, 3].cpu().to(corners) for cameras in predictions])
+    low = torch.minimum(low, torch.maximum(placed.amin(0), low - BESIDE)) - 0.3
+    high = torch.maximum(high, torch.minimum(placed.amax(0), high + BESIDE)) + 0.3
+    (left, bottom), (right, top) = low.tolist(), high.tolist()
     width = 4.6
     height = width * (top - bottom) / (right - left)
-    figure = _figure(width * len(predictions), height + 1.35, title)
+    figure = _figure(width * len(predictions), height + 1.1, title)
     true_eyes = truth[:, :2, 3].cpu().numpy()
     for axis, cameras in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions, strict=True):
         axis.add_collection(PolyCollection(list(things.cpu().numpy()), facecolor="#e8e4da", edgecolor="#c8c2b2"))

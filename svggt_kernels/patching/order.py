@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def in_order(
         torch.stack([places[graph.rows.long()], places[graph.indices.long()]], dim=1),
         num_key_frames=graph.num_key_frames,
     )
-    return replace(moved, core_frames=None if graph.core_frames is None else places[graph.core_frames])
+    return moved.with_core(None if graph.core_frames is None else places[graph.core_frames])
 
 
 def as_images_lie(
@@ -77,7 +76,7 @@ def frame_order(
         raise RuntimeError(
             "the order of the frames inside the model could not be read: the tokens after it reorders its frames are "
             "not the tokens before in another order. This version of the model does more there than is known; "
-            'use covisibility="tokens", which needs no order'
+            'use covisibility=Core(by="tokens"), which needs no order'
         ) from None
     return None if order == tuple(range(len(order))) else order
 

@@ -79,7 +79,7 @@ class Planner:
             given = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise ValueError(
                 f"covisibility by images ({self._source.label}) needs images [B, S, 3, H, W], but the forward of "
-                f'{self.record.name} that is patched is given {given}; use covisibility="tokens", or describe the '
+                f'{self.record.name} that is patched is given {given}; use Core(by="tokens"), or describe the '
                 "images beforehand and give CovisibilityGraph.from_descriptors(MegaLoc.from_pretrained().describe("
                 "images))"
             )
@@ -210,7 +210,7 @@ class Planner:
         if facts:
             warnings.warn(
                 f"the covisibility graph {' and '.join(facts)}; if all frames show one scene, add the pairs that join "
-                'them: covisibility="sequential" and the similarities do',
+                "them, or let all see a core (Core, CovisibilityGraph.core)",
                 UserWarning,
                 stacklevel=2,
             )

@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from ..graph import GraphSummary
 from ..inference.report import InferenceReport
 
-NEIGHBOURS = (
-    "neighbours: on graphs of the frames most alike a model trained with dense attention was measured to keep a fifth "
-    'to a half of its AUC@30, where a core kept it: covisibility="core", docs/accuracy.md'
-)
-
 
 @dataclass(frozen=True)
 class PatchReport:
@@ -74,8 +69,6 @@ class PatchReport:
             return "\n".join([*lines, "no forward yet, or the last one raised"])
         lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
         lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
-        if any(graph.bridges is not None for graph in self.graphs):
-            lines.append(NEIGHBOURS)
         lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
         if self.dense_modules:
             lines.append(f"dense over all frames, not patched: {', '.join(self.dense_modules)}")

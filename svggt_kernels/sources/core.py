@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Literal, get_args
-
-from torch import Tensor
 
 from ..graph import CovisibilityGraph
 from ..graph.arguments import integer
 from ..graph.core import Choice, choose_core, nearest_frames, spread_evenly
 from .base import Scene
+from .cache import LRUCache
 from .megaloc import MegaLocSimilarity
-from .similarity import Similarity
+from .similarity import Similarity, content_of
 from .thumbnails import ThumbnailSimilarity
 from .tokens import TokenSimilarity
 
@@ -24,7 +22,6 @@ SIMILARITIES: dict[By, type[Similarity]] = {
     "tokens": TokenSimilarity,
     "thumbnails": ThumbnailSimilarity,
 }
-GRAPHS_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class Core:
     choice: Choice = "farthest"
     nearest: int = 0
     _similarity: Similarity | None = field(init=False, repr=False, compare=False)
+    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         integer("size", self.size, 1)
@@ -60,14 +58,17 @@ class Core:
         if self.by is None and self.nearest:
             raise ValueError(f"nearest={self.nearest} frames need descriptors; give `by`, or leave nearest=0")
         similarity = SIMILARITIES[self.by]() if isinstance(self.by, str) else self.by
+        if similarity is not None and (similarity.also is not None or similarity.window):
+            raise ValueError("a core has no window and no pairs that are known; leave `window` and `also` of `by` out")
         object.__setattr__(self, "_similarity", similarity)
 
     @property
     def label(self) -> str:
         """How the graph is made, in words."""
-        how = "at equal distances" if self._similarity is None else f"chosen by {self._similarity.by}"
+        words = {"farthest": "that differ most by", "covering": "that resemble most others by"}
+        how = "at equal distances" if self._similarity is None else f"{words[self.choice]} {self._similarity.by}"
         beside = f", and {self.nearest} nearest frames" if self.nearest else ""
-        return f"a core of {self.size} frames {how}{beside}"
+        return f"a core of {self.size} frame{'s' * (self.size != 1)} {how}{beside}"
 
     @property
     def needs(self) -> Literal["nothing", "images", "tokens"]:
@@ -80,29 +81,33 @@ class Core:
         return getattr(self._similarity, "reads_fingerprints", False)
 
     def opened(self) -> Core:
-        """Return the same source, ready to be used by one patch."""
+        """Return the same source with a cache of its own, ready to be used by one patch."""
         opened = getattr(self._similarity, "opened", None)
-        return self if opened is None else replace(self, by=opened())
+        return replace(self, by=self._similarity if opened is None else opened())
 
     def graph(self, scene: Scene) -> CovisibilityGraph:
-        """Return the graph of a scene.
+        """Return the graph of a scene; the same object for the same images, or without descriptors for as many frames.
 
         Raises:
             ValueError: If a descriptor is not finite or zero, or the scene has not what descriptors need.
         """
-        if self._similarity is not None:
-            return self._similarity.graph(scene, self._from_descriptors)
-        return _evenly(scene.num_frames, self.size, scene.reference_frame)
+        if self._similarity is None:
+            return self._graphs.get((scene.num_frames, scene.reference_frame), lambda: self._spread_evenly(scene))
+        if self._similarity.needs == "images":
+            return self._graphs.get(content_of(scene, self._similarity.by), lambda: self._chosen(scene))
+        return self._chosen(scene)
 
-    def _from_descriptors(self, descriptors: Tensor, reference_frame: int | None) -> CovisibilityGraph:
-        core = choose_core(descriptors, self.size, choice=self.choice, first=reference_frame or 0)
-        nearest = nearest_frames(descriptors, self.nearest) if self.nearest else None
-        return CovisibilityGraph.core(len(descriptors), core, nearest=nearest)
+    def _chosen(self, scene: Scene) -> CovisibilityGraph:
+        assert self._similarity is not None
+        with scene.step("descriptors"):
+            descriptors = self._similarity.descriptors(scene)
+        with scene.step("graph"):
+            core = choose_core(descriptors, self.size, choice=self.choice, first=scene.reference_frame or 0)
+            nearest = nearest_frames(descriptors, self.nearest) if self.nearest else None
+            return CovisibilityGraph.core(scene.num_frames, core, nearest=nearest)
 
-
-@lru_cache(GRAPHS_KEPT)
-def _evenly(num_frames: int, size: int, reference_frame: int | None) -> CovisibilityGraph:
-    core = spread_evenly(num_frames, size)
-    if reference_frame is not None:
-        core[(core - reference_frame).abs().argmin()] = reference_frame
-    return CovisibilityGraph.core(num_frames, core)
+    def _spread_evenly(self, scene: Scene) -> CovisibilityGraph:
+        core, reference_frame = spread_evenly(scene.num_frames, self.size), scene.reference_frame
+        if reference_frame is not None:
+            core[(core - reference_frame).abs().argmin()] = reference_frame
+        return CovisibilityGraph.core(scene.num_frames, core)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..graph import CovisibilityGraph
 from .base import Scene
+from .cache import LRUCache
 from .similarity import frames_around
-
-GRAPHS_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,7 @@ class Sequential:
     """
 
     window: int = 10
+    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     needs: ClassVar[Literal["nothing"]] = "nothing"
 
@@ -32,28 +31,28 @@ class Sequential:
 
     def graph(self, scene: Scene) -> CovisibilityGraph:
         """Return the graph of a scene; the same object for as many frames and the same reference frame."""
-        return _sequential(scene.num_frames, self.window, scene.reference_frame)
+        frames, reference = scene.num_frames, scene.reference_frame
+
+        def new_graph() -> CovisibilityGraph:
+            graph = CovisibilityGraph.sequential(frames, self.window)
+            if reference is None:
+                return graph
+            star = [(frame, reference) for frame in range(frames) if frame != reference]
+            return graph | CovisibilityGraph.from_pairs(frames, star).symmetrized()
+
+        return self._graphs.get((frames, reference), new_graph)
 
 
 @dataclass(frozen=True)
 class AllFrames:
     """Every frame sees every other, which is dense attention."""
 
+    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
+
     label: ClassVar[str] = "every frame sees every other"
     needs: ClassVar[Literal["nothing"]] = "nothing"
 
     def graph(self, scene: Scene) -> CovisibilityGraph:
         """Return the full graph of a scene; the same object for as many frames."""
-        return _all_visible(scene.num_frames)
-
-
-@lru_cache(GRAPHS_KEPT)
-def _sequential(frames: int, window: int, reference_frame: int | None) -> CovisibilityGraph:
-    graph = CovisibilityGraph.sequential(frames, window)
-    if reference_frame is None:
-        return graph
-    star = [(frame, reference_frame) for frame in range(frames) if frame != reference_frame]
-    return graph | CovisibilityGraph.from_pairs(frames, star).symmetrized()
-
-
-_all_visible = lru_cache(GRAPHS_KEPT)(CovisibilityGraph.all_visible)
+        frames = scene.num_frames
+        return self._graphs.get(frames, lambda: CovisibilityGraph.all_visible(frames))

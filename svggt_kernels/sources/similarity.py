@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -12,9 +12,6 @@ from ..graph import CovisibilityGraph
 from .base import Scene
 from .cache import LRUCache
 from .fingerprint import fingerprint
-
-Rule = Callable[[Tensor, "int | None"], CovisibilityGraph]
-"""Makes the graph of S frames of their descriptors `[S, C]` and the model's reference frame."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,8 @@ class Similarity:
         """Return one descriptor per frame, `[S, C]` floating point."""
         raise NotImplementedError
 
-    def graph(self, scene: Scene, rule: Rule | None = None) -> CovisibilityGraph:
+    def graph(self, scene: Scene) -> CovisibilityGraph:
         """Return the graph of a scene, on the device of its descriptors.
-
-        Args:
-            scene: The scene.
-            rule: What makes a graph of the descriptors; None for `from_descriptors`.
 
         Raises:
             ValueError: If a descriptor is not finite or zero, or `also` is over other frames.
@@ -68,7 +61,7 @@ class Similarity:
         with scene.step("descriptors"):
             descriptors = self.descriptors(scene)
         with scene.step("graph"):
-            return (rule or self.from_descriptors)(descriptors, scene.reference_frame)
+            return self.from_descriptors(descriptors, scene.reference_frame)
 
     def from_descriptors(
         self,
@@ -108,17 +101,25 @@ class ImageSimilarity(Similarity):
         """Return the same source with a cache of its own."""
         return replace(self)
 
-    def graph(self, scene: Scene, rule: Rule | None = None) -> CovisibilityGraph:
-        """Return the graph of a scene's images, always by the same rule.
+    def graph(self, scene: Scene) -> CovisibilityGraph:
+        """Return the graph of a scene's images.
 
         Raises:
             ValueError: If the scene has no images, a descriptor is not finite, or `also` is over other frames.
         """
-        if scene.images is None:
-            raise ValueError(f"{self.by} compares images, but the scene has none")
-        with scene.step("look-up"):
-            key = (fingerprint(scene.images, scene.word_sums), scene.images_are_normalised, scene.reference_frame)
-        return self._graphs.get(key, lambda: super(ImageSimilarity, self).graph(scene, rule))
+        return self._graphs.get(content_of(scene, self.by), lambda: super(ImageSimilarity, self).graph(scene))
+
+
+def content_of(scene: Scene, by: str) -> Hashable:
+    """Return what tells the images of a scene and its reference frame from others.
+
+    Raises:
+        ValueError: If the scene has no images, which `by` compares.
+    """
+    if scene.images is None:
+        raise ValueError(f"{by} compares images, but the scene has none")
+    with scene.step("look-up"):
+        return fingerprint(scene.images, scene.word_sums), scene.images_are_normalised, scene.reference_frame
 
 
 def frames_around(window: int) -> str:

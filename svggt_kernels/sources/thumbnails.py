@@ -20,7 +20,7 @@ ONE_COLOUR = 1e-6
 class ThumbnailSimilarity(ImageSimilarity):
     """Finds covisibility in the images made small. The attributes are those of `Similarity`."""
 
-    by: ClassVar[str] = "similar thumbnails"
+    by: ClassVar[str] = "thumbnails"
 
     def descriptors(self, scene: Scene) -> Tensor:
         """Return the thumbnail of each image less its mean colour, `[S, 768]` float32."""

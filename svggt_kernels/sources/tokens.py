@@ -21,7 +21,7 @@ class TokenSimilarity(Similarity):
     model has such tokens. The attributes are those of `Similarity`.
     """
 
-    by: ClassVar[str] = "similar tokens of the model"
+    by: ClassVar[str] = "tokens of the model"
     needs: ClassVar[Literal["tokens"]] = "tokens"
 
     def descriptors(self, scene: Scene) -> Tensor:

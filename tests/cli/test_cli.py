@@ -131,7 +131,7 @@ class TestLayout:
         output = tmp_path / "deep" / "output"
         made = ["--covisibility", "thumbnails", "--neighbours", 2, "--long-side", 56]
         succeed("layout", folder, *made, "--output", output)
-        assert "2 neighbours by similar thumbnails" in capsys.readouterr().out
+        assert "2 neighbours by thumbnails" in capsys.readouterr().out
         written = json.loads((output / "report.json").read_text())
         assert written["command"].startswith("svggt-kernels layout")
         assert written["tokens_per_frame"] == 4 * 3 + 5
@@ -181,7 +181,7 @@ class TestLayout:
         succeed(*words)
         succeed(*words, "--megaloc", tmp_path / "m.pt")
         assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
-        assert "a core of 2 frames chosen by MegaLoc" in capsys.readouterr().out
+        assert "a core of 2 frames that differ most by MegaLoc" in capsys.readouterr().out
 
     @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
     def test_megaloc_out_of_reach(self, folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:

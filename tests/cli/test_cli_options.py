@@ -45,6 +45,7 @@ def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
     assert meant("all") == AllFrames()
     assert meant("core") == Core(48, by=MegaLocSimilarity(weights=model)) == meant("megaloc", core=48)
     assert meant("tokens", core=7) == Core(7, by=TokenSimilarity())
+    assert meant("sequential", core=7) == Core(7, by=None)
     with pytest.raises(CommandError, match="--core and --neighbours say both what each frame sees"):
         meant("tokens", core=7, neighbours=3)
 

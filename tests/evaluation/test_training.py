@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from evaluation import train
 from evaluation.__main__ import main
 from evaluation.measuring import SceneSet
 from evaluation.training import curriculum
+from evaluation.training.batches import Batches
 from evaluation.training.losses import camera_losses, depth_loss, match_loss, total_loss
 from evaluation.training.network import TrainingNetwork
 from evaluation.training.optimisers import Optimiser, orthogonalised
@@ -193,6 +195,20 @@ def test_the_command_writes_weights_and_where_they_come_from(tmp_path: Path, mon
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
     assert main([*command, "--resume", "--dim", "16"]) == 2
     assert "model of other sizes" in capsys.readouterr().err
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    def batch(step: int, seed: int = 0, ahead: bool = False) -> torch.Tensor:
+        batches = Batches(seed, 6, 8, SIZE, 14, torch.device("cpu"))
+        if ahead:
+            batches.draw_ahead(step, 0.5)
+        drawn = batches.draw(step, 0.5)
+        assert torch.equal(drawn.truth.log_depth.isfinite(), torch.ones_like(drawn.truth.log_depth).bool())
+        return drawn.images.flatten()
+
+    assert torch.equal(batch(3), batch(3)) and torch.equal(batch(3), batch(3, ahead=True))
+    drawn = [batch(step, seed) for step, seed in ((3, 0), (4, 0), (3, 1))]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_schedules():

@@ -8,6 +8,7 @@ import torch
 
 from svggt_kernels.graph import CovisibilityGraph
 from svggt_kernels.graph.core import choose_core, spread_evenly
+from svggt_kernels.patching.order import in_order
 
 
 @pytest.mark.parametrize("frames", [[2, 0], torch.tensor([2, 0]), np.array([2, 0])], ids=["list", "tensor", "array"])
@@ -26,6 +27,24 @@ def test_nearest_frames_are_seen_from_outside_the_core_alone():
     assert seen == [[0, 2], [0, 1, 2, 3], [0, 2], [0, 1, 2, 3]]
 
 
+def test_a_core_is_a_copy_and_belongs_to_its_graph_alone():
+    frames = torch.tensor([0, 3])
+    graph = CovisibilityGraph.core(6, frames)
+    frames[1] = 5
+    assert graph.core_frames.tolist() == [0, 3]
+    assert (graph | CovisibilityGraph.sequential(6, 1)).core_frames is None
+    assert graph.transposed().core_frames is None
+    with pytest.raises(TypeError, match="core_frames"):
+        CovisibilityGraph(graph.indptr, graph.indices, 6, core_frames=frames)
+
+
+def test_frames_in_another_order_keep_their_core():
+    graph = CovisibilityGraph.core(4, [3, 1], nearest=[[2], [0], [0], [0]])
+    moved = in_order(graph, (2, 3, 0, 1))
+    assert moved.core_frames.tolist() == [1, 3]
+    assert torch.equal(moved.to_dense(), graph.to_dense()[[2, 3, 0, 1]][:, [2, 3, 0, 1]])
+
+
 def test_few_frames_see_all():
     graph = CovisibilityGraph.core(3, [1, 0, 2])
     assert graph.to_dense().all() and graph.num_edges == 9
@@ -34,7 +53,7 @@ def test_few_frames_see_all():
 @pytest.mark.parametrize(
     ("frames", "options", "error", "message"),
     [
-        ([], {}, ValueError, r"at least one frame, got shape \(0,\)"),
+        ([], {}, ValueError, r"1 dimensions, none of them 0, got shape \(0,\)"),
         ([0, 5], {}, ValueError, r"in \[0, 5\), got 5"),
         ([1, 3, 1], {}, ValueError, "must differ, but 1 is given twice"),
         ([0.5], {}, TypeError, "must be integers, got torch.float64"),
@@ -43,9 +62,12 @@ def test_few_frames_see_all():
             [0],
             {"nearest": torch.zeros(4, 1, dtype=torch.int64)},
             ValueError,
-            r"\[S, m\] = \[5, m\].* got shape \(4, 1\)",
+            r"\[S, m\], S = 5, got shape \(4, 1\)",
         ),
-        ([0], {"nearest": torch.full((5, 1), 5)}, ValueError, r"frames in \[0, 5\)"),
+        ([0], {"nearest": torch.full((5, 1), 5)}, ValueError, r"nearest must be in \[0, 5\), got 5"),
+        ([0], {"nearest": torch.ones(5, 5, dtype=torch.bool)}, TypeError, "nearest must be integers, got torch.bool"),
+        ([0], {"nearest": torch.full((5, 1), 2.9)}, TypeError, "nearest must be integers, got torch.float32"),
+        (3, {}, ValueError, r"1 dimensions, none of them 0, got shape \(\)"),
     ],
 )
 def test_core_refuses(frames, options, error, message):

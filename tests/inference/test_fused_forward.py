@@ -272,6 +272,14 @@ def test_equal_settings_are_verified_once_for_each_size(monkeypatch: pytest.Monk
         assert verified.count("Aggregator") == 4
         pickle.loads(pickle.dumps(network))(IMAGES)
         assert verified.count("Aggregator") == 5
+        before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+        try:
+            network(IMAGES)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        assert verified.count("Aggregator") == 6
+        network(IMAGES[:, :2])
+        assert verified.count("Aggregator") == 7
 
 
 def test_tokens_that_are_not_finite_say_nothing_of_the_next():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,49 @@ def test_the_truth_is_found_from_the_folder_of_photos(name: str, tmp_path: Path,
     frames = truth.depth_of_frames(walk.depth.shape[-2:])
     assert not frames[:, :2].any()
     torch.testing.assert_close(frames[:, 2:], walk.depth[:, 2:], atol=rounding, rtol=0)
+
+
+def test_depth_of_eth3d_lies_in_the_rows_of_the_photo_as_it_is_stored(tmp_path: Path):
+    """Where the scene's own photos have an orientation, copies without it are what can be given."""
+    walk = walks.walk(tmp_path)
+    folder = eth3d(tmp_path / "data", walk)
+    copies = Path(shutil.copytree(folder.parents[1], tmp_path / "copies" / "courtyard")) / "images" / "dslr_images"
+    for photo in photos_of(folder):
+        walks.tag(photo, 6)
+    truth = find_truth(folder)
+    with pytest.raises(ValueError, match=r"must be stored upright .* 6 of 6 are not"):
+        read_truth(truth, photos_of(folder))
+    frames = read_truth(truth, photos_of(copies)).depth_of_frames((28, 42))
+    assert torch.equal(frames[:, 2:], walk.depth[:, 2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "message"),
+    [
+        ("7-Scenes", 0, r"others \(chess/seq-01/frame-000000.color.png, "),
+        ("7-Scenes", 1, r"others \(chess/seq-01/frame-000000.color.png, "),
+        ("HiRoom", 1, r"others \(828805/1/image/0, "),
+        ("HiRoom", 2, r"others \(828805/1/image/0, "),
+        ("ETH3D", 2, r"others \(courtyard/images/dslr_images/000000.png, "),
+        ("CO3D", 1, r"no viewpoint of sequence 'other'"),
+        ("CO3D", 2, r"others \(apple/110_13051_23361/images/frame000001.jpg, "),
+    ],
+)
+def test_photos_of_another_sequence_or_scene_have_other_poses(name: str, level: int, message: str, tmp_path: Path):
+    """The folder of the photos, the one around it and so on is copied under another name; file names are the same."""
+    folder = DATA_SETS[name][0](tmp_path / "data", walks.walk(tmp_path))
+    renamed = [folder, *folder.parents][level]
+    shutil.copytree(renamed, other := renamed.with_name("other"))
+    photos = photos_of(other / folder.relative_to(renamed))
+    with pytest.raises(ValueError, match=message):
+        read_truth(find_truth(folder), photos)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_photos_may_lie_elsewhere_in_folders_of_the_same_names(name: str, tmp_path: Path):
+    folder = DATA_SETS[name][0](tmp_path / "data", walks.walk(tmp_path))
+    copies = shutil.copytree(tmp_path / "data", tmp_path / "copies") / folder.relative_to(tmp_path / "data")
+    assert read_truth(find_truth(folder), photos_of(copies)[1:4]).known == [0, 1, 2]
 
 
 def test_undistorted_photos_of_eth3d_have_no_depth(tmp_path: Path):

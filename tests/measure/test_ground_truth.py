@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,38 @@ def test_a_model_that_colmap_wrote(tmp_path: Path, walk: Walk):
         torch.testing.assert_close(read_truth(folder, walk.photos).poses, walk.poses)
 
 
+class TestTurnedPhotos:
+    @pytest.fixture
+    def walk(self, tmp_path: Path) -> Walk:
+        return walks.walk(tmp_path, names=[f"{i:06d}.jpg" for i in range(6)])
+
+    @pytest.mark.parametrize("kind", EXPORTS)
+    def test_are_refused(self, kind: str, tmp_path: Path, walk: Walk):
+        for photo in walk.photos[3:5]:
+            walks.tag(photo, 6)
+        with pytest.raises(
+            ValueError,
+            match=r"must be stored upright .* 2 of 6 are not \(.*000003.jpg: EXIF orientation 6\); write them",
+        ):
+            read_truth(EXPORTS[kind](tmp_path, walk), walk.photos)
+
+    @pytest.mark.parametrize("orientation", range(2, 9))
+    def test_mirrored_or_upside_down(self, orientation: int, tmp_path: Path, walk: Walk):
+        walks.tag(walk.photos[0], orientation)
+        with pytest.raises(ValueError, match=rf"1 of 6 are not .*000000.jpg: EXIF orientation {orientation}"):
+            read_truth(walks.as_colmap_text(tmp_path / "sparse", walk), walk.photos)
+
+    @pytest.mark.parametrize("orientation", [0, 1, 9])
+    def test_what_turns_nothing_is_read(self, orientation: int, tmp_path: Path, walk: Walk):
+        walks.tag(walk.photos[0], orientation)
+        assert read_truth(walks.as_colmap_text(tmp_path / "sparse", walk), walk.photos).known == list(range(6))
+
+    def test_photos_without_a_pose_may_be_turned(self, tmp_path: Path, walk: Walk):
+        walks.tag(walk.photos[5], 6)
+        model = walks.as_colmap_text(tmp_path / "sparse", walk._replace(photos=walk.photos[:5], poses=walk.poses[:5]))
+        assert read_truth(model, walk.photos).known == list(range(5))
+
+
 class TestWhichPhoto:
     def test_photos_and_poses_that_have_no_counterpart_are_told(self, tmp_path: Path, walk: Walk):
         model = walks.as_colmap_text(tmp_path / "sparse", walk)
@@ -129,6 +161,12 @@ class TestWhichPhoto:
         assert (truth.known, truth.unused) == (list(range(6)), 1)
         torch.testing.assert_close(truth.poses, walk.poses)
 
+    def test_whole_seconds_that_number_no_lines_are_times(self, tmp_path: Path):
+        walk = walks.walk(tmp_path, names=[f"{1700000000 + i}.png" for i in range(6)])
+        more = walk._replace(poses=walk.poses.repeat_interleave(2, dim=0))
+        truth = read_truth(walks.as_tum(tmp_path / "t.txt", more, 1700000000 + np.arange(12) / 2), walk.photos)
+        torch.testing.assert_close(truth.poses, walk.poses)
+
     def test_a_pose_goes_to_the_nearest_of_several_photos(self, tmp_path: Path):
         walk = walks.walk(tmp_path, names=["0.png", "1.png", "1.01.png", "2.png", "2.01.png", "4.03.png"])
         four = walk._replace(poses=walk.poses[:4])
@@ -146,11 +184,15 @@ class TestWhichPhoto:
             ([f"{i}.png" for i in range(1, 7)], range(6), "by the times that are their names only 5 of them have one"),
             ([f"{letter}.png" for letter in "abcdef"], range(7), "7 poses for 6 photos whose names are not its times"),
             ([f"{i}.png" for i in range(6)], range(50, 57), "7 poses for 6 photos whose names are not its times"),
+            ([f"{i:06d}.png" for i in range(6)], np.arange(121) / 30, "121 poses for 6 photos, but .* only 5 of them"),
+            ([f"{i:06d}.png" for i in range(6)], np.arange(300) / 30, "300 poses for 6 photos, .* give other poses"),
         ],
     )
-    def test_what_might_be_either_is_refused(self, tmp_path: Path, names: list[str], times: range, message: str):
+    def test_what_might_be_either_is_refused(
+        self, tmp_path: Path, names: list[str], times: Sequence[float], message: str
+    ):
         walk = walks.walk(tmp_path, names=names)
-        more = walk._replace(poses=torch.cat([walk.poses, walk.poses[:1]])[: len(times)])
+        more = walk._replace(poses=walk.poses[torch.arange(len(times)) % 6])
         with pytest.raises(ValueError, match=message):
             read_truth(walks.as_tum(tmp_path / "t.txt", more, times), walk.photos)
 
@@ -178,7 +220,7 @@ BROKEN = [
     ("TUM, by name", changed(2, 3, "east"), r"all of them finite; line 3 is '1.0 .*east"),
     ("TUM, by name", changed(2, 0, "0.0"), r"give each time once, but 0.0 stands there several times"),
     (
-        "TUM, by name",
+        "COLMAP, text",
         lambda text: "\n".join(text.splitlines()[:2]),
         r"poses of two photos or more must be known, .* 1 are",
     ),

@@ -422,6 +422,9 @@ def test_streaming_model_refuses_what_is_not_causal_or_cached():
     model = doubles.StreamVGGT().double().eval()
     with pytest.raises(ValueError, match='special_tokens="masked"'):
         patch(model, covisibility="tokens", special_tokens="dense")
+    with patch(model, covisibility="tokens") as handle:
+        model(images(1))
+        assert not handle.layout.queries.dense_special and "special tokens: masked" in str(handle.report())
     with (
         patch(model, covisibility="tokens"),
         pytest.raises(ValueError, match="use_cache=True"),

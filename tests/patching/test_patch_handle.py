@@ -23,7 +23,7 @@ from svggt_kernels.backends import cpu
 from svggt_kernels.compiling import uncompiled
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.models import RECORDS
-from svggt_kernels.sources import Core
+from svggt_kernels.sources import Core, TokenSimilarity
 
 family = pytest.mark.parametrize("double", FAMILY.values(), ids=FAMILY)
 
@@ -197,7 +197,7 @@ def test_report(double: Double):
 def test_report_says_what_neighbours_cost_and_what_a_core_is():
     model = FAMILY["vggt"].create()
     said = {}
-    for word, source in (("near", "tokens"), ("core", Core(2, by="tokens")), ("given", BAND)):
+    for word, source in (("near", TokenSimilarity(neighbours=1)), ("core", Core(2, by="tokens")), ("given", BAND)):
         with patch(model, covisibility=source) as handle:
             model(images())
         said[word] = str(handle.report())

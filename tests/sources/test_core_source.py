@@ -50,6 +50,22 @@ def test_images_are_described_once():
     assert source.graph(scene(7)).num_frames == 7
 
 
+def test_cores_of_one_similarity_do_not_share_their_graphs():
+    by, shown = ThumbnailSimilarity(), scene(12, reference_frame=0)
+    sizes = [len(Core(size, by=by).graph(shown).core_frames) for size in (4, 8)]
+    assert sizes == [4, 8] and by.graph(shown).core_frames is None
+
+
+def test_the_same_images_seen_otherwise_are_other_images():
+    source = as_source(Core(3, by=ThumbnailSimilarity()))
+    plain, other, normalised = (
+        source.graph(scene(9, **options)).core_frames
+        for options in ({"reference_frame": 0}, {"reference_frame": 4}, {"images_are_normalised": True})
+    )
+    assert plain[0] == 0 and other[0] == 4
+    assert torch.equal(normalised, choose_core(thumbnails(scene(9, images_are_normalised=True).rgb), 3))
+
+
 def test_few_frames_see_all():
     assert as_source(Core(by=TokenSimilarity())).graph(scene(20)).to_dense().all()
 
@@ -67,6 +83,7 @@ def test_nearest_frames_are_added():
     [
         ({"size": 0}, "size must be at least 1"),
         ({"by": None, "nearest": 2}, "nearest=2 frames need descriptors"),
+        ({"by": TokenSimilarity(window=3)}, "a core has no window and no pairs that are known"),
         ({"by": "colour"}, "by must be .*, got 'colour'"),
         ({"choice": "best"}, "choice must be one of farthest, covering, got 'best'"),
     ],
@@ -77,7 +94,7 @@ def test_settings_without_a_meaning_are_refused(options, message):
 
 
 def test_labels_say_how_the_core_is_chosen():
-    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames chosen by similar tokens of the model"
+    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames that differ most by tokens of the model"
     assert Core(8, by="tokens").label == Core(8, by=TokenSimilarity()).label
-    assert Core().label == "a core of 48 frames chosen by MegaLoc"
+    assert Core().label == "a core of 48 frames that differ most by MegaLoc"
     assert Core(8, by=None).label == "a core of 8 frames at equal distances"

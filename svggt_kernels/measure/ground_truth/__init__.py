@@ -2,6 +2,9 @@
 
 A truth is told by what it is: the first of `FORMATS` that recognises a path reads it. Photos are told by their paths
 (`sources.names`): the whole name that the truth has must be the end of a photo's path, with or without its suffix.
+
+Poses and depth maps are of pixels as they are stored, while models see photos upright. So photos that their EXIF
+orientation turns are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...io.depth_maps import DEPTH_SUFFIXES, depth_of_frame, read_depth_map
-from ...io.photos import find_photos, photo_size
+from ...io.photos import UPRIGHT, find_photos, orientation, photo_size
 from ...sources.names import ImageNames
 from ..wording import count
 from . import seven_scenes
@@ -125,7 +128,8 @@ def read_truth(path: Path, photos: Sequence[Path]) -> Truth:
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is of no known format or not as it must be, or it cannot be told which pose is of which photo.
+        ValueError: If it is of no known format or not as it must be, if it cannot be told which pose is of which photo,
+            or if a photo whose pose is known has an EXIF orientation other than 1.
     """
     if not path.exists():
         raise FileNotFoundError(f"the truth must be a file or folder, but {path} does not exist")
@@ -189,6 +193,7 @@ def _matched(path: Path, reading: Reading, photos: Sequence[Path]) -> Truth:
             "photos' paths; give the truth of these photos, or lay them into folders of these names"
         )
     places = sorted(found)
+    _refuse_turned(path, [photos[place] for place in places])
     return Truth(
         label=f"{path} ({reading.label})",
         photos=list(photos),
@@ -197,6 +202,19 @@ def _matched(path: Path, reading: Reading, photos: Sequence[Path]) -> Truth:
         depth=[found[place].depth for place in places],
         unused=len(reading.photos) - len(found),
     )
+
+
+def _refuse_turned(path: Path, photos: Sequence[Path]) -> None:
+    with ThreadPoolExecutor() as workers:
+        orientations = workers.map(orientation, photos)
+        turned = [(photo, number) for photo, number in zip(photos, orientations, strict=True) if number != UPRIGHT]
+    if turned:
+        photo, number = turned[0]
+        raise ValueError(
+            f"photos with a pose in {path} must be stored upright (EXIF orientation 1 or none), because poses and "
+            f"depth are of pixels as they are stored; {len(turned)} of {len(photos)} are not (first {photo}: EXIF "
+            f"orientation {number}); write them without that tag, their pixels as they are stored"
+        )
 
 
 def _kinds() -> str:

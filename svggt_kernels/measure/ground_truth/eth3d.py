@@ -1,7 +1,8 @@
 """ETH3D, high-resolution multi-view: a scene's images/dslr_images and images/dslr_images_undistorted.
 
 Poses are COLMAP's, in dslr_calibration_jpg and dslr_calibration_undistorted. Depth maps exist for the distorted photos
-alone, in ground_truth_depth/dslr_images: float32 in rows, of the size of the photo, infinite where depth is not known.
+alone, in ground_truth_depth/dslr_images: float32 in the rows of the photo as it is stored, infinite where depth is not
+known. Scenes share file names: the name of a photo is `courtyard/images/dslr_images/DSC_0286.JPG`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ...io.depth_maps import scaled
-from ...io.photos import photo_size
+from ...io.photos import stored_size
 from . import colmap
 from .base import Format, KnownPhoto, Reading
 
@@ -31,17 +32,18 @@ def read_calibration(path: Path, photos: Sequence[Path]) -> Reading:
     """Read the poses, and for distorted photos the depth maps."""
     reading = colmap.read_model(path, photos)
     scene = path.parent
-    return Reading("ETH3D", [_with_depth(scene, known) for known in reading.photos])
+    return Reading("ETH3D", [_of_scene(scene, known) for known in reading.photos])
 
 
-def _with_depth(scene: Path, known: KnownPhoto) -> KnownPhoto:
+def _of_scene(scene: Path, known: KnownPhoto) -> KnownPhoto:
     name = PurePosixPath(known.name)
     depth, photo = scene / "ground_truth_depth" / name, scene / "images" / name
-    return replace(known, depth=partial(_read, depth, photo)) if depth.is_file() and photo.is_file() else known
+    reader = partial(_read, depth, photo) if depth.is_file() and photo.is_file() else None
+    return replace(known, name=f"{scene.name}/images/{name}", depth=reader)
 
 
 def _read(path: Path, photo: Path) -> Tensor:
-    width, height = photo_size(photo)
+    width, height = stored_size(photo)
     depth = np.fromfile(path, dtype="<f4")
     if depth.size != width * height:
         raise ValueError(

@@ -1,7 +1,8 @@
 """HiRoom of DA3-Bench: a scene's folders image, pose, depth and aliasing_mask, and cam_K.npy.
 
 Poses are world to camera, one .npy a photo. Depth is a PNG of 16 bits, 65535 being 100 metres, unknown where it is 0 or
-where the aliasing mask is not. Layout: package depth-anything-3 0.1.1, `depth_anything_3/bench/datasets/hiroom.py`.
+where the aliasing mask is not. All scenes have the same file names: the name of a photo is `828805/1/image/0`. Layout:
+package depth-anything-3 0.1.1, `depth_anything_3/bench/datasets/hiroom.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def read_scene(path: Path, photos: Sequence[Path]) -> Reading:
         depth = path.parent / "depth" / f"{file.stem}.png"
         mask = path.parent / "aliasing_mask" / f"{file.stem}.png"
         reader = partial(_read, depth, mask) if depth.is_file() else None
-        known.append(KnownPhoto(f"image/{file.stem}", inverse(rigid(str(file), read_array(file))), reader))
+        name = str(Path(*path.parent.parts[-2:], "image", file.stem))
+        known.append(KnownPhoto(name, inverse(rigid(str(file), read_array(file))), reader))
     return Reading("HiRoom", known)
 
 

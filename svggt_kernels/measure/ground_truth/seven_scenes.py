@@ -1,7 +1,8 @@
 """7-Scenes: a folder `seq-XX` with frame-XXXXXX.color.png, .depth.png and .pose.txt.
 
 Poses are camera to world. Depth is in millimetres, and unknown where it is 65535 or 0. The depth camera was not brought
-into the view of the colour camera, so the two differ by a few centimetres of baseline.
+into the view of the colour camera, so the two differ by a few centimetres of baseline. All sequences have the same file
+names, and all scenes a `seq-01`: the name of a photo is `chess/seq-01/frame-000000.color.png`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def read_sequence(path: Path, photos: Sequence[Path]) -> Reading:
             numbers = [[float(field) for field in row] for row in rows]
         except ValueError as error:
             raise ValueError(f"{file} must hold a matrix of 4 x 4 numbers ({error})") from None
-        known.append(KnownPhoto(f"{frame}.color.png", rigid(str(file), numbers), reader))
+        name = str(Path(*path.parts[-2:], f"{frame}.color.png"))
+        known.append(KnownPhoto(name, rigid(str(file), numbers), reader))
     return Reading("7-Scenes", known)
 
 

@@ -7,9 +7,11 @@ Which pose is that of which photo:
 - KITTI and TUM, else, where there are as many poses as photos: by order.
 - KITTI, else, where the name of every photo is a whole number: that is its line, from 0.
 
-A photo has the pose nearest in time, at most 0.02 s away; of several photos with one pose, the nearest has it. Where
-names that are numbers give some photos a pose, but not all, and there are as many poses as photos, order might be meant
-too: that is refused.
+A photo has the pose nearest in time, at most 0.02 s away; of several photos with one pose, the nearest has it.
+
+Names that are numbers might be no times, but count photos. So they must give every photo a pose where there are as many
+poses as photos, or where all of them are whole numbers. Nor may whole numbers, as numbers of lines from 0, give other
+poses than as times. What breaks these rules is refused, unless no photo has a pose by time.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ...sources.names import ImageNames
+from ..wording import count
 from .base import Format, KnownPhoto, Reading, rigid, rigid_of_quaternion
 
 TUM_COLUMNS, KITTI_COLUMNS = 8, 12
@@ -91,14 +94,13 @@ def _by_time(path: Path, photos: Sequence[Path], times: np.ndarray) -> tuple[str
         return f"the times in {table}", _nearest(_times_in_table(table, photos), times)
     if all(NUMBER.fullmatch(photo.stem) for photo in photos):
         photo_of = _nearest({i: float(photo.stem) for i, photo in enumerate(photos)}, times)
-        if len(photo_of) == len(photos) or (photo_of and len(photos) != len(times)):
-            return "the times that are their names", photo_of
-        if photo_of:
+        if photo_of and (doubt := _doubt(photos, len(times), photo_of)):
             raise ValueError(
-                f"{path} holds as many poses as there are photos ({len(photos)}), but by the times that are their "
-                f"names only {len(photo_of)} of them have one; give rgb.txt beside it (time and photo a line), or "
-                "names that are the times"
+                f"{path} holds {count(len(times), 'pose')} for {count(len(photos), 'photo')}, but {doubt}; give "
+                "rgb.txt beside it (time and photo a line), or names that are the times, with a decimal point"
             )
+        if photo_of:
+            return "the times that are their names", photo_of
     if len(photos) == len(times):
         return "their order", {i: i for i in range(len(times))}
     raise ValueError(
@@ -107,17 +109,34 @@ def _by_time(path: Path, photos: Sequence[Path], times: np.ndarray) -> tuple[str
     )
 
 
+def _doubt(photos: Sequence[Path], poses: int, photo_of: Mapping[int, int]) -> str:
+    """Say why names that are numbers, and give these photos a pose by time, might be no times; else nothing."""
+    are_whole = all("." not in photo.stem for photo in photos)
+    if len(photo_of) < len(photos) and (are_whole or len(photos) == poses):
+        return f"by the times that are their names only {len(photo_of)} of them have one"
+    numbered = _numbered(photos, poses)
+    if numbered and numbered != photo_of:
+        return "the whole numbers that are their names give other poses as times than as numbers of lines from 0"
+    return ""
+
+
 def _by_line(path: Path, photos: Sequence[Path], lines: int) -> tuple[str, Mapping[int, int]]:
     if len(photos) == lines:
         return "their order", {i: i for i in range(lines)}
-    if all(photo.stem.isascii() and photo.stem.isdigit() and int(photo.stem) < lines for photo in photos):
-        photo_of = {int(photo.stem): i for i, photo in enumerate(photos)}
-        if len(photo_of) == len(photos):
-            return "the lines that are their names", photo_of
+    photo_of = _numbered(photos, lines)
+    if len(photo_of) == len(photos):
+        return "the lines that are their names", photo_of
     raise ValueError(
         f"{path} holds {lines} poses for {len(photos)} photos whose names are not its lines (000000 for the first), so "
         "it cannot be told which is which; give as many photos as poses, or such names"
     )
+
+
+def _numbered(photos: Sequence[Path], lines: int) -> dict[int, int]:
+    """Return the photo of each line that names a photo; none if the name of some photo is no number of a line."""
+    if not all(photo.stem.isascii() and photo.stem.isdigit() and int(photo.stem) < lines for photo in photos):
+        return {}
+    return {int(photo.stem): i for i, photo in enumerate(photos)}
 
 
 def _times_in_table(table: Path, photos: Sequence[Path]) -> dict[int, float]:
