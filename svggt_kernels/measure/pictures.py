@@ -330,7 +330,7 @@ def draw_floor_plan(
     (left, bottom), (right, top) = low.tolist(), high.tolist()
     width = 4.6
     height = width * (top - bottom) / (right - left)
-    figure = _figure(width * len(predictions), height + 1.1, title)
+    figure = _figure(width * len(predictions), height + 1.5, title)
     true_eyes = truth[:, :2, 3].cpu().numpy()
     for axis, cameras in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions, strict=True):
         axis.add_collection(PolyCollection(list(things.cpu().numpy()), facecolor="#e8e4da", edgecolor="#c8c2b2"))
