@@ -77,6 +77,7 @@ def draw(shown: Sequence[Section], metrics: Sequence[str], axes: Sequence[str], 
 
 
 def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: Sequence[str]) -> None:
+    labelled: set[tuple[str, float]] = set()
     for kind in kinds:
         layouts = [layout for layout in section.layouts if layout != DENSE and _kind(layout) == kind]
         if not layouts:
@@ -90,7 +91,9 @@ def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: 
         panel.plot(np.array(x)[order], y[order], color=colour, linewidth=1, alpha=0.6)
         panel.errorbar(x, y, yerr=bars, fmt="o", color=colour, markersize=4, linewidth=1, label=kind)
         for layout, at, mean in zip(layouts, x, y, strict=True):
-            if number := re.search(r"\d+", layout):
+            number = re.search(r"\d+", layout)
+            if number and (number[0], round(at, 2)) not in labelled:  # kinds of the same size stand above one another
+                labelled.add((number[0], round(at, 2)))
                 panel.annotate(number[0], (at, mean), xytext=(3, 3), textcoords="offset points", fontsize=7)
     if DENSE in section.layouts:
         mean, low, high, _ = section.interval(DENSE, name)
