@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -35,6 +36,12 @@ def _read(module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
     )
 
 
+def _growth(attention: Any, tokens: int) -> float:
+    """Return the factor of UniCeption's queries: log N (scalable softmax), its root (entropy scaling), or both."""
+    scalable, entropy = (getattr(attention, f"use_{name}", False) for name in ("scalable_softmax", "entropy_scaling"))
+    return math.log(tokens) ** (1.0 * bool(scalable) + 0.5 * bool(entropy))
+
+
 MAPANYTHING = ModelRecord(
     name="MapAnything",
     structure=f"UniCeption's class {TRANSFORMER}, with self_attention_blocks",
@@ -42,4 +49,5 @@ MAPANYTHING = ModelRecord(
     global_attention=partial(block_attention, path="self_attention_blocks", step=2),
     read=_read,
     known=("self_attention_blocks",),
+    growth=_growth,
 )

@@ -1,0 +1,282 @@
+"""One model, opened for the core of a scene: the forward of the core, and forwards of chunks that attend to it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..compiling import uncompiled
+from ..inference.fused_forward import FusedForward
+from ..models import find_model
+from ..models.wrappers import arguments_of, each_once
+from ..patching.forwards import Forwards
+from ..patching.interception import StandIn
+from ..patching.order import frame_order
+from ..patching.parts import FrameOrder
+from .attention import CoreAttention, Run
+
+Outputs = dict[str, Tensor]
+"""Named outputs of frames, `[n, ...]`."""
+
+TESTED = 2
+"""Frames of the core that run again as a chunk, to see that the model follows the core."""
+
+
+class Session:
+    """Runs a model on the core of a scene and on chunks of further frames.
+
+    The model is as it was before and after each forward: what stands in for its attention is there only meanwhile.
+
+    Args:
+        model: The model.
+        feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward; None as its record says.
+        read: Reads the result of its forward into named tensors `[S, ...]`; None for `read_frames`.
+        fused: As in `patch`.
+        backend: As in `patch`.
+
+    Attributes:
+        record: What is known about the model.
+        attention: Holds what is kept of the core.
+
+    Raises:
+        ValueError: If no record knows the model, or an argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feed: Callable[[Tensor], Any] | None = None,
+        read: Callable[[Any], Outputs] | None = None,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.model = model
+        self.record, path, self.root = find_model(model)
+        self.reference = self.record.reference_frame is not None
+        runnable = self.record.runnable
+        self._feed: Callable[[Tensor], Any] = feed or (one_sample if runnable is None else runnable.feed)
+        self._read: Callable[[Any, int], Outputs] = read_frames if read is None else lambda result, _: read(result)
+        accepted = inspect.signature(type(model).forward).parameters
+        self._options = {
+            name: value for name, value in self.record.first_is_reference.items() if name in accepted
+        }
+
+        def full(name: str) -> str:
+            return f"{path}.{name}" if path else name
+
+        attention = each_once(self.record.global_attention(self.root))
+        followers = {} if self.record.followers is None else each_once(self.record.followers(model))
+        self.attention = CoreAttention(
+            self.record, {full(name): module for name, module in attention.items()}, followers, backend
+        )
+        self._own: FusedForward | None = None
+        if fused is not False:
+            self._own = FusedForward(
+                model,
+                path,
+                tuple(attention.values()),
+                fused=fused,
+                precision="upstream",
+                keep="read",
+                backend=backend,
+                memory_budget=None,
+            )
+        sites = [] if self._own is None else list(self._own.sites())
+        sites += self.attention.sites()
+        self._reorders = self.record.reorders_between and self.record.reorders_between(self.root)
+        if self._reorders is not None:
+            before, after = ((self.root.get_submodule(block), full(block)) for block in self._reorders)
+            sites += FrameOrder(before, after, cast(Forwards, self)).sites()
+        # The model's own comes last: it stands around what a part puts in the place of the same forward.
+        self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
+        self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))
+        self._turn = threading.Lock()
+        device = self._parameter.device.type
+        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    @property
+    def _parameter(self) -> Tensor:
+        return next(x for x in self.model.parameters() if x.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is computed: autocast's, or the model's."""
+        return self._autocast[1] if self._autocast[0] else self._parameter.dtype
+
+    @property
+    def running(self) -> Run | None:
+        """The forward that runs, or None."""
+        return self.attention.run
+
+    def run_core(self, frames: Tensor) -> Outputs:
+        """Run the core, keep its keys and values, and return its outputs.
+
+        Args:
+            frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first.
+
+        Raises:
+            ValueError: If the model does something across frames that is known not to follow a core.
+        """
+        self.attention.kept.clear()
+        outputs = self._forward(frames, Run(len(frames)))
+        self._test(frames, outputs)
+        return outputs
+
+    def run_chunk(self, reference: Tensor, frames: Tensor) -> Outputs:
+        """Return the outputs of further frames.
+
+        Args:
+            reference: The first frame of the core, `[1, 3, H, W]`: models whose first frame sets the axes run it again.
+            frames: `[n, 3, H, W]` in [0, 1].
+        """
+        return self._run_chunk(reference, frames, (True,) * len(frames))
+
+    def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
+        first = int(self.reference)
+        if first:
+            frames, sees_itself = torch.cat([reference.to(frames), frames]), (False, *sees_itself)
+        outputs = self._forward(frames, Run(len(frames), sees_itself))
+        return {name: tensor[first:] for name, tensor in outputs.items()}
+
+    def _test(self, frames: Tensor, outputs: Outputs) -> None:
+        """Run some frames of the core again as a chunk, which must give them what the run of the core gave them.
+
+        Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
+        knows) gives them something else. They must agree to half of the digits of the dtype in which the model computes.
+        """
+        count = 1 if self.record.causal else TESTED
+        last = sorted({len(frames) - 1, *(range(len(frames) // 2, len(frames) // 2 + count - 1))} - {0})
+        if not last:
+            return
+        again = self._run_chunk(frames[:1], frames[last], (False,) * len(last))
+        eps = max(torch.finfo(self.dtype).eps, torch.finfo(self._parameter.dtype).eps)
+        for name, expected in outputs.items():
+            some = expected[last].double()
+            error, size = float((again[name].double() - some).norm()), float(some.norm())
+            if not error <= eps**0.5 * size:
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot be opened: frames of its core that run again without the "
+                    f"others get another {name} (by {error / max(size, 1e-300):.2g} of its size), so something in it "
+                    "looks across frames that does not follow the core; use patch(model), which runs all frames at once"
+                )
+
+    def _forward(self, frames: Tensor, run: Run) -> Outputs:
+        """Run the model on frames `[S, 3, H, W]` and return its outputs in host memory.
+
+        Raises:
+            RuntimeError: If another forward of this session runs.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError("this scene is running already; a scene runs one chunk at a time")
+        self.attention.run = run
+        enabled, dtype = self._autocast
+        try:
+            with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+                images = frames.to(self.device, self._parameter.dtype)
+                result = self.model(self._feed(images), **self._options)
+                self._check(run)
+                return {name: tensor.to("cpu") for name, tensor in self._read(result, len(frames)).items()}
+        finally:
+            self.attention.run = None
+            self._turn.release()
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Inside this context the stand-ins are in the place of the model's forwards."""
+        patched = [stand_in.name for stand_in in self._stand_ins if isinstance(stand_in.in_place, StandIn)]
+        if patched:
+            raise ValueError(f"{patched[0]} is patched; call undo() on that patch first (Patch.of(model) returns it)")
+        if self.model.training:
+            raise ValueError("a scene is for inference; call model.eval() first")
+        done: list[StandIn] = []
+        try:
+            for stand_in in self._stand_ins:
+                stand_in.install()
+                done.append(stand_in)
+            yield
+        finally:
+            for stand_in in reversed(done):
+                stand_in.remove()
+
+    @uncompiled(recursive=False)
+    def _run_root(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run the module that runs all global attention."""
+        run = self.attention.run
+        assert run is not None
+        run.inputs = self.record.read(self.root, arguments_of(self.root, args, kwargs))
+        if run.inputs.frames not in (None, run.frames):
+            raise ValueError(
+                f"{stand_in.name} was given {run.inputs.frames} frames in a forward of {run.frames}; feed= must give "
+                "the model all frames as one sample"
+            )
+        if self._own is not None:
+            self._own.begin(run.inputs.images, run.inputs.tokens_per_frame, False, self.attention)
+        try:
+            return stand_in.original(*args, **kwargs)
+        finally:
+            if self._own is not None:
+                self._own.end()
+
+    def _check(self, run: Run) -> None:
+        """Raise if attention was passed over, or the model moved its frames."""
+        names = (*self.attention.modules, *self.attention.followers)
+        missed = [name for name in names if not run.calls[name]]
+        if missed:
+            raise RuntimeError(
+                f"{len(missed)} of {len(names)} attention modules that look across frames were not called in this "
+                f"forward: {', '.join(missed)}; this model cannot be opened"
+            )
+        if run.before is not None and run.after is not None and frame_order(run.before, run.after) is not None:
+            raise ValueError(
+                f"{self.record.name} chose another reference frame than the first of its frames; a scene needs the first "
+                f"frame of the core as reference: give the model a forward that takes {self.record.first_is_reference}"
+            )
+
+
+def one_sample(
+    frames: Tensor,  # [S, 3, H, W]
+) -> Tensor:
+    """Return the frames as a batch of one sample, `[1, S, 3, H, W]`."""
+    return frames[None]
+
+
+def read_frames(result: Any, frames: int) -> Outputs:
+    """Return the tensors `[1, S, ...]` of what a model returns, by name, without their first axis.
+
+    Args:
+        result: A mapping, a tensor (called "output"), or a sequence (called by number). What is no such tensor is left
+            out, and so are "images".
+        frames: S.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(result, Tensor):
+        named: Mapping[str, Any] = {"output": result}
+    elif isinstance(result, Mapping):
+        named = result
+    else:
+        named = {str(i): each for i, each in enumerate(result)} if isinstance(result, Sequence) else {}
+    outputs = {
+        name: tensor[0].detach()
+        for name, tensor in named.items()
+        if isinstance(tensor, Tensor) and tensor.shape[:2] == (1, frames) and name != "images"
+    }
+    if not outputs:
+        raise ValueError(
+            f"the model must return tensors [1, {frames}, ...], got a {type(result).__name__}; give open_scene(read=...), "
+            "a function that reads its result into named tensors [S, ...]"
+        )
+    return outputs
