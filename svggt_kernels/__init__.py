@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .measure.dense import compare_dense
     from .patching import Patch, PatchReport, patch
     from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
+    from .streaming import OpenScene, open_scene
 
 __version__ = "0.1.0"
 
@@ -27,11 +28,13 @@ _HOMES = {
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
     "MegaLocSimilarity": "sources",
+    "OpenScene": "streaming",
     "Patch": "patching",
     "PatchReport": "patching",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
+    "open_scene": "streaming",
     "patch": "patching",
     "prepare": "attention",
 }
@@ -42,11 +45,13 @@ __all__ = [
     "CovisibilityGraph",
     "MegaLoc",
     "MegaLocSimilarity",
+    "OpenScene",
     "Patch",
     "PatchReport",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
+    "open_scene",
     "patch",
     "prepare",
 ]

@@ -30,6 +30,7 @@ FLOORS = [
     {"attention"},
     {"inference"},
     {"backend_errors", "patching"},
+    {"streaming"},
     {"measure"},
     {"cli"},
     {"__init__", "__main__"},

@@ -82,6 +82,16 @@ def is_photo(path: Path) -> bool:
     return suffix in PHOTO_SUFFIXES or (suffix in PLUGIN_SUFFIXES and suffix in _pillow().registered_extensions())
 
 
+def common_size(paths: Sequence[str | Path], *, long_side: int = 518, patch_size: int = 14) -> tuple[int, int]:
+    """Return the width and height to which `load_photos` brings photos, read from their headers.
+
+    Raises:
+        ValueError: No path, a size below one patch, or a file that cannot be read as a photo (it is named).
+        ImportError: Pillow is not installed.
+    """
+    return frame_size(*_median(_sizes(paths)), long_side, patch_size)
+
+
 def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size: int = 14) -> Tensor:
     """Read photos into one tensor of frames of one common size.
 
@@ -107,25 +117,47 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
         ValueError: No path, a size below one patch, or a file that cannot be read as a photo (it is named).
         ImportError: Pillow is not installed.
     """
+    sizes = _sizes(paths)
+    median = _median(sizes)
+    return _loaded(paths, sizes, frame_size(*median, long_side, patch_size), median[0] / median[1])
+
+
+def load_photos_of_size(paths: Sequence[str | Path], size: tuple[int, int]) -> Tensor:
+    """Read photos as `load_photos` does, to frames of a width and height that are known."""
+    return _loaded(paths, _sizes(paths), size, size[0] / size[1])
+
+
+def _sizes(paths: Sequence[str | Path]) -> list[tuple[int, int]]:
+    """Return the width and height of each photo, by several threads."""
     if not paths:
         raise ValueError("at least one photo is needed, none was given")
-    files = [Path(path) for path in paths]
+    with ThreadPoolExecutor() as workers:
+        return list(workers.map(photo_size, map(Path, paths)))
+
+
+def _loaded(
+    paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], size: tuple[int, int], ratio: float
+) -> Tensor:
+    """Read photos of some sizes into frames of one; `ratio` is the one of width to height that they should have."""
+    files, (width, height) = [Path(path) for path in paths], size
+    _warn_of_crops(files, sizes, ratio)
     fit = _pillow("PIL.ImageOps").fit
+    frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
+
+    def fill(frame: Tensor, file: Path) -> None:
+        photo = fit(_read(file), (width, height), _pillow().Resampling.BICUBIC)
+        pixels = np.array(photo, dtype=np.uint8)  # [H, W, 3]
+        frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
+
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor() as workers:
-        sizes = list(workers.map(photo_size, files))
-        median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
-        width, height = frame_size(*median, long_side, patch_size)
-        _warn_of_crops(files, sizes, median[0] / median[1])
-        frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
-
-        def fill(frame: Tensor, file: Path) -> None:
-            photo = fit(_read(file), (width, height), _pillow().Resampling.BICUBIC)
-            pixels = np.array(photo, dtype=np.uint8)  # [H, W, 3]
-            frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
-
         list(workers.map(fill, frames, files))
     return frames
+
+
+def _median(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size whose aspect ratio is the median."""
+    return sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
 
 
 def frame_size(width: float, height: float, long_side: int, patch_size: int) -> tuple[int, int]:
@@ -194,7 +226,7 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
             f"photos cropped by more than {CROP_WORTH_A_WARNING:.0%} of their area: {len(cropped)} of {len(files)}, "
             f"because all frames take the shape of the median photo: {_first(cropped)}; take photos of one shape if "
             "what is cut off matters",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

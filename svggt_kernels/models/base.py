@@ -148,13 +148,12 @@ def block_attention(module: nn.Module, path: str, start: int = 0, step: int = 1)
 
 def trunk_attention(model: nn.Module) -> dict[str, nn.Module]:
     """Return the attention of the trunks of camera heads, which attends over one token of each frame, by name."""
-    return {
-        f"{name}.{index}.attn": block.attn
-        for name, stack in model.named_modules()
-        if name.rpartition(".")[2] == "trunk" and isinstance(stack, (nn.ModuleList, nn.Sequential))
-        for index, block in enumerate(stack)
-        if isinstance(getattr(block, "attn", None), nn.Module)
-    }
+    found: dict[str, nn.Module] = {}
+    for name, stack in model.named_modules():
+        if name.rpartition(".")[2] == "trunk" and isinstance(stack, (nn.ModuleList, nn.Sequential)):
+            attention = ((index, getattr(block, "attn", None)) for index, block in enumerate(stack))
+            found |= {f"{name}.{index}.attn": each for index, each in attention if isinstance(each, nn.Module)}
+    return found
 
 
 def argument(

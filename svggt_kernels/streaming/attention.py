@@ -1,8 +1,8 @@
 """Attention of a scene's core to itself, and of further frames to the core's kept keys and to themselves.
 
-A closed core sees the core alone, and a frame outside it sees the core and itself. So a chunk of further frames needs of
-the core no more than its keys and values at each attention across frames: what they give each frame is what one forward
-of all frames would give, whichever frames run together.
+A closed core sees the core alone, and a frame outside it sees the core and itself. So a chunk of further frames needs
+of the core no more than its keys and values at each attention across frames: what they give each frame is what one
+forward of all frames would give, whichever frames run together.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Run:
 
     Attributes:
         frames: Frames S that the model is given.
-        sees_itself: Of a chunk, whether each frame sees itself beside the core; a frame of the core that runs again does
-            not, as the core holds it already. None for the core's own run.
+        sees_itself: Of a chunk, whether each frame sees itself beside the core; a frame of the core that runs again
+            does not, as the core holds it already. None for the core's own run.
+        describes: Whether it ends at the first attention across frames, by `Described`.
         inputs: What the record reads from the forward's arguments.
         calls: Attention calls so far, by module.
         before, after: Values of the frames' tokens before and after the model may reorder its frames.
@@ -45,10 +46,23 @@ class Run:
 
     frames: int
     sees_itself: tuple[bool, ...] | None = None
+    describes: bool = False
     inputs: ForwardInputs = field(default_factory=lambda: ForwardInputs(None, None))
     calls: Counter[str] = field(default_factory=Counter)
     before: Tensor | None = None
     after: Tensor | None = None
+
+
+class Described(Exception):
+    """Ends a forward that was run for the tokens that enter its first attention across frames.
+
+    Attributes:
+        tokens: The mean patch token of each frame, `[S, C]`, float32 or wider.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__("the frames are described")
+        self.tokens = tokens
 
 
 @dataclass
@@ -106,7 +120,7 @@ class CoreAttention:
         """Run a module and answer the attention calls in it."""
 
         def answer(*of_call: Any, **options: Any) -> Tensor:
-            return self._answer(stand_in.name, *of_call, **options)
+            return self._answer(stand_in.name, lambda: (*args, *kwargs.values()), *of_call, **options)
 
         with Answering(stand_in.name, answer) as answering:
             output = stand_in.original(*args, **kwargs)
@@ -124,11 +138,12 @@ class CoreAttention:
         tokens: Callable[[], Tensor],
     ) -> Tensor:
         """Return the output `[B, H, N, D]` of a global layer of a forward of our own; see `GlobalAttention`."""
-        return self._answer(list(self.modules)[layer], q, k, v, scale=scale)
+        return self._answer(list(self.modules)[layer], lambda: (tokens(),), q, k, v, scale=scale)
 
     def _answer(
         self,
         name: str,
+        module_inputs: Callable[[], tuple[Any, ...]],
         query: Tensor,  # [B, H, N, D]
         key: Tensor,  # [B, H, N, D]
         value: Tensor,  # [B, H, N, D]
@@ -138,9 +153,10 @@ class CoreAttention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Answer one call of scaled_dot_product_attention, whose parameters these are after the first.
+        """Answer one call of scaled_dot_product_attention, whose parameters these are after the first two.
 
         Raises:
+            Described: If the run is to describe its frames.
             ValueError: If it is attention that does not follow a closed core.
         """
         run = self.run
@@ -158,6 +174,8 @@ class CoreAttention:
                 f"{name} attends over {query.shape[2]} tokens, which is not the same number for each of {run.frames} "
                 f"frames and {trailing} trailing tokens; turn off what merges tokens"
             )
+        if run.describes:
+            raise Described(_mean_patch_tokens(module_inputs(), run, per_frame))
         query, key, value = _as_computed(query, key, value)
         call = name, run.calls[name]
         run.calls[name] += 1
@@ -169,8 +187,8 @@ class CoreAttention:
         else:
             if call not in self.kept:
                 raise ValueError(
-                    f"{name} attends for the {call[1] + 1}th time in this forward, but did so less often in that of the "
-                    "core, so what it should see is not known; this model cannot be opened"
+                    f"{name} attends {call[1] + 1} times in this forward, but did so less often in that of the core, so "
+                    "what it should see is not known; this model cannot be opened"
                 )
             if attn_mask is not None:
                 alone = self._of_frames(run.frames, per_frame, query.device)
@@ -229,6 +247,20 @@ class CoreAttention:
         return self._layouts.get(key, lambda: new_layout().to(key[-1]))
 
 
+def _mean_patch_tokens(module_inputs: tuple[Any, ...], run: Run, per_frame: int) -> Tensor:
+    """Return the mean patch token of each frame, `[S, C]`, of the tokens that enter an attention module."""
+    count = run.frames * per_frame
+    special = run.inputs.special_tokens
+    first, last = special if isinstance(special, tuple) else (special, 0)
+    for tokens in module_inputs:
+        if isinstance(tokens, Tensor) and tokens.is_floating_point() and tokens.dim() == 3 and len(tokens) == 1:
+            patches = tokens[0, :count].unflatten(0, (run.frames, per_frame))[:, first : per_frame - last]
+            return patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    raise ValueError(
+        'the core cannot be chosen by the tokens of this model; give core= as indices, or Core(by="thumbnails")'
+    )
+
+
 def _as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors as the operator casts them under autocast, so that what is kept takes no more memory."""
     device = tensors[0].device.type
@@ -246,6 +278,7 @@ def _own_memory(heads: Tensor) -> Tensor:
 def _behind(core: Tensor, own: Tensor) -> Tensor:
     """Return a chunk's keys or values behind those of the core.
 
-    A copy for one layer at a time: room behind the core's in each layer would be as much as the chunk's times the layers.
+    A copy for one layer at a time: room behind the core's in each layer would be as much as the chunk's times the
+    layers.
     """
     return torch.cat([core.transpose(1, 2), own.transpose(1, 2)], dim=1).transpose(1, 2)

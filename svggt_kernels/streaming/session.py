@@ -19,7 +19,7 @@ from ..patching.forwards import Forwards
 from ..patching.interception import StandIn
 from ..patching.order import frame_order
 from ..patching.parts import FrameOrder
-from .attention import CoreAttention, Run
+from .attention import CoreAttention, Described, Run
 
 Outputs = dict[str, Tensor]
 """Named outputs of frames, `[n, ...]`."""
@@ -64,9 +64,7 @@ class Session:
         self._feed: Callable[[Tensor], Any] = feed or (one_sample if runnable is None else runnable.feed)
         self._read: Callable[[Any, int], Outputs] = read_frames if read is None else lambda result, _: read(result)
         accepted = inspect.signature(type(model).forward).parameters
-        self._options = {
-            name: value for name, value in self.record.first_is_reference.items() if name in accepted
-        }
+        self._options = {name: value for name, value in self.record.first_is_reference.items() if name in accepted}
 
         def full(name: str) -> str:
             return f"{path}.{name}" if path else name
@@ -115,6 +113,12 @@ class Session:
         """The dtype of what is computed: autocast's, or the model's."""
         return self._autocast[1] if self._autocast[0] else self._parameter.dtype
 
+    def frame_size(self, long_side: int | None) -> tuple[int, int]:
+        """Return the pixels of the longer side of photos, as given or usual for the model, and of its patch."""
+        runnable, patch_size = self.record.runnable, getattr(self.root, "patch_size", None)
+        usual = (518, 14) if runnable is None else (runnable.long_side, runnable.patch_size)
+        return long_side or usual[0], patch_size if isinstance(patch_size, int) else usual[1]
+
     @property
     def running(self) -> Run | None:
         """The forward that runs, or None."""
@@ -143,6 +147,17 @@ class Session:
         """
         return self._run_chunk(reference, frames, (True,) * len(frames))
 
+    def describe(self, frames: Tensor) -> Tensor:
+        """Return the mean patch token of each frame `[n, C]` as it enters the first attention across frames.
+
+        Each part of the frames that is described counts its own first frame as reference.
+        """
+        try:
+            self._forward(frames, Run(len(frames), describes=True))
+        except Described as described:
+            return described.tokens.to("cpu")
+        raise AssertionError("a forward without global attention is refused")
+
     def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
         first = int(self.reference)
         if first:
@@ -154,7 +169,8 @@ class Session:
         """Run some frames of the core again as a chunk, which must give them what the run of the core gave them.
 
         Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
-        knows) gives them something else. They must agree to half of the digits of the dtype in which the model computes.
+        knows) gives them something else. They must agree to half of the digits of the dtype in which the model
+        computes.
         """
         count = 1 if self.record.causal else TESTED
         last = sorted({len(frames) - 1, *(range(len(frames) // 2, len(frames) // 2 + count - 1))} - {0})
@@ -240,8 +256,8 @@ class Session:
             )
         if run.before is not None and run.after is not None and frame_order(run.before, run.after) is not None:
             raise ValueError(
-                f"{self.record.name} chose another reference frame than the first of its frames; a scene needs the first "
-                f"frame of the core as reference: give the model a forward that takes {self.record.first_is_reference}"
+                f"{self.record.name} chose another reference frame than the first of its frames, which a scene needs; "
+                f"give the model a forward that takes {self.record.first_is_reference}"
             )
 
 
@@ -276,7 +292,7 @@ def read_frames(result: Any, frames: int) -> Outputs:
     }
     if not outputs:
         raise ValueError(
-            f"the model must return tensors [1, {frames}, ...], got a {type(result).__name__}; give open_scene(read=...), "
-            "a function that reads its result into named tensors [S, ...]"
+            f"the model must return tensors [1, {frames}, ...], got a {type(result).__name__}; give "
+            "open_scene(read=...), a function that reads its result into named tensors [S, ...]"
         )
     return outputs

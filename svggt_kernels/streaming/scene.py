@@ -1,0 +1,258 @@
+"""`open_scene(model, images)`: any number of photos of one scene, in chunks, and more later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.arguments import integer
+from ..graph.core import checked_core
+from ..sources import Core, Scene
+from ..sources.similarity import Similarity
+from .apart import Yardstick, described
+from .frames import BUFFERED, Frames, Images, buffered, open_frames
+from .progress import Progress
+from .session import Outputs, Session
+
+CHUNK = 32
+"""Frames of a chunk, unless told otherwise."""
+
+
+class OpenScene:
+    """A scene whose core has run: further frames run in chunks, in the same coordinates, now or later.
+
+    `open_scene` makes it. Frames outside the core see the core and themselves, so what a frame gets does not depend on
+    which frames run with it. The model must stay as it is while the scene is open; between calls nothing is put on it.
+
+    Outputs are tensors `[n, ...]` in host memory by the names that the model gives them, without the axis of samples,
+    and "apart", bool `[n]`: whether a frame may share nothing with the core (see `apart`). Such frames are placed all
+    the same, and warned of.
+
+    Attributes:
+        core: The frames of the core among the images that the scene was opened with; the first sets the axes.
+        core_outputs: Outputs of the core's frames.
+        chunk: Frames of a chunk.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        frames: Frames,
+        core: Sequence[int],
+        core_frames: Tensor,
+        *,
+        chunk: int,
+        similarity: Similarity | None,
+        long_side: int,
+        patch_size: int,
+    ) -> None:
+        self.session, self.core, self.chunk = session, tuple(core), chunk
+        self.core_frames, self.similarity = core_frames, similarity
+        self._frames, self._long_side, self._patch_size = frames, long_side, patch_size
+        outputs = session.run_core(core_frames)
+        self.yardstick = Yardstick.of(outputs, described(similarity, core_frames))
+        self.core_outputs: Outputs = outputs | {"apart": torch.zeros(len(core), dtype=torch.bool)}
+
+    @property
+    def core_gib(self) -> float:
+        """Memory of the kept keys and values of the core, GiB: about 2 L K P C values of the dtype that attends."""
+        return self.session.attention.kept_bytes / 2**30
+
+    def add(self, images: Images) -> Outputs:
+        """Return the outputs of further frames, in their order.
+
+        Args:
+            images: Frames, as `open_scene` takes them, of the height and width of the core's.
+
+        Raises:
+            ValueError: If they are of another size, or there is none.
+        """
+        return _joined(list(self.stream(images)))
+
+    def predict(self) -> Outputs:
+        """Return the outputs of all images that the scene was opened with, in their order, the core's among them.
+
+        Raises:
+            ValueError: If these came from an iterator, and have been read.
+        """
+        return _joined(list(self.stream()))
+
+    def stream(self, images: Images | None = None) -> Iterator[Outputs]:
+        """Yield what `add` returns, or without images what `predict` returns, one chunk after another as they come."""
+        for part, start in self._parts(images):
+            yield self._run(part, start)
+
+    def _parts(self, images: Images | None) -> Iterator[tuple[Tensor, int | None]]:
+        """Yield chunks, and where each begins among the images that the scene was opened with, None for others."""
+        frames = self._frames if images is None else self._open(images)
+        if images is None and not frames.again:
+            self._frames = Frames(_read_already, None)
+        start, (height, width) = 0, self.core_frames.shape[-2:]
+        with Progress("frames", frames.count) as progress:
+            for part in frames.chunks(self.chunk):
+                if part.shape[-2:] != (height, width):
+                    raise ValueError(
+                        f"frames must be {height} x {width} pixels as those of the core, got "
+                        f"{' x '.join(map(str, part.shape[-2:]))}; resize or crop them"
+                    )
+                yield part, start if images is None else None
+                start += len(part)
+                progress.add(len(part))
+        if not start:
+            raise ValueError("at least one image is needed, none was given")
+
+    def _open(self, images: Images) -> Frames:
+        height, width = self.core_frames.shape[-2:]
+        return open_frames(images, size=(width, height), long_side=self._long_side, patch_size=self._patch_size)
+
+    def _run(self, part: Tensor, start: int | None) -> Outputs:
+        """Return the outputs of a chunk; frames of the core have theirs."""
+        places = {} if start is None else {frame - start: place for place, frame in enumerate(self.core)}
+        others = [index for index in range(len(part)) if index not in places]
+        known = [index for index in range(len(part)) if index in places]
+        parts = []
+        if others:
+            further = part[others]
+            outputs = self.session.run_chunk(self.core_frames[:1], further)
+            apart = self.yardstick.apart(outputs, described(self.similarity, further))
+            self._warn(apart)
+            parts.append(outputs | {"apart": apart})
+        if known:
+            rows = [places[index] for index in known]
+            parts.append({name: tensor[rows] for name, tensor in self.core_outputs.items()})
+        order = torch.tensor([*others, *known]).argsort()
+        return {name: tensor[order] for name, tensor in _joined(parts).items()}
+
+    def _warn(self, apart: Tensor) -> None:
+        if count := int(apart.sum()):
+            warnings.warn(
+                f'{count} of {len(apart)} frames of a chunk may share nothing with the core ("apart" in the outputs '
+                "says which): what is said of them cannot be trusted; open a scene whose core shows that place too",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"OpenScene({self.session.record.name}, core of {len(self.core)} frames in {self.core_gib:.2f} GiB, "
+            f"chunks of {self.chunk})"
+        )
+
+
+def open_scene(
+    model: nn.Module,
+    images: Images,
+    *,
+    core: Core | Sequence[int] | None = None,
+    chunk: int | None = None,
+    long_side: int | None = None,
+    feed: Callable[[Tensor], Any] | None = None,
+    read: Callable[[Any], Outputs] | None = None,
+    fused: bool | None = None,
+    backend: str | None = None,
+) -> OpenScene:
+    """Run a model on the core of a scene and keep what further frames need of it: their keys and values in each layer.
+
+    Memory follows the core and the chunk, not the number of frames. What is computed is one forward of all frames with
+    a closed core, in which everything that looks across frames follows the core (docs/many-photos.md). Inference only;
+    the dtype is that of autocast where it is on at this call, else the model's.
+
+        with torch.autocast("cuda", torch.bfloat16):
+            scene = svggt_kernels.open_scene(model, "photos/")
+        predictions = scene.predict()
+        more = scene.add("photos-of-tomorrow/")
+
+    Args:
+        model: A model that a record knows, or any module that holds one, in eval mode.
+        images: Frames `[S, 3, H, W]` in [0, 1]; a list of photos, or the folder of them; a video; or an iterable of
+            frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
+            256 frames, which are held in memory.
+        core: A `Core`, which chooses its frames by descriptors of all; or their indices, the reference frame first.
+            None for `Core()`, as in `patch`.
+        chunk: Frames that run together, 32 by default.
+        long_side: Pixels of the longer side to which photos and videos are brought; None as the model takes them.
+        feed: Turns frames `[S, 3, H, W]` into the argument of the model's forward; None as its record says, else
+            `[1, S, 3, H, W]`.
+        read: Reads what the model returns into named tensors `[S, ...]`; None for all tensors `[1, S, ...]` of a
+            mapping.
+        fused: As in `patch`.
+        backend: As in `patch`.
+
+    Raises:
+        ValueError: If the model is not known, patched, or in training mode; if it does something across frames that
+            does not follow a core, which is tried out: frames of the core run again as a chunk; or an argument has no
+            meaning.
+        TypeError: If an argument is of another type.
+        FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had.
+        ImportError: If a package is missing.
+    """
+    core = Core() if core is None else core
+    if isinstance(core, Core):
+        core = core.opened()
+        if core.nearest:
+            raise ValueError(
+                f"a scene keeps keys of its core alone, so Core(nearest=0) is needed, got nearest={core.nearest}"
+            )
+    chunk = CHUNK if chunk is None else integer("chunk", chunk, 1)
+    session = Session(model, feed=feed, read=read, fused=fused, backend=backend)
+    long_side, patch_size = session.frame_size(long_side)
+    frames = open_frames(images, size=None, long_side=long_side, patch_size=patch_size)
+    among = frames
+    if not frames.again:
+        among, frames = buffered(frames, BUFFERED)
+    indices = chosen_core(core, among, session, chunk)
+    return OpenScene(
+        session,
+        frames,
+        indices,
+        among.pick(indices),
+        chunk=chunk,
+        similarity=core.similarity if isinstance(core, Core) else None,
+        long_side=long_side,
+        patch_size=patch_size,
+    )
+
+
+def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session, chunk: int) -> list[int]:
+    """Return the frames of a core; the first is the reference frame.
+
+    Args:
+        core: How it is chosen, or its indices.
+        frames: Among which it is; they are read once if they must be described or counted.
+        session: Describes frames by the model's tokens.
+        chunk: Frames that are described at a time.
+    """
+    if not isinstance(core, Core):
+        indices = list(core)
+        if not indices:
+            raise ValueError("the core must hold at least one frame, got none")
+        return checked_core(max(indices) + 1, indices).tolist()
+    similarity, count, parts = core.similarity, frames.count, []
+    if similarity is None and count is not None:
+        return sorted(core.chosen(count).tolist())
+    with Progress("descriptors", count) as progress:
+        count = 0
+        for part in frames.chunks(chunk):
+            if similarity is not None:
+                part = part.to(session.device)
+                parts.append(session.describe(part) if similarity.needs == "tokens" else described(similarity, part))
+            count += len(part)
+            progress.add(len(part))
+    if similarity is None:
+        return sorted(core.chosen(count).tolist())
+    descriptors = torch.cat([part for part in parts if part is not None])
+    if similarity.needs == "tokens":
+        descriptors = similarity.descriptors(Scene(len(descriptors), tokens=descriptors[:, None]))
+    return sorted(core.chosen(descriptors).tolist())
+
+
+def _joined(parts: list[Outputs]) -> Outputs:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _read_already(size: int) -> Iterator[Tensor]:
+    raise ValueError("the images of this scene came from an iterator, which has been read; give them again to add()")
