@@ -6,7 +6,7 @@ checked, is in docs/whole-model.md, "What is alive when".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,6 +144,18 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
         + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
         + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"'
     )
+
+
+def most_frames(sizes: Callable[[int], Sizes], budget: int, most: int) -> int:
+    """Return the most frames of which a forward keeps to a budget without host memory and with full parts; at least 1.
+
+    Args:
+        sizes: The sizes of a forward of so many frames.
+        budget: In bytes.
+        most: No more frames than these.
+    """
+    fits = [n for n in range(1, most + 1) if next(_plans(sizes(n))).peak_bytes <= budget]
+    return max(fits, default=1)
 
 
 def least(sizes: Sizes) -> float:

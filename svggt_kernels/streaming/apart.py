@@ -56,12 +56,14 @@ class Yardstick:
             outputs: The model's outputs of the frames.
             descriptors: Their descriptors `[n, C]`; needed if the yardstick has some.
         """
-        apart = torch.zeros(len(next(iter(outputs.values()))), dtype=torch.bool)
+        first = next(iter(outputs.values()))
+        apart = torch.zeros(len(first), dtype=torch.bool, device=first.device)
         confidence = confidences(outputs)
         if confidence is not None and self.confidence is not None:
             apart |= confidence < self.confidence
         if self.descriptors is not None and descriptors is not None:
-            apart |= (F.normalize(descriptors.float(), dim=1) @ self.descriptors.T).amax(1) < self.likeness
+            likeness = F.normalize(descriptors.float(), dim=1) @ self.descriptors.T
+            apart |= (likeness.amax(1) < self.likeness).to(apart.device)
         return apart
 
 
@@ -69,7 +71,7 @@ def confidences(outputs: Mapping[str, Tensor]) -> Tensor | None:
     """Return the median over pixels of the first output whose name says that it is a confidence, `[n]`, or None."""
     for name, tensor in outputs.items():
         if "conf" in name and tensor.dim() > 1:
-            return tensor.flatten(1).double().median(1).values
+            return tensor.flatten(1).float().median(1).values
     return None
 
 

@@ -187,7 +187,7 @@ class CoreAttention:
         else:
             if call not in self.kept:
                 raise ValueError(
-                    f"{name} attends {call[1] + 1} times in this forward, but did so less often in that of the core, so "
+                    f"{name} attends {call[1] + 1} times in this forward, but less often in that of the core, so "
                     "what it should see is not known; this model cannot be opened"
                 )
             if attn_mask is not None:

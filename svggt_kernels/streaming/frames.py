@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -14,11 +13,12 @@ from torch import Tensor
 
 from ..io.photos import common_size, find_photos, load_photos_of_size
 from ..io.video import video_frames
+from .transfers import read_ahead
 
 Item = TypeVar("Item")
 
 Images = Tensor | str | Path | Sequence[str | Path] | Iterable[Tensor]
-"""Frames `[S, 3, H, W]`; photos, or the folder of them; a video; an iterable of frames `[3, H, W]` or `[n, 3, H, W]`."""
+"""Frames `[S, 3, H, W]`; photos, or the folder of them; a video; an iterable of `[3, H, W]` or `[n, 3, H, W]`."""
 
 BUFFERED = 256
 """Frames of an iterator among which the core is chosen, as it cannot be read twice."""
@@ -40,9 +40,9 @@ class Frames:
     again: bool = True
     some: Callable[[Sequence[int]], Tensor] | None = None
 
-    def chunks(self, size: int) -> Iterator[Tensor]:
-        """Yield all frames in their order, `size` at a time; the next are read while the last are in use."""
-        return _ahead(self.parts(size))
+    def chunks(self, size: int, device: torch.device | None = None) -> Iterator[Tensor]:
+        """Yield all frames in their order, `size` at a time, on a device; the next are read meanwhile."""
+        return read_ahead(self.parts(size), device)
 
     def pick(self, indices: Sequence[int]) -> Tensor:
         """Return the frames of some indices, in their order.
@@ -163,12 +163,3 @@ def _batched(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
     reading = iter(items)
     while some := list(islice(reading, count)):
         yield some
-
-
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield items, of which the next one is made by a thread while the last is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item

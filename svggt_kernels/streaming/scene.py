@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from ..graph.arguments import integer
 from ..graph.core import checked_core
+from ..inference.memory import MemoryBudget
 from ..sources import Core, Scene
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
 from .session import Outputs, Session
+from .transfers import Downloads, Item
 
 CHUNK = 32
 """Frames of a chunk, unless told otherwise."""
@@ -45,15 +48,16 @@ class OpenScene:
         core: Sequence[int],
         core_frames: Tensor,
         *,
-        chunk: int,
+        chunk: int | None,
         similarity: Similarity | None,
         long_side: int,
         patch_size: int,
     ) -> None:
-        self.session, self.core, self.chunk = session, tuple(core), chunk
+        self.session, self.core = session, tuple(core)
         self.core_frames, self.similarity = core_frames, similarity
         self._frames, self._long_side, self._patch_size = frames, long_side, patch_size
-        outputs = session.run_core(core_frames)
+        outputs = {name: tensor.to("cpu") for name, tensor in session.run_core(core_frames).items()}
+        self.chunk = chunk or session.frames_of_chunk(core_frames) or CHUNK
         self.yardstick = Yardstick.of(outputs, described(similarity, core_frames))
         self.core_outputs: Outputs = outputs | {"apart": torch.zeros(len(core), dtype=torch.bool)}
 
@@ -83,57 +87,102 @@ class OpenScene:
 
     def stream(self, images: Images | None = None) -> Iterator[Outputs]:
         """Yield what `add` returns, or without images what `predict` returns, one chunk after another as they come."""
-        for part, start in self._parts(images):
-            yield self._run(part, start)
+        yield from self._run(images, lambda _, __: None, lambda outputs: outputs)
 
-    def _parts(self, images: Images | None) -> Iterator[tuple[Tensor, int | None]]:
-        """Yield chunks, and where each begins among the images that the scene was opened with, None for others."""
-        frames = self._frames if images is None else self._open(images)
-        if images is None and not frames.again:
+    def _run(
+        self,
+        images: Images | None,
+        done: Callable[[Tensor, int], Item | None],
+        then: Callable[[Outputs], Item],
+    ) -> Iterator[Item]:
+        """Run chunk after chunk, and copy the outputs of each to the host while the next one runs.
+
+        Args:
+            images: Frames; None for those that the scene was opened with.
+            done: Is asked of each chunk, and of where it begins, whether it was done before; returns what is yielded
+                then.
+            then: Turns outputs in host memory into what is yielded, in a thread.
+        """
+        frames, given = (self._frames if images is None else self._open(images)), images is not None
+        if not given and not frames.again:
             self._frames = Frames(_read_already, None)
         start, (height, width) = 0, self.core_frames.shape[-2:]
-        with Progress("frames", frames.count) as progress:
-            for part in frames.chunks(self.chunk):
+        apart: list[int] = []
+
+        def counted(outputs: Outputs) -> Item:
+            apart.append(int(outputs["apart"].sum()))
+            return then(outputs)
+
+        coming: list[tuple[Future[Item], int]] = []
+        device = self.session.device
+        with Progress("frames", frames.count) as progress, Downloads(device, counted) as downloads:
+
+            def arrived() -> Item:
+                future, count = coming.pop(0)
+                result = future.result()
+                progress.add(count)
+                return result
+
+            for part in frames.chunks(self.chunk, device):
                 if part.shape[-2:] != (height, width):
                     raise ValueError(
                         f"frames must be {height} x {width} pixels as those of the core, got "
                         f"{' x '.join(map(str, part.shape[-2:]))}; resize or crop them"
                     )
-                yield part, start if images is None else None
+                before = done(part, start)
+                if before is None:
+                    outputs = self._outputs(part, None if given else start)
+                    coming.append((downloads.begin(outputs), len(part)))
+                if len(coming) > 1 or (before is not None and coming):
+                    yield arrived()
+                if before is not None:
+                    progress.add(len(part), skipped=True)
+                    yield before
                 start += len(part)
-                progress.add(len(part))
+            while coming:
+                yield arrived()
         if not start:
             raise ValueError("at least one image is needed, none was given")
+        self._warn(sum(apart), start)
 
     def _open(self, images: Images) -> Frames:
         height, width = self.core_frames.shape[-2:]
         return open_frames(images, size=(width, height), long_side=self._long_side, patch_size=self._patch_size)
 
-    def _run(self, part: Tensor, start: int | None) -> Outputs:
-        """Return the outputs of a chunk; frames of the core have theirs."""
+    def _outputs(self, part: Tensor, start: int | None) -> Outputs:
+        """Return the outputs of a chunk; frames of the core have theirs.
+
+        Args:
+            part: Its frames.
+            start: Its first one's place among the images that the scene was opened with; None for others.
+        """
         places = {} if start is None else {frame - start: place for place, frame in enumerate(self.core)}
         others = [index for index in range(len(part)) if index not in places]
         known = [index for index in range(len(part)) if index in places]
         parts = []
         if others:
-            further = part[others]
+            further = part[others] if known else part
             outputs = self.session.run_chunk(self.core_frames[:1], further)
             apart = self.yardstick.apart(outputs, described(self.similarity, further))
-            self._warn(apart)
             parts.append(outputs | {"apart": apart})
         if known:
             rows = [places[index] for index in known]
-            parts.append({name: tensor[rows] for name, tensor in self.core_outputs.items()})
-        order = torch.tensor([*others, *known]).argsort()
+            core = {name: tensor[rows].to(part.device) for name, tensor in self.core_outputs.items()}
+            parts.append(core)
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([*others, *known], device=part.device).argsort()
         return {name: tensor[order] for name, tensor in _joined(parts).items()}
 
-    def _warn(self, apart: Tensor) -> None:
-        if count := int(apart.sum()):
+    def _warn(self, apart: int, frames: int) -> None:
+        """Warn of frames that are apart where there are more than chance makes of frames like the core's."""
+        by_chance = frames / (len(self.core) + 1)
+        if apart > by_chance + 2 * by_chance**0.5:
             warnings.warn(
-                f'{count} of {len(apart)} frames of a chunk may share nothing with the core ("apart" in the outputs '
-                "says which): what is said of them cannot be trusted; open a scene whose core shows that place too",
+                f'{apart} of {frames} frames may share nothing with the core (outputs["apart"] says which): what is '
+                "said of them cannot be trusted; open a scene whose core shows that place too",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
 
     def __repr__(self) -> str:
@@ -149,6 +198,7 @@ def open_scene(
     *,
     core: Core | Sequence[int] | None = None,
     chunk: int | None = None,
+    memory_budget: MemoryBudget = None,
     long_side: int | None = None,
     feed: Callable[[Tensor], Any] | None = None,
     read: Callable[[Any], Outputs] | None = None,
@@ -173,7 +223,9 @@ def open_scene(
             256 frames, which are held in memory.
         core: A `Core`, which chooses its frames by descriptors of all; or their indices, the reference frame first.
             None for `Core()`, as in `patch`.
-        chunk: Frames that run together, 32 by default.
+        chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
+        memory_budget: GiB that a run may allocate on the device in all, or "auto", as in `patch`: the core's and each
+            chunk's. Needs CUDA and a model of VGGT's shape; elsewhere give `chunk`.
         long_side: Pixels of the longer side to which photos and videos are brought; None as the model takes them.
         feed: Turns frames `[S, 3, H, W]` into the argument of the model's forward; None as its record says, else
             `[1, S, 3, H, W]`.
@@ -197,14 +249,15 @@ def open_scene(
             raise ValueError(
                 f"a scene keeps keys of its core alone, so Core(nearest=0) is needed, got nearest={core.nearest}"
             )
-    chunk = CHUNK if chunk is None else integer("chunk", chunk, 1)
-    session = Session(model, feed=feed, read=read, fused=fused, backend=backend)
+    if chunk is not None:
+        chunk = integer("chunk", chunk, 1)
+    session = Session(model, feed=feed, read=read, fused=fused, backend=backend, memory_budget=memory_budget)
     long_side, patch_size = session.frame_size(long_side)
     frames = open_frames(images, size=None, long_side=long_side, patch_size=patch_size)
     among = frames
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
-    indices = chosen_core(core, among, session, chunk)
+    indices = chosen_core(core, among, session)
     return OpenScene(
         session,
         frames,
@@ -217,14 +270,13 @@ def open_scene(
     )
 
 
-def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session, chunk: int) -> list[int]:
+def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) -> list[int]:
     """Return the frames of a core; the first is the reference frame.
 
     Args:
         core: How it is chosen, or its indices.
         frames: Among which it is; they are read once if they must be described or counted.
         session: Describes frames by the model's tokens.
-        chunk: Frames that are described at a time.
     """
     if not isinstance(core, Core):
         indices = list(core)
@@ -236,9 +288,8 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session, ch
         return sorted(core.chosen(count).tolist())
     with Progress("descriptors", count) as progress:
         count = 0
-        for part in frames.chunks(chunk):
+        for part in frames.chunks(CHUNK, None if similarity is None else session.device):
             if similarity is not None:
-                part = part.to(session.device)
                 parts.append(session.describe(part) if similarity.needs == "tokens" else described(similarity, part))
             count += len(part)
             progress.add(len(part))

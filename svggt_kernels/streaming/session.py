@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..compiling import uncompiled
+from ..inference import memory
 from ..inference.fused_forward import FusedForward
+from ..inference.memory import MemoryBudget
 from ..models import find_model
 from ..models.wrappers import arguments_of, each_once
 from ..patching.forwards import Forwards
@@ -20,6 +22,7 @@ from ..patching.interception import StandIn
 from ..patching.order import frame_order
 from ..patching.parts import FrameOrder
 from .attention import CoreAttention, Described, Run
+from .budget import Budget
 
 Outputs = dict[str, Tensor]
 """Named outputs of frames, `[n, ...]`."""
@@ -39,9 +42,11 @@ class Session:
         read: Reads the result of its forward into named tensors `[S, ...]`; None for `read_frames`.
         fused: As in `patch`.
         backend: As in `patch`.
+        memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
 
     Attributes:
         record: What is known about the model.
+        budget: Keeps to the memory budget, if there is one.
         attention: Holds what is kept of the core.
 
     Raises:
@@ -56,7 +61,11 @@ class Session:
         read: Callable[[Any], Outputs] | None = None,
         fused: bool | None = None,
         backend: str | None = None,
+        memory_budget: MemoryBudget = None,
     ) -> None:
+        memory.check(memory_budget)
+        if memory_budget is not None and fused is False:
+            raise ValueError("memory_budget is kept by the fused forward; leave fused=None, or give True")
         self.model = model
         self.record, path, self.root = find_model(model)
         self.reference = self.record.reference_frame is not None
@@ -80,12 +89,15 @@ class Session:
                 model,
                 path,
                 tuple(attention.values()),
-                fused=fused,
+                fused=fused if memory_budget is None else True,
                 precision="upstream",
                 keep="read",
                 backend=backend,
-                memory_budget=None,
+                memory_budget=memory_budget,
             )
+        self.budget: Budget | None = None
+        if self._own is not None and memory_budget is not None:
+            self.budget = Budget(self._own, self.attention, memory_budget)
         sites = [] if self._own is None else list(self._own.sites())
         sites += self.attention.sites()
         self._reorders = self.record.reorders_between and self.record.reorders_between(self.root)
@@ -96,6 +108,7 @@ class Session:
         self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
         self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))
         self._turn = threading.Lock()
+        self._tokens: int | None = None
         device = self._parameter.device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -134,9 +147,18 @@ class Session:
             ValueError: If the model does something across frames that is known not to follow a core.
         """
         self.attention.kept.clear()
-        outputs = self._forward(frames, Run(len(frames)))
+        run = Run(len(frames))
+        outputs = self._forward(frames, run)
+        self._tokens = run.inputs.tokens_per_frame
         self._test(frames, outputs)
         return outputs
+
+    def frames_of_chunk(self, core_frames: Tensor) -> int | None:
+        """Return how many further frames run together within the memory budget, after the core; None without one."""
+        if self.budget is None or self._tokens is None:
+            return None
+        itemsize = self._parameter.itemsize
+        return self.budget.frames_of_chunk(core_frames.shape, itemsize, self._tokens, self.device)
 
     def run_chunk(self, reference: Tensor, frames: Tensor) -> Outputs:
         """Return the outputs of further frames.
@@ -179,8 +201,8 @@ class Session:
         again = self._run_chunk(frames[:1], frames[last], (False,) * len(last))
         eps = max(torch.finfo(self.dtype).eps, torch.finfo(self._parameter.dtype).eps)
         for name, expected in outputs.items():
-            some = expected[last].double()
-            error, size = float((again[name].double() - some).norm()), float(some.norm())
+            some = expected[last].cpu().double()
+            error, size = float((again[name].cpu().double() - some).norm()), float(some.norm())
             if not error <= eps**0.5 * size:
                 raise ValueError(
                     f"{type(self.model).__name__} cannot be opened: frames of its core that run again without the "
@@ -189,7 +211,7 @@ class Session:
                 )
 
     def _forward(self, frames: Tensor, run: Run) -> Outputs:
-        """Run the model on frames `[S, 3, H, W]` and return its outputs in host memory.
+        """Run the model on frames `[S, 3, H, W]` and return its outputs.
 
         Raises:
             RuntimeError: If another forward of this session runs.
@@ -203,7 +225,7 @@ class Session:
                 images = frames.to(self.device, self._parameter.dtype)
                 result = self.model(self._feed(images), **self._options)
                 self._check(run)
-                return {name: tensor.to("cpu") for name, tensor in self._read(result, len(frames)).items()}
+                return self._read(result, len(frames))
         finally:
             self.attention.run = None
             self._turn.release()
@@ -237,6 +259,8 @@ class Session:
                 f"{stand_in.name} was given {run.inputs.frames} frames in a forward of {run.frames}; feed= must give "
                 "the model all frames as one sample"
             )
+        if self.budget is not None:
+            self.budget.begin(run)
         if self._own is not None:
             self._own.begin(run.inputs.images, run.inputs.tokens_per_frame, False, self.attention)
         try:
