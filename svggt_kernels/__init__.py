@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .measure.dense import compare_dense
     from .patching import Patch, PatchReport, patch
     from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
-    from .streaming import OpenScene, open_scene
+    from .streaming import OpenScene, open_saved_scene, open_scene, read_outputs
 
 __version__ = "0.1.0"
 
@@ -34,9 +34,11 @@ _HOMES = {
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
+    "open_saved_scene": "streaming",
     "open_scene": "streaming",
     "patch": "patching",
     "prepare": "attention",
+    "read_outputs": "streaming",
 }
 
 __all__ = [
@@ -51,9 +53,11 @@ __all__ = [
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
+    "open_saved_scene",
     "open_scene",
     "patch",
     "prepare",
+    "read_outputs",
 ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import ForwardInputs, ModelRecord, argument, block_attention, has_parts
@@ -37,9 +37,14 @@ def _read(module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
 
 
 def _growth(attention: Any, tokens: int) -> float:
-    """Return the factor of UniCeption's queries: log N (scalable softmax), its root (entropy scaling), or both."""
-    scalable, entropy = (getattr(attention, f"use_{name}", False) for name in ("scalable_softmax", "entropy_scaling"))
-    return math.log(tokens) ** (1.0 * bool(scalable) + 0.5 * bool(entropy))
+    """Return the factor that options put on queries, rounded as there: log N, or sqrt(g log N / log N0), or both."""
+    factor, logarithm = torch.ones(()), torch.log(torch.tensor(tokens))
+    if getattr(attention, "use_scalable_softmax", False):
+        factor = factor * logarithm
+    if getattr(attention, "use_entropy_scaling", False):
+        base = torch.log(torch.tensor(attention.base_token_count_for_entropy_scaling))
+        factor = factor.double() * torch.sqrt(attention.entropy_scaling_growth_factor * logarithm / base).double()
+    return float(factor)
 
 
 MAPANYTHING = ModelRecord(

@@ -65,20 +65,20 @@ class Frames:
         raise ValueError(f"the core must be among {start} frames, got {list(indices)}")
 
 
-def open_frames(images: Images, *, size: tuple[int, int] | None, long_side: int, patch_size: int) -> Frames:
+def open_frames(images: Images, frame_size: tuple[int, int], *, size: tuple[int, int] | None = None) -> Frames:
     """Return frames that are read as they go.
 
     Args:
         images: The frames.
+        frame_size: Pixels of the longer side of photos and videos, and of a patch of the model.
         size: Width and height to which photos are brought; None for the size that suits these.
-        long_side: Pixels of the longer side of photos and videos.
-        patch_size: Pixels of a patch of the model.
 
     Raises:
         TypeError: If it is something else.
         ValueError: If there is no frame, or they are of another size.
         FileNotFoundError: If there is no such file or folder.
     """
+    long_side, patch_size = frame_size
     if isinstance(images, Tensor):
         return _of_tensor(images[0] if images.dim() == 5 and len(images) == 1 else images)
     if isinstance(images, (str, Path)):

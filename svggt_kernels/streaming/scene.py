@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from ..sources import Core, Scene
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
+from .identity import of_frames, of_model
+from .outputs import OutputFolder
 from .progress import Progress
+from .saved import SavedScene, save_scene
 from .session import Outputs, Session
-from .transfers import Downloads, Item
+from .transfers import Downloads, Item, finished
 
 CHUNK = 32
 """Frames of a chunk, unless told otherwise."""
@@ -38,7 +42,9 @@ class OpenScene:
     Attributes:
         core: The frames of the core among the images that the scene was opened with; the first sets the axes.
         core_outputs: Outputs of the core's frames.
+        core_frames: These frames, `[K, 3, H, W]`.
         chunk: Frames of a chunk.
+        frame_size: Pixels of the longer side of photos and videos, and of a patch.
     """
 
     def __init__(
@@ -49,17 +55,18 @@ class OpenScene:
         core_frames: Tensor,
         *,
         chunk: int | None,
-        similarity: Similarity | None,
-        long_side: int,
-        patch_size: int,
+        frame_size: tuple[int, int],
+        similarity: Similarity | None = None,
+        core_outputs: Outputs | None = None,
     ) -> None:
         self.session, self.core = session, tuple(core)
         self.core_frames, self.similarity = core_frames, similarity
-        self._frames, self._long_side, self._patch_size = frames, long_side, patch_size
-        outputs = {name: tensor.to("cpu") for name, tensor in session.run_core(core_frames).items()}
+        self._frames, self.frame_size = frames, frame_size
+        outputs = session.run_core(core_frames) if core_outputs is None else core_outputs
+        self.core_outputs: Outputs = {name: tensor.to("cpu") for name, tensor in outputs.items()}
+        self.core_outputs["apart"] = torch.zeros(len(core), dtype=torch.bool)
         self.chunk = chunk or session.frames_of_chunk(core_frames) or CHUNK
-        self.yardstick = Yardstick.of(outputs, described(similarity, core_frames))
-        self.core_outputs: Outputs = outputs | {"apart": torch.zeros(len(core), dtype=torch.bool)}
+        self.yardstick = Yardstick.of(self.core_outputs, described(similarity, core_frames))
 
     @property
     def core_gib(self) -> float:
@@ -87,21 +94,93 @@ class OpenScene:
 
     def stream(self, images: Images | None = None) -> Iterator[Outputs]:
         """Yield what `add` returns, or without images what `predict` returns, one chunk after another as they come."""
-        yield from self._run(images, lambda _, __: None, lambda outputs: outputs)
+        yield from self._run(images, lambda part, start: None, lambda outputs, part, start: outputs)
+
+    def write(
+        self, folder: str | Path, images: Images | None = None, *, names: Collection[str] | None = None
+    ) -> list[Path]:
+        """Write the outputs of all images that the scene was opened with, or of further ones, a file for each chunk.
+
+        Files are written as chunks are finished. What was finished is not lost where this is interrupted, and is not
+        run again when it is called again: the frames are read again, and compared with those of the file.
+
+        Args:
+            folder: Where to, for these images alone; made if it is not there.
+            images: Further frames, as `add` takes them.
+            names: The outputs that are written; None for all.
+
+        Returns:
+            The files in the order of the frames, for `svggt_kernels.read_outputs`.
+
+        Raises:
+            ValueError: If the folder holds outputs of another scene or other frames, or there is no such output; and as
+                `add` does.
+            OSError: If a file cannot be written.
+        """
+        kind = ",".join(sorted(names)) if names is not None else "all"
+        target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}", names)
+
+        def done(part: Tensor, start: int) -> Future[Path] | None:
+            path = target.written(part, start)
+            return None if path is None else finished(path)
+
+        def then(outputs: Outputs, part: Tensor, start: int) -> Path:
+            return target.write(outputs, of_frames(part), start)
+
+        return list(self._run(images, done, then))
+
+    def save(self, path: str | Path, *, keys: bool = False) -> None:
+        """Write the scene to a file, from which `open_saved_scene` opens it again: another day, on another machine.
+
+        The file holds the frames of the core, settings, and what tells the model's weights from others.
+
+        Args:
+            path: The file; replaced if it is there.
+            keys: Whether it holds the core's keys and values too (`core_gib`), so that the core need not run again.
+        """
+        save_scene(self, Path(path), keys)
+
+    def extended(self, images: Images) -> OpenScene:
+        """Return a new scene, whose core is this one's and further frames; this one stays as it is.
+
+        All outputs of this scene are stale beside those of the new one: its larger core gives every frame other ones,
+        in other coordinates. Predict the frames again.
+
+        Args:
+            images: The frames to add to the core, as `add` takes them.
+        """
+        frames = torch.cat(
+            [self.core_frames, *(part.to(self.core_frames) for part in self._open(images).chunks(CHUNK))]
+        )
+        known = open_frames(frames, self.frame_size)
+        return OpenScene(
+            self.session.again(),
+            known,
+            range(len(frames)),
+            frames,
+            chunk=self.chunk,
+            frame_size=self.frame_size,
+            similarity=self.similarity,
+        )
+
+    def identity(self) -> str:
+        """Return what tells this scene from others: its model and weights, the dtype, and the frames of its core."""
+        session = self.session
+        return f"{session.record.name} {of_model(session.model)} {session.dtype} core {of_frames(self.core_frames)}"
 
     def _run(
         self,
         images: Images | None,
-        done: Callable[[Tensor, int], Item | None],
-        then: Callable[[Outputs], Item],
+        done: Callable[[Tensor, int], Future[Item] | None],
+        then: Callable[[Outputs, Tensor, int], Item],
     ) -> Iterator[Item]:
         """Run chunk after chunk, and copy the outputs of each to the host while the next one runs.
 
         Args:
             images: Frames; None for those that the scene was opened with.
-            done: Is asked of each chunk, and of where it begins, whether it was done before; returns what is yielded
-                then.
-            then: Turns outputs in host memory into what is yielded, in a thread.
+            done: Is asked of each chunk, and of where it begins; returns what is yielded if it was done before.
+            then: Turns outputs in host memory into what is yielded, in a thread; is given the frames and the place of
+                the first one, too.
         """
         frames, given = (self._frames if images is None else self._open(images)), images is not None
         if not given and not frames.again:
@@ -109,18 +188,18 @@ class OpenScene:
         start, (height, width) = 0, self.core_frames.shape[-2:]
         apart: list[int] = []
 
-        def counted(outputs: Outputs) -> Item:
+        def counted(outputs: Outputs, part: Tensor, first: int) -> Item:
             apart.append(int(outputs["apart"].sum()))
-            return then(outputs)
+            return then(outputs, part, first)
 
-        coming: list[tuple[Future[Item], int]] = []
+        coming: list[tuple[Future[Item], int, bool]] = []
         device = self.session.device
         with Progress("frames", frames.count) as progress, Downloads(device, counted) as downloads:
 
             def arrived() -> Item:
-                future, count = coming.pop(0)
+                future, count, skipped = coming.pop(0)
                 result = future.result()
-                progress.add(count)
+                progress.add(count, skipped)
                 return result
 
             for part in frames.chunks(self.chunk, device):
@@ -129,16 +208,14 @@ class OpenScene:
                         f"frames must be {height} x {width} pixels as those of the core, got "
                         f"{' x '.join(map(str, part.shape[-2:]))}; resize or crop them"
                     )
-                before = done(part, start)
-                if before is None:
-                    outputs = self._outputs(part, None if given else start)
-                    coming.append((downloads.begin(outputs), len(part)))
-                if len(coming) > 1 or (before is not None and coming):
-                    yield arrived()
-                if before is not None:
-                    progress.add(len(part), skipped=True)
-                    yield before
+                future = done(part, start)
+                skipped = future is not None
+                if future is None:
+                    future = downloads.begin(self._outputs(part, None if given else start), part, start)
+                coming.append((future, len(part), skipped))
                 start += len(part)
+                if len(coming) > 1:
+                    yield arrived()
             while coming:
                 yield arrived()
         if not start:
@@ -147,7 +224,7 @@ class OpenScene:
 
     def _open(self, images: Images) -> Frames:
         height, width = self.core_frames.shape[-2:]
-        return open_frames(images, size=(width, height), long_side=self._long_side, patch_size=self._patch_size)
+        return open_frames(images, self.frame_size, size=(width, height))
 
     def _outputs(self, part: Tensor, start: int | None) -> Outputs:
         """Return the outputs of a chunk; frames of the core have theirs.
@@ -252,8 +329,8 @@ def open_scene(
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
     session = Session(model, feed=feed, read=read, fused=fused, backend=backend, memory_budget=memory_budget)
-    long_side, patch_size = session.frame_size(long_side)
-    frames = open_frames(images, size=None, long_side=long_side, patch_size=patch_size)
+    frame_size = session.frame_size(long_side)
+    frames = open_frames(images, frame_size)
     among = frames
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
@@ -264,9 +341,51 @@ def open_scene(
         indices,
         among.pick(indices),
         chunk=chunk,
+        frame_size=frame_size,
         similarity=core.similarity if isinstance(core, Core) else None,
-        long_side=long_side,
-        patch_size=patch_size,
+    )
+
+
+def open_saved_scene(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    chunk: int | None = None,
+    feed: Callable[[Tensor], Any] | None = None,
+    read: Callable[[Any], Outputs] | None = None,
+    fused: bool | None = None,
+    backend: str | None = None,
+) -> OpenScene:
+    """Open a scene that `OpenScene.save` wrote, to add frames to it; the core runs again unless its keys are there.
+
+    The dtype is that of the scene when it was saved. Frames are told to be apart by their confidence alone, and
+    `predict` gives the core's.
+
+    Args:
+        model: The model, with the weights that it had.
+        path: The file.
+        chunk: Frames that run together; None for as many as before.
+        feed: As in `open_scene`, and likewise the others.
+        read: Likewise.
+        fused: Likewise.
+        backend: Likewise.
+
+    Raises:
+        ValueError: If the model is another one, or the file is damaged or something else; and as `open_scene` does.
+        FileNotFoundError: If there is no such file.
+    """
+    saved = SavedScene(Path(path))
+    session = Session(model, feed=feed, read=read, fused=fused, backend=backend)
+    saved.require(session)
+    frame_size = saved.settings["frame_size"]
+    return OpenScene(
+        session,
+        open_frames(saved.frames, frame_size),
+        range(len(saved.frames)),
+        saved.frames,
+        chunk=saved.settings["chunk"] if chunk is None else integer("chunk", chunk, 1),
+        frame_size=frame_size,
+        core_outputs=saved.restore(session),
     )
 
 

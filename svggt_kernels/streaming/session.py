@@ -27,9 +27,6 @@ from .budget import Budget
 Outputs = dict[str, Tensor]
 """Named outputs of frames, `[n, ...]`."""
 
-TESTED = 2
-"""Frames of the core that run again as a chunk, to see that the model follows the core."""
-
 
 class Session:
     """Runs a model on the core of a scene and on chunks of further frames.
@@ -46,6 +43,7 @@ class Session:
 
     Attributes:
         record: What is known about the model.
+        autocast: Whether it is on, and its dtype: those of the time when the session was made.
         budget: Keeps to the memory budget, if there is one.
         attention: Holds what is kept of the core.
 
@@ -63,6 +61,14 @@ class Session:
         backend: str | None = None,
         memory_budget: MemoryBudget = None,
     ) -> None:
+        self._arguments: dict[str, Any] = {
+            "model": model,
+            "feed": feed,
+            "read": read,
+            "fused": fused,
+            "backend": backend,
+            "memory_budget": memory_budget,
+        }
         memory.check(memory_budget)
         if memory_budget is not None and fused is False:
             raise ValueError("memory_budget is kept by the fused forward; leave fused=None, or give True")
@@ -110,7 +116,13 @@ class Session:
         self._turn = threading.Lock()
         self._tokens: int | None = None
         device = self._parameter.device.type
-        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def again(self) -> Session:
+        """Return a new session of the same model and settings, for another core."""
+        session = Session(**self._arguments)
+        session.autocast = self.autocast
+        return session
 
     @property
     def _parameter(self) -> Tensor:
@@ -124,7 +136,7 @@ class Session:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of what is computed: autocast's, or the model's."""
-        return self._autocast[1] if self._autocast[0] else self._parameter.dtype
+        return self.autocast[1] if self.autocast[0] else self._parameter.dtype
 
     def frame_size(self, long_side: int | None) -> tuple[int, int]:
         """Return the pixels of the longer side of photos, as given or usual for the model, and of its patch."""
@@ -144,9 +156,11 @@ class Session:
             frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first.
 
         Raises:
-            ValueError: If the model does something across frames that is known not to follow a core.
+            ValueError: If the model does something across frames that does not follow a core, or there is one frame.
         """
         self.attention.kept.clear()
+        if len(frames) < 2:
+            raise ValueError(f"the core must hold at least 2 frames, got {len(frames)}")
         run = Run(len(frames))
         outputs = self._forward(frames, run)
         self._tokens = run.inputs.tokens_per_frame
@@ -188,25 +202,22 @@ class Session:
         return {name: tensor[first:] for name, tensor in outputs.items()}
 
     def _test(self, frames: Tensor, outputs: Outputs) -> None:
-        """Run some frames of the core again as a chunk, which must give them what the run of the core gave them.
+        """Run the last frame of the core again in a chunk, which must give it what the run of the core gave it.
 
         Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
-        knows) gives them something else. They must agree to half of the digits of the dtype in which the model
-        computes.
+        knows) gives it something else: the other frames are missing, and its negative runs with it. Both must agree to
+        half of the digits of the dtype in which the model computes.
         """
-        count = 1 if self.record.causal else TESTED
-        last = sorted({len(frames) - 1, *(range(len(frames) // 2, len(frames) // 2 + count - 1))} - {0})
-        if not last:
-            return
-        again = self._run_chunk(frames[:1], frames[last], (False,) * len(last))
+        last = frames[-1:]
+        again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
         eps = max(torch.finfo(self.dtype).eps, torch.finfo(self._parameter.dtype).eps)
-        for name, expected in outputs.items():
-            some = expected[last].cpu().double()
-            error, size = float((again[name].cpu().double() - some).norm()), float(some.norm())
+        for name, tensor in outputs.items():
+            expected, actual = (each.cpu().double() for each in (tensor[-1], again[name][0]))
+            error, size = float((actual - expected).norm()), float(expected.norm())
             if not error <= eps**0.5 * size:
                 raise ValueError(
-                    f"{type(self.model).__name__} cannot be opened: frames of its core that run again without the "
-                    f"others get another {name} (by {error / max(size, 1e-300):.2g} of its size), so something in it "
+                    f"{type(self.model).__name__} cannot be opened: a frame of its core that runs again without the "
+                    f"others gets another {name} (by {error / max(size, 1e-300):.2g} of its size), so something in it "
                     "looks across frames that does not follow the core; use patch(model), which runs all frames at once"
                 )
 
@@ -219,7 +230,7 @@ class Session:
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("this scene is running already; a scene runs one chunk at a time")
         self.attention.run = run
-        enabled, dtype = self._autocast
+        enabled, dtype = self.autocast
         try:
             with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
                 images = frames.to(self.device, self._parameter.dtype)

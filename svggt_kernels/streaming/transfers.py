@@ -46,31 +46,39 @@ class Downloads(Generic[Item]):
 
     Args:
         device: Where the tensors are.
-        then: Called by the thread with what was copied; returns what the future gives.
+        then: Called by the thread with what was copied, the frames that it is of, and the place of the first; returns
+            what the future gives.
     """
 
-    def __init__(self, device: torch.device, then: Callable[[dict[str, Tensor]], Item]) -> None:
+    def __init__(self, device: torch.device, then: Callable[[dict[str, Tensor], Tensor, int], Item]) -> None:
         self.device, self.then = device, then
         self._stream = _stream_beside(device)
         self._thread = ThreadPoolExecutor(1)
 
-    def begin(self, tensors: dict[str, Tensor]) -> Future[Item]:
+    def begin(self, tensors: dict[str, Tensor], frames: Tensor, start: int) -> Future[Item]:
         """Begin to copy what the current stream has made or will have made by now."""
         ready = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
-        return self._thread.submit(self._copy, tensors, ready)
+        return self._thread.submit(self._copy, tensors, frames, start, ready)
 
-    def _copy(self, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> Item:
+    def _copy(self, tensors: dict[str, Tensor], frames: Tensor, start: int, ready: torch.cuda.Event | None) -> Item:
         with _on(self._stream):
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
             host = {name: tensor.to("cpu") for name, tensor in tensors.items()}
-        return self.then(host)
+            return self.then(host, frames, start)
 
     def __enter__(self) -> Downloads[Item]:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()
+
+
+def finished(item: Item) -> Future[Item]:
+    """Return a future that gives an item at once."""
+    future: Future[Item] = Future()
+    future.set_result(item)
+    return future
 
 
 def _stream_beside(device: torch.device | None) -> torch.cuda.Stream | None:
