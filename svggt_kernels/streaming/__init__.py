@@ -8,7 +8,8 @@ that may share nothing with the core; `scene` puts this together. docs/many-phot
 
 from __future__ import annotations
 
+from .opening import open_saved_scene, open_scene
 from .outputs import read_outputs
-from .scene import OpenScene, open_saved_scene, open_scene
+from .scene import OpenScene
 
 __all__ = ["OpenScene", "open_saved_scene", "open_scene", "read_outputs"]

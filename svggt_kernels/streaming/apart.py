@@ -1,8 +1,8 @@
 """Frames that may share nothing with the core of their scene: a rule without a threshold of our own.
 
-A frame is told to be apart if the model is less sure of it than of every frame of the core (the median over its pixels
-of the model's confidence), or if it is less like the core than every frame of the core is (the similarity of its
-descriptor to that of the most similar frame of the core). Both only compare with what holds among the frames of the
+A frame is told to be apart if the model is less sure of it than of every frame of the core, or if it is less like the
+core than every image is among which the core was chosen. How sure: the mean over pixels of the model's confidence, of
+its logarithm where it is positive. How like: the similarity of its descriptor to that of the most similar frame of the
 core.
 """
 
@@ -25,8 +25,8 @@ class Yardstick:
 
     Attributes:
         confidence: The least of their confidences; None if the model states none.
-        descriptors: Theirs, `[K, C]`, of length 1; None if none were made, or there is one frame.
-        likeness: The least of the similarities of each to the most similar of the others.
+        descriptors: Theirs, `[K, C]`; None if none were made.
+        likeness: The least similarity to the core of the images among which it was chosen.
     """
 
     confidence: float | None
@@ -34,20 +34,24 @@ class Yardstick:
     likeness: float
 
     @classmethod
-    def of(cls, outputs: Mapping[str, Tensor], descriptors: Tensor | None) -> Yardstick:
+    def of(
+        cls, outputs: Mapping[str, Tensor], descriptors: Tensor | None = None, likeness: float | None = None
+    ) -> Yardstick:
         """Return the yardstick of a core.
 
         Args:
             outputs: The model's outputs of its frames.
             descriptors: Their descriptors `[K, C]`, or None.
+            likeness: Of the images among which it was chosen; None for the frames of the core to one another.
         """
         confidence = confidences(outputs)
         least = None if confidence is None else float(confidence.min())
-        if descriptors is None or len(descriptors) < 2:
+        if descriptors is None:
             return cls(least, None, -1.0)
-        unit = F.normalize(descriptors.float(), dim=1)
-        others = (unit @ unit.T).fill_diagonal_(-1)
-        return cls(least, unit, float(others.amax(1).min()))
+        if likeness is None:
+            unit = F.normalize(descriptors.float(), dim=1)
+            likeness = float((unit @ unit.T).fill_diagonal_(-1).amax(1).min())
+        return cls(least, descriptors, likeness)
 
     def apart(self, outputs: Mapping[str, Tensor], descriptors: Tensor | None) -> Tensor:
         """Return which frames are apart, `[n]` bool.
@@ -62,17 +66,26 @@ class Yardstick:
         if confidence is not None and self.confidence is not None:
             apart |= confidence < self.confidence
         if self.descriptors is not None and descriptors is not None:
-            likeness = F.normalize(descriptors.float(), dim=1) @ self.descriptors.T
-            apart |= (likeness.amax(1) < self.likeness).to(apart.device)
+            apart |= (likeness_of(descriptors, self.descriptors) < self.likeness).to(apart.device)
         return apart
 
 
 def confidences(outputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the median over pixels of the first output whose name says that it is a confidence, `[n]`, or None."""
+    """Return how sure a model is of frames, `[n]`, by the first output whose name says so; None if it does not say."""
     for name, tensor in outputs.items():
         if "conf" in name and tensor.dim() > 1:
-            return tensor.flatten(1).float().median(1).values
+            values = tensor.flatten(1).float()
+            return (values.log() if bool((values > 0).all()) else values).mean(1)
     return None
+
+
+def likeness_of(
+    descriptors: Tensor,  # [n, C]
+    core: Tensor,  # [K, C]
+) -> Tensor:
+    """Return the cosine of each descriptor with the most similar one of a core, `[n]`."""
+    units = (F.normalize(each.float(), dim=1) for each in (descriptors, core))
+    return torch.matmul(next(units), next(units).T).amax(1)
 
 
 def described(similarity: Similarity | None, frames: Tensor) -> Tensor | None:

@@ -18,6 +18,8 @@ import svggt_kernels
 from svggt_kernels import open_saved_scene, open_scene
 from svggt_kernels.demo.model import RoomsModel
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
+
 CORE = [1, 6, 3]
 KNOWN = {name: double for name, double in FAMILY.items() if double.record is not None}
 
