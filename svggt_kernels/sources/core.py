@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from torch import Tensor
-
 from ..graph import CovisibilityGraph
 from ..graph.arguments import integer
 from ..graph.core import Choice, choose_core, nearest_frames, spread_evenly
@@ -78,6 +76,11 @@ class Core:
         return "nothing" if self._similarity is None else self._similarity.needs
 
     @property
+    def similarity(self) -> Similarity | None:
+        """Whose descriptors choose the core; None if it is spread evenly."""
+        return self._similarity
+
+    @property
     def reads_fingerprints(self) -> bool:
         """Whether the images of a scene are looked up."""
         return getattr(self._similarity, "reads_fingerprints", False)
@@ -86,24 +89,6 @@ class Core:
         """Return the same source with a cache of its own, ready to be used by one patch."""
         opened = getattr(self._similarity, "opened", None)
         return replace(self, by=self._similarity if opened is None else opened())
-
-    @property
-    def similarity(self) -> Similarity | None:
-        """Whose descriptors choose the core; None if it is spread evenly."""
-        return self._similarity
-
-    def chosen(self, descriptors: Tensor | int, first: int = 0) -> Tensor:
-        """Return the frames of the core, `[min(size, S)]` int64.
-
-        Args:
-            descriptors: One per frame, `[S, C]`; the number of frames where the core is spread evenly.
-            first: A frame that belongs to it, chosen first.
-        """
-        if isinstance(descriptors, Tensor):
-            return choose_core(descriptors, self.size, choice=self.choice, first=first)
-        core = spread_evenly(descriptors, self.size)
-        core[(core - first).abs().argmin()] = first
-        return core
 
     def graph(self, scene: Scene) -> CovisibilityGraph:
         """Return the graph of a scene; the same object for the same images, or without descriptors for as many frames.
@@ -122,10 +107,12 @@ class Core:
         with scene.step("descriptors"):
             descriptors = self._similarity.descriptors(scene)
         with scene.step("graph"):
-            core = self.chosen(descriptors, scene.reference_frame or 0)
+            core = choose_core(descriptors, self.size, choice=self.choice, first=scene.reference_frame or 0)
             nearest = nearest_frames(descriptors, self.nearest) if self.nearest else None
             return CovisibilityGraph.core(scene.num_frames, core, nearest=nearest)
 
     def _spread_evenly(self, scene: Scene) -> CovisibilityGraph:
-        # Frame 0 is at one of the equal distances.
-        return CovisibilityGraph.core(scene.num_frames, self.chosen(scene.num_frames, scene.reference_frame or 0))
+        core, reference_frame = spread_evenly(scene.num_frames, self.size), scene.reference_frame
+        if reference_frame is not None:
+            core[(core - reference_frame).abs().argmin()] = reference_frame
+        return CovisibilityGraph.core(scene.num_frames, core)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.arguments import integer
-from ..graph.core import checked_core
+from ..graph.core import checked_core, choose_core, spread_evenly
 from ..inference.memory import MemoryBudget
 from ..sources import Core, Scene
 from .apart import described, likeness_of
@@ -74,9 +74,10 @@ def open_scene(
     core = Core() if core is None else core
     if isinstance(core, Core):
         core = core.opened()
-        if core.nearest:
+        beside = {name: value for name in ("nearest", "coarse") if (value := getattr(core, name, 0))}
+        if beside:
             raise ValueError(
-                f"a scene keeps keys of its core alone, so Core(nearest=0) is needed, got nearest={core.nearest}"
+                f"a scene keeps the keys of its core alone, so give a Core without more, got {beside}"
             )
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
@@ -157,7 +158,7 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) ->
         return checked_core(max(indices) + 1, indices).tolist(), None
     similarity, count, parts = core.similarity, frames.count, []
     if similarity is None and count is not None:
-        return sorted(core.chosen(count).tolist()), None
+        return spread_evenly(count, core.size).tolist(), None
     with Progress("descriptors", count) as progress:
         count = 0
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
@@ -166,10 +167,11 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) ->
             count += len(part)
             progress.add(len(part))
     if similarity is None:
-        return sorted(core.chosen(count).tolist()), None
+        return spread_evenly(count, core.size).tolist(), None
     descriptors = torch.cat([part for part in parts if part is not None])
     if similarity.needs == "tokens":
         descriptors = similarity.descriptors(Scene(len(descriptors), tokens=descriptors[:, None]))
-        return sorted(core.chosen(descriptors).tolist()), None
-    chosen = sorted(core.chosen(descriptors).tolist())
+    chosen = sorted(choose_core(descriptors, core.size, choice=core.choice).tolist())
+    if similarity.needs == "tokens":
+        return chosen, None
     return chosen, float(likeness_of(descriptors, descriptors[chosen]).min())
