@@ -1,9 +1,9 @@
 """Frames that may share nothing with the core of their scene: a rule without a threshold of our own.
 
 A frame is told to be apart if the model is less sure of it than of every frame of the core, or if it is less like the
-core than every image is among which the core was chosen. How sure: the mean over pixels of the model's confidence, of
-its logarithm where it is positive. How like: the similarity of its descriptor to that of the most similar frame of the
-core.
+core than every image is among which the core was chosen. How sure: the mean over pixels of log(1 + c), of the model's
+confidence c (with its sign, where it may be negative). How like: the similarity of its descriptor to that of the most
+similar frame of the core.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Yardstick:
         if confidence is not None and self.confidence is not None:
             apart |= confidence < self.confidence
         if self.descriptors is not None and descriptors is not None:
-            apart |= (likeness_of(descriptors, self.descriptors) < self.likeness).to(apart.device)
+            apart |= likeness_of(descriptors, self.descriptors.to(descriptors.device)) < self.likeness
         return apart
 
 
@@ -75,7 +75,7 @@ def confidences(outputs: Mapping[str, Tensor]) -> Tensor | None:
     for name, tensor in outputs.items():
         if "conf" in name and tensor.dim() > 1:
             values = tensor.flatten(1).float()
-            return (values.log() if bool((values > 0).all()) else values).mean(1)
+            return (values.sign() * values.abs().log1p()).mean(1)
     return None
 
 
@@ -89,7 +89,7 @@ def likeness_of(
 
 
 def described(similarity: Similarity | None, frames: Tensor) -> Tensor | None:
-    """Return the descriptors of frames `[n, 3, H, W]` by a similarity of images, in host memory; None by another."""
+    """Return the descriptors of frames `[n, 3, H, W]` by a similarity of images; None by another."""
     if similarity is None or similarity.needs != "images":
         return None
-    return similarity.descriptors(Scene(len(frames), images=frames)).to("cpu")
+    return similarity.descriptors(Scene(len(frames), images=frames))

@@ -85,7 +85,7 @@ class CoreAttention:
         record: What is known about the model.
         modules: Its global attention modules by name, in the order in which they run.
         followers: Its further attention modules that look across frames.
-        backend: The backend that must run, or None for the best that can.
+        backend: The backend that must run the global attention, or None for the best that can.
 
     Attributes:
         kept: Of the core, by attention call; empty before the core has run.
@@ -197,7 +197,9 @@ class CoreAttention:
             scale = self._scale(name, scale, query, kept)
             key, value = _behind(kept.keys, key), _behind(kept.values, value)
             layout = self._of_chunk(run.sees_itself, per_frame, trailing, kept.keys.shape[2], query.device)
-        out = block_sparse_attention(query, key, value, layout, scale=scale, backend=self.backend)
+        # Camera heads run in float32, which the backend that was named may not take.
+        backend = self.backend if name in self.modules else None
+        out = block_sparse_attention(query, key, value, layout, scale=scale, backend=backend)
         assert isinstance(out, Tensor)
         return out
 

@@ -76,9 +76,7 @@ def open_scene(
         core = core.opened()
         beside = {name: value for name in ("nearest", "coarse") if (value := getattr(core, name, 0))}
         if beside:
-            raise ValueError(
-                f"a scene keeps the keys of its core alone, so give a Core without more, got {beside}"
-            )
+            raise ValueError(f"a scene keeps the keys of its core alone, so give a Core without more, got {beside}")
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
     session = Session(model, feed=feed, read=read, fused=fused, backend=backend, memory_budget=memory_budget)
@@ -163,7 +161,8 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) ->
         count = 0
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
             if similarity is not None:
-                parts.append(session.describe(part) if similarity.needs == "tokens" else described(similarity, part))
+                made = session.describe(part) if similarity.needs == "tokens" else described(similarity, part)
+                parts.append(None if made is None else made.to("cpu"))
             count += len(part)
             progress.add(len(part))
     if similarity is None:
