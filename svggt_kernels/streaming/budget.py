@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -42,8 +43,8 @@ class Budget:
         sizes = self.own.sizes(images.shape, images.itemsize, tokens)
         beside = self._beside(sizes, is_core=run.sees_itself is None)
         allowed = self._allowed(images.device, sizes.present)
-        least = memory.least(sizes) + beside / memory.GIB
-        if least * memory.GIB > allowed:
+        least = math.ceil(10 * (memory.least(sizes) + beside / memory.GIB)) / 10
+        if int(least * memory.GIB) > allowed:
             raise ValueError(
                 f"memory_budget must be at least {least:.1f} GiB for {run.frames} frames and the keys of the core, got "
                 f"{allowed / memory.GIB:.2f} GiB; give a smaller core or chunk, or smaller images"

@@ -15,6 +15,7 @@ from ..compiling import uncompiled
 from ..inference import memory
 from ..inference.fused_forward import FusedForward
 from ..inference.memory import MemoryBudget
+from ..inference.report import InferenceReport
 from ..models import find_model
 from ..models.wrappers import arguments_of, each_once
 from ..patching.forwards import Forwards
@@ -143,6 +144,11 @@ class Session:
         runnable, patch_size = self.record.runnable, getattr(self.root, "patch_size", None)
         usual = (518, 14) if runnable is None else (runnable.long_side, runnable.patch_size)
         return long_side or usual[0], patch_size if isinstance(patch_size, int) else usual[1]
+
+    @property
+    def inference(self) -> InferenceReport | None:
+        """What the fused forward did in the last run; None with `fused=False`."""
+        return None if self._own is None else self._own.report
 
     @property
     def running(self) -> Run | None:
