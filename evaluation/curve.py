@@ -23,11 +23,8 @@ from svggt_kernels.demo.scenes import FAMILIES, HELD_OUT, PLANS, SIZE, Draws
 from svggt_kernels.measure.cost import timed
 
 from .layouts import Known, Layout, named
-from .measuring import DIFFICULTY, SceneSet, metrics_of, precision_on, predict
+from .measuring import DIFFICULTY, ROOMS, SceneSet, metrics_of, precision_on, predict
 from .results import ENOUGH_SCENES, Line, identity, read_results
-
-ROOMS = {"walk": 8, "room": 1, "photos": 4, "revisit": 8, "forward": 8, "rotation": 2, HELD_OUT: 7}
-"""Rooms of a flat where none are named."""
 
 HELD_OUT_ROOMS = (5, 7)
 LAYOUTS = ("dense", "core-8", "core-12", "nearest-8", "random-8", "own")
