@@ -10,12 +10,13 @@ shipped model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from svggt_kernels.demo.scenes import HELD_OUT
 
 from .measuring import ROOMS, SceneSet
+from .results import Line
 
 LONGEST_DENSE = 384
 """Dense attention over more frames is measured only where it is asked for."""
@@ -205,3 +206,18 @@ STUDY = {
     ),
 }
 """The groups by name. `heldout` is measured only where it is named: once, at the end."""
+
+
+def lines_of(group: str | None, lines: Iterable[Line]) -> list[Line]:
+    """Return those result lines that belong to a group, dense among them; all if there is no group."""
+    if group is None:
+        return list(lines)
+    names: dict[SceneSet, set[str]] = {}
+    for part in STUDY[group].parts:
+        for chosen in part.kinds():
+            names.setdefault(chosen, set()).update(part.names(chosen.frames, True))
+    return [
+        line
+        for line in lines
+        if line["layout"] in names.get(SceneSet(line["family"], line["rooms"], line["frames"]), ())
+    ]

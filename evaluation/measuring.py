@@ -80,7 +80,8 @@ class Views:
     @property
     def is_finite(self) -> bool:
         """Whether no number is infinite or NaN."""
-        return all(bool(x.isfinite().all()) for x in (self.poses, self.intrinsics, self.depth))
+        parts = (self.poses, self.intrinsics, self.depth)
+        return bool(torch.stack([part.isfinite().all() for part in parts]).all())
 
     def __getitem__(self, scene: int) -> Views:
         return Views(self.poses[scene], self.intrinsics[scene], self.depth[scene])

@@ -45,7 +45,12 @@ def shared(frames: int, choice: Choice = "tokens", stride: int = 1, *, covering:
         choice: How they are chosen.
         stride: Keys are their special tokens and one patch in stride x stride.
         covering: As for `graphs.core`.
+
+    Raises:
+        ValueError: If there is no frame or no stride, or frames shall cover others without being compared.
     """
+    if min(frames, stride) < 1:
+        raise ValueError(f"keys are those of at least one frame at a stride of 1 or more, got {frames} at {stride}")
 
     def make(scene: Scene, known: Known, grid: TokenGrid) -> Attention:
         chosen = core_frames(frames, choice, covering, scene, known)
@@ -66,7 +71,12 @@ def subsampled(stride: int) -> Answered:
 
     A query also sees its own key, if a stride does not keep it, and one key and value more: the mean of the keys and
     values that are left out.
+
+    Raises:
+        ValueError: If there is no stride.
     """
+    if stride < 1:
+        raise ValueError(f"a stride is 1 or more, got {stride}")
 
     def make(scene: Scene, known: Known, grid: TokenGrid) -> Attention:
         columns = _tokens_of(torch.arange(grid.frames), grid, stride).to(scene.tokens.device)
