@@ -28,6 +28,10 @@ RANDOM_CHANNELS = 256
 class Known:
     """What a layout may know of a scene beyond what the model is given; descriptors are computed once a scene.
 
+    Attributes:
+        orders: Frames in the order in which cores take them, as far as any layout asked, by what they are compared by
+            and whether they shall cover the others.
+
     Args:
         scenes: A batch of one scene.
         seed: Of the layouts' own random numbers; all layouts of a scene draw the same.
@@ -35,6 +39,7 @@ class Known:
 
     def __init__(self, scenes: Scenes, seed: int) -> None:
         self.scenes, self.seed = scenes, seed
+        self.orders: dict[tuple[By, bool], Tensor] = {}
         self._descriptors: dict[By, Tensor] = {}
 
     @cached_property

@@ -104,12 +104,12 @@ class CoarseKeys:
             device: Where attention runs.
         """
         frames, kept = grid.frames, kept_patches(grid.rows, grid.columns, stride)
-        full = in_full | torch.eye(frames, dtype=torch.bool)
-        thin = coarsely & ~full
+        full = in_full.to(device) | torch.eye(frames, dtype=torch.bool, device=device)
+        thin = coarsely.to(device) & ~full
         return cls(
             grid,
-            _rectangular(torch.cat([full, thin], 1), grid, [grid.per_frame] * frames + [grid.special] * frames, device),
-            _rectangular(thin, grid, [len(kept)] * frames, device),
+            _rectangular(torch.cat([full, thin], 1), grid, [grid.per_frame] * frames + [grid.special] * frames),
+            _rectangular(thin, grid, [len(kept)] * frames),
             kept.to(device),
         )
 
@@ -134,8 +134,8 @@ class CoarseKeys:
         return x.unflatten(2, (self.grid.frames, self.grid.per_frame))
 
 
-def _rectangular(visible: Tensor, grid: TokenGrid, key_lengths: list[int], device: torch.device) -> BlockLayout:
-    graph = CovisibilityGraph.from_dense(visible, square=False).to(device)
+def _rectangular(visible: Tensor, grid: TokenGrid, key_lengths: list[int]) -> BlockLayout:
+    graph = CovisibilityGraph.from_dense(visible, square=False)
     lengths = [grid.per_frame] * grid.frames
     return BlockLayout.from_graph(graph, lengths, key_tokens_per_frame=key_lengths)
 

@@ -24,6 +24,9 @@ Choice = Literal["tokens", "thumbnails", "overlap", "evenly", "random"]
 
 Special = Literal["ordinary", "dense"]
 
+CHOSEN_AT_ONCE = 128
+"""Frames of a scene that are chosen by similarity, for all its layouts that want fewer."""
+
 
 @dataclass(frozen=True)
 class GraphLayout:
@@ -236,10 +239,21 @@ def core_frames(frames: int, choice: Choice, covering: bool, scene: Scene, known
     if choice == "random":
         drawn = 1 + known.numbers().permutation(scene.num_frames - 1)[: frames - 1]
         return torch.tensor([0, *drawn.tolist()])
-    word = "-evenly" if choice == "evenly" else "-covering" * covering
-    graph = _by_the_package(f"core-{frames}{word}", compared_by(choice), scene, known)
-    assert graph.core_frames is not None
-    return graph.core_frames
+    by = compared_by(choice)
+    if choice == "evenly":
+        return _core_by_the_package(f"core-{frames}-evenly", by, scene, known)
+    # Frames are chosen one after another, so a smaller core is the beginning of a larger one.
+    order = known.orders.get((by, covering))
+    if order is None or len(order) < min(frames, scene.num_frames):
+        name = f"core-{max(frames, CHOSEN_AT_ONCE)}" + "-covering" * covering
+        order = known.orders[by, covering] = _core_by_the_package(name, by, scene, known)
+    return order[:frames]
+
+
+def _core_by_the_package(name: str, by: By, scene: Scene, known: Known) -> Tensor:
+    core = _by_the_package(name, by, scene, known).core_frames
+    assert core is not None
+    return core
 
 
 def _by_the_package(name: str, by: By, scene: Scene, known: Known) -> CovisibilityGraph:
