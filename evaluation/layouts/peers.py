@@ -204,7 +204,7 @@ def merged(percent: int, region: int = REGION) -> Answered:
         raise ValueError(f"1 to 99 % of the tokens are merged, and a region has a patch, got {percent} % and {region}")
 
     def make(scene: Scene, known: Known, grid: TokenGrid) -> Attention:
-        is_destination = _destinations(grid, region, known).to(scene.tokens.device)
+        is_destination = destinations_of(grid, region, known).to(scene.tokens.device)
         sources, destinations = (~is_destination).nonzero()[:, 0], is_destination.nonzero()[:, 0]
         away = min(grid.tokens * percent // 100, len(sources))
 
@@ -220,7 +220,7 @@ def merged(percent: int, region: int = REGION) -> Answered:
     return Answered(f"merged-{percent}" + f"-region{region}" * (region != REGION), make)
 
 
-def _destinations(grid: TokenGrid, region: int, known: Known) -> Tensor:
+def destinations_of(grid: TokenGrid, region: int, known: Known) -> Tensor:
     """Return which tokens others may be merged into, `[N]` bool."""
     down, right = grid.rows // region, grid.columns // region
     drawn = torch.from_numpy(known.numbers().integers(0, region, (2, grid.frames, down, right)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evaluation.layouts import Known, TokenGrid, named
 from evaluation.layouts.coarse import kept_patches
+from evaluation.layouts.peers import destinations_of
 from evaluation.measuring import SceneSet, predict
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.scenes import Draws
@@ -167,31 +168,34 @@ def test_blocks_are_chosen_by_each_head(inputs: tuple, scene: Scene, known: Know
     assert float(everything.pairs) == GRID.tokens**2
 
 
+def test_a_destination_is_drawn_in_each_square(known: Known):
+    is_destination = destinations_of(GRID, 2, known).view(FRAMES, P)
+    assert is_destination[0].all() and is_destination[:, : GRID.special].all()
+    squares = is_destination[1:, GRID.special :].view(FRAMES - 1, 2, 2, 3, 2).sum((2, 4))
+    assert (squares == 1).all()
+    assert len({tuple(frame.tolist()) for frame in is_destination}) > 2
+
+
 def test_merged_tokens_are_means_and_their_outputs_copies(inputs: tuple, scene: Scene, known: Known):
     q, k, v, scale, tokens = inputs
-    attended = named("merged-40").attention(scene, known, GRID)(*inputs)
-    away = GRID.tokens * 40 // 100
-    assert attended.pairs == (GRID.tokens - away) ** 2
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for token in range(GRID.tokens):
-        groups.setdefault(tuple(attended.out[0, :, token].flatten().tolist()), []).append(token)
-    assert len(groups) == GRID.tokens - away
-    means = [torch.cat([x[:, :, members].mean(2, keepdim=True) for members in groups.values()], 2) for x in (q, k, v)]
-    expected = attend(*means, scale, torch.zeros(1))
-    for place, members in enumerate(groups.values()):
-        # Means are rounded to float32.
-        torch.testing.assert_close(attended.out[:, :, members[0]], expected[:, :, place], atol=1e-5, rtol=0)
-        # Of the tokens that are one, at most one is special, of frame 0, or drawn in its square.
-        fixed = [token for token in members if token < P or token % P < GRID.special]
-        assert len(fixed) <= 1
-    # Squares of 2 x 2: a destination each, so that three of four patches of five frames are merged at most.
-    most = named("merged-99").attention(scene, known, GRID)(*inputs)
-    assert most.pairs == (GRID.tokens - 5 * GRID.patches * 3 // 4) ** 2
+    is_destination = destinations_of(GRID, 2, known).tolist()
+    sources, destinations = ([i for i in range(GRID.tokens) if is_destination[i] == kind] for kind in (False, True))
     unit = torch.nn.functional.normalize(tokens[0], dim=1)
-    similarity = unit @ unit.T
-    copies = [members for members in groups.values() if len(members) > 1]
-    in_groups = torch.stack([similarity[members[0], members[1]] for members in copies]).mean()
-    assert in_groups > similarity.mean() + 0.3
+    nearest = {source: destinations[int((unit[destinations] @ unit[source]).argmax())] for source in sources}
+    by_similarity = sorted(sources, key=lambda source: -float(unit[source] @ unit[nearest[source]]))
+    for percent in (40, 99):
+        merged = by_similarity[: GRID.tokens * percent // 100]
+        groups = {token: [token] for token in range(GRID.tokens) if token not in merged}
+        for token in merged:
+            groups[nearest[token]].append(token)
+        means = [torch.cat([x[:, :, group].mean(2, keepdim=True) for group in groups.values()], 2) for x in (q, k, v)]
+        expected = torch.empty_like(q)
+        for place, group in enumerate(groups.values()):
+            expected[:, :, group] = attend(*means, scale, torch.zeros(1))[:, :, place : place + 1]
+        attended = named(f"merged-{percent}").attention(scene, known, GRID)(*inputs)
+        # Means are rounded to float32.
+        torch.testing.assert_close(attended.out, expected, atol=1e-5, rtol=0)
+        assert attended.pairs == len(groups) ** 2
 
 
 @torch.no_grad()
