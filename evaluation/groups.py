@@ -72,13 +72,18 @@ def _sizes(*sizes: int) -> str:
     return _each("core-{}-covering", *sizes)
 
 
+_TWO_LEVELS = (
+    "twolevel-24-4x12-covering twolevel-24-4x24-covering twolevel-16-8x16-covering twolevel-24-4x24-covering-ordered "
+    "twolevel-32-8x16-covering core-36-covering core-48-covering"
+)
+
 STUDY = {
     "size": Group(
         "How many frames does a core need?",
         "0.95 of AUC@30 takes 40 frames on walks of 96 and 48 on walks of 192, 24 on photos; 0.8 of AUC@5 takes 40 and "
         "48 on walks, 32 on photos. From 48 to 64 frames AUC@30 gains less than 0.03. Below 24 it falls faster than "
         "pairs.",
-        (Part(f"{_each('core-{}', 8, 16, 24, 32, 40, 48, 56, 64)} {_sizes(8, 16, 24, 32, 40, 48, 52, 56, 64)}"),),
+        (Part(f"{_each('core-{}', 16, 24, 32, 48, 64)} {_sizes(8, 16, 24, 32, 40, 48, 52, 56, 64)}"),),
     ),
     "choice": Group(
         "How are the frames of a core chosen, and by what?",
@@ -105,7 +110,12 @@ STUDY = {
         "Do nearest frames help beside a core?",
         "A closed core of 24 with 2 to 8 nearest frames stays within 0.03 of AUC@30 of the core alone; an open one "
         "loses 0.2 or more.",
-        (Part("core-24 core-24-near2 core-24-near4 core-24-near8 core-24-near4-open core-48 core-48-near4"),),
+        (
+            Part(
+                "core-24 core-24-near2 core-24-near4 core-24-near8 core-24-near4-open core-48 core-48-near4",
+                frames=(192,),
+            ),
+        ),
     ),
     "layers": Group(
         "Which global layers need other frames, and how many of them?",
@@ -119,7 +129,8 @@ STUDY = {
                 "layers(0-1:dense,2-3:core-24-covering,4-5:dense) layers(0-3:dense,4-5:core-24-covering) "
                 "layers(0:own,1-5:core-48-covering) layers(0-1:own,2-5:core-48-covering) "
                 "layers(0-4:core-48-covering,5:own) layers(0-1:core-24-covering,2-5:core-48-covering) "
-                "layers(0-3:core-48-covering,4-5:core-24-covering)"
+                "layers(0-3:core-48-covering,4-5:core-24-covering)",
+                frames=(192,),
             ),
         ),
     ),
@@ -143,12 +154,8 @@ STUDY = {
         "In 8 rooms two levels lie within 0.03 of AUC@30 of one core of as many pairs. In 32 rooms of 384 frames they "
         "gain 0.05 or more.",
         (
-            Part(
-                "twolevel-24-4x12-covering twolevel-24-4x24-covering twolevel-16-8x16-covering "
-                "twolevel-24-4x24-covering-ordered twolevel-32-8x16-covering core-36-covering core-48-covering",
-                "walk walk/16 walk/32 photos",
-                (192, 384),
-            ),
+            Part(_TWO_LEVELS, frames=(192,)),
+            Part(_TWO_LEVELS, "walk walk/16 walk/32", (384,)),
         ),
     ),
     "peers": Group(
