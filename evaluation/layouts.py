@@ -61,8 +61,8 @@ class Known:
     """What a layout may know of a scene beyond what the model is given.
 
     Args:
-        scenes: A batch of one scene.
-        seed: Of the layouts' own random numbers; all layouts of a scene draw the same.
+        scenes: The scenes that the model is given; true overlap is known of one alone.
+        seed: Of the layouts' own random numbers; all layouts draw the same, and for all scenes.
     """
 
     def __init__(self, scenes: Scenes, seed: int) -> None:
@@ -70,7 +70,16 @@ class Known:
 
     @cached_property
     def overlap(self) -> Tensor:
-        """The share of pixels that two frames have in common, the larger of both ways, `[S, S]` float64 on the CPU."""
+        """The share of pixels that two frames have in common, the larger of both ways, `[S, S]` float64 on the CPU.
+
+        Raises:
+            ValueError: If there are several scenes.
+        """
+        if (scenes := len(self.scenes.poses)) != 1:
+            raise ValueError(
+                f"layouts by true overlap are made for one scene at a time, as `curve` measures them, got {scenes} "
+                "scenes; train with a layout by tokens or thumbnails"
+            )
         overlap = self.scenes.overlap()[0].double().cpu()
         return torch.maximum(overlap, overlap.T)
 
@@ -107,7 +116,7 @@ class Layout(Protocol):
 
         Args:
             model: A `RoomsModel`.
-            known: The one scene that the model will be given.
+            known: The scenes that the model will be given.
         """
 
 
