@@ -32,7 +32,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -55,18 +55,26 @@ Choice = Literal["tokens", "thumbnails", "overlap", "evenly", "random"]
 Special = Literal["ordinary", "dense"]
 
 RANDOM_CHANNELS = 256
+SCENES_OF_A_SEED = 2**16
 
 
 class Known:
     """What a layout may know of a scene beyond what the model is given.
 
     Args:
-        scenes: The scenes that the model is given; true overlap is known of one alone.
-        seed: Of the layouts' own random numbers; all layouts draw the same, and for all scenes.
+        scenes: The scenes that the model is given, mostly one.
+        seed: Of the layouts' own random numbers; all layouts of a scene draw the same.
     """
 
     def __init__(self, scenes: Scenes, seed: int) -> None:
         self.scenes, self.seed = scenes, seed
+
+    @cached_property
+    def each(self) -> list[Known]:
+        """What is known of each scene."""
+        parts = zip(*(getattr(self.scenes, part.name).split(1) for part in fields(Scenes)), strict=True)
+        known = [Known(Scenes(*of_scene), self.seed * SCENES_OF_A_SEED + scene) for scene, of_scene in enumerate(parts)]
+        return known if len(known) > 1 else [self]
 
     @cached_property
     def overlap(self) -> Tensor:
@@ -75,12 +83,7 @@ class Known:
         Raises:
             ValueError: If there are several scenes.
         """
-        if (scenes := len(self.scenes.poses)) != 1:
-            raise ValueError(
-                f"layouts by true overlap are made for one scene at a time, as `curve` measures them, got {scenes} "
-                "scenes; train with a layout by tokens or thumbnails"
-            )
-        overlap = self.scenes.overlap()[0].double().cpu()
+        (overlap,) = self.scenes.overlap().double().cpu()
         return torch.maximum(overlap, overlap.T)
 
     def numbers(self) -> np.random.Generator:
@@ -154,8 +157,8 @@ class GraphLayout:
     def put_into(self, model: Any, known: Known) -> Iterator[Callable[[], Counted]]:
         """See `Layout`. The model's own forward runs, with other attention."""
         if self.by_overlap:
-            _ = known.overlap
-        source = _Chosen(self.name, lambda scene: self.graph(scene, known))
+            _ = [scene.overlap for scene in known.each]
+        source = _Chosen(self.name, lambda scene: self.graph(scene, known.each[scene.sample[0]]))
         special: Literal["dense", "masked"] = "dense" if self.special == "dense" else "masked"
         patched = patch(model, covisibility=source, special_tokens=special, fused=False)
         with warnings.catch_warnings(), patched as handle:

@@ -49,12 +49,11 @@ def options(folder: Path, *words: str) -> argparse.Namespace:
     return parser.parse_args(["train", "--run", str(folder), *WORDS, *words])
 
 
-def gradients(name: str, model: RoomsModel, scenes: Scenes, samples: slice = slice(None)) -> list[Tensor]:
-    """The gradients in float64 of a function of a model's tokens that tells all samples apart."""
+def gradients(name: str, model: RoomsModel, known: Known) -> list[Tensor]:
+    """The gradients in float64 of a sum over samples of a function of the model's tokens."""
     model.zero_grad()
-    images = scenes.images[samples].double()
-    with named(name).put_into(model, Known(scenes, 0)):
-        layers, _ = model.aggregator(images)
+    with named(name).put_into(model, known):
+        layers, _ = model.aggregator(known.scenes.images.double())
     weight = torch.linspace(-1, 1, layers[-1][0].numel(), dtype=torch.float64).view_as(layers[-1][0])
     (layers[-1].square() * weight).sum().backward()
     return [parameter.grad.clone() for parameter in model.aggregator.parameters() if parameter.grad is not None]
@@ -63,15 +62,18 @@ def gradients(name: str, model: RoomsModel, scenes: Scenes, samples: slice = sli
 @pytest.mark.parametrize("name", ["core-4", "core-9-evenly", "nearest-3"])
 def test_the_gradients_of_a_full_graph_are_the_dense_ones(name: str, scenes: Scenes):
     model = RoomsModel.create(**SIZES).double()
-    for found, expected in zip(gradients(name, model, scenes), gradients("dense", model, scenes), strict=True):
+    known = Known(scenes, 0)
+    for found, expected in zip(gradients(name, model, known), gradients("dense", model, known), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["core-2", "core-2-covering", "core-2-evenly", "nearest-1"])
+@pytest.mark.parametrize(
+    "name", ["core-2", "core-2-covering", "core-2-evenly", "core-2-overlap", "core-2-random", "nearest-1", "random-1"]
+)
 def test_each_sample_of_a_batch_attends_by_its_own_graph(name: str, scenes: Scenes):
-    model = RoomsModel.create(**SIZES).double()
-    alone = [gradients(name, model, scenes, slice(sample, sample + 1)) for sample in (0, 1)]
-    both, dense = gradients(name, model, scenes), gradients("dense", model, scenes)
+    model, known = RoomsModel.create(**SIZES).double(), Known(scenes, 0)
+    alone = [gradients(name, model, scene) for scene in known.each]
+    both, dense = gradients(name, model, known), gradients("dense", model, known)
     for found, first, second in zip(both, *alone, strict=True):
         torch.testing.assert_close(found, first + second, rtol=1e-9, atol=1e-9)
     assert max((a - b).abs().max() for a, b in zip(both, dense, strict=True)) > 1e-3
@@ -152,7 +154,6 @@ def test_the_command_tells_what_it_began_from_and_with_which_layout(
         (["--from", "shipped", "--dim", "64"], "weights of --from have their own sizes"),
         (["--from", "weights.npz"], "there are no trained weights at weights.npz"),
         (["--layout", "cores"], "is no layout"),
-        (["--layout", "core-2-overlap", "--dim", "32", "--heads", "2"], "made for one scene at a time"),
         (["--shortest", "5"], "none of these is from 5 to 4"),
     ],
 )
