@@ -62,8 +62,9 @@ def validate(
     for chosen in sets:
         rows = []
         for seed, part in enumerate(_parts(chosen, scenes, device, size)):
-            with layout.put_into(model, Known(part, seed)):
-                rows += metrics_of(predict(model, part.images), part)
+            for known in Known(part, seed).each:
+                with layout.put_into(model, known):
+                    rows += metrics_of(predict(model, known.scenes.images), known.scenes)
         results[chosen.name] = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
     return results
 
