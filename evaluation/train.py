@@ -265,8 +265,8 @@ class Training:
         """
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, mine in self._identity().items():
-            if state[name] != mine:
-                raise ValueError(f"{path} is of a training with other {name}: {state[name]}, not {mine}")
+            if state.get(name) != mine:
+                raise ValueError(f"{path} is of a training with other {name}: {state.get(name)}, not {mine}")
         self.network.load_state_dict(state["network"])
         self.mean.load_state_dict(state["mean"])
         self.optimiser.load(state["optimiser"])
@@ -280,7 +280,8 @@ class Training:
 
 def _first_model(options: argparse.Namespace) -> tuple[RoomsModel, str | None]:
     """Return the model that a training begins from, and the sha256 of the file of its weights if they were trained."""
-    sizes = {name: getattr(options, name) for name in ("dim", "depth", "num_heads") if getattr(options, name)}
+    sizes = {name: getattr(options, name) for name in ("dim", "depth", "num_heads")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
     if options.start is None:
         return RoomsModel.create(options.seed, **sizes), None
     if sizes:
