@@ -20,7 +20,7 @@ Words may follow, in this order:
 
 | word | of | meaning |
 |---|---|---|
-| `-tokens`, `-thumbnails`, `-overlap` | core, twolevel, shared, nearest | by what frames are similar; usually tokens |
+| `-tokens`, `-patches`, `-thumbnails`, `-overlap` | core, twolevel, shared, nearest | by what frames are similar |
 | `-evenly`, `-random` | core, twolevel, shared | the core is spread over the order of the frames, or drawn |
 | `-covering` | the same by similarity | frames are chosen to cover all others, not to lie far apart |
 | `-nearM` | core | frames outside the core see their M nearest frames too |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -19,10 +19,11 @@ from svggt_kernels.sources import Similarity
 from svggt_kernels.sources.base import Scene
 from svggt_kernels.sources.thumbnails import thumbnails
 
-By = Literal["tokens", "thumbnails", "overlap", "random"]
+By = Literal["tokens", "patches", "thumbnails", "overlap", "random"]
 """What frames are compared by; "random": by nothing."""
 
 RANDOM_CHANNELS = 256
+SCENES_OF_A_SEED = 2**16
 
 
 class Known:
@@ -33,7 +34,7 @@ class Known:
             and whether they shall cover the others.
 
     Args:
-        scenes: A batch of one scene.
+        scenes: The scenes that the model is given, mostly one.
         seed: Of the layouts' own random numbers; all layouts of a scene draw the same.
     """
 
@@ -43,9 +44,20 @@ class Known:
         self._descriptors: dict[By, Tensor] = {}
 
     @cached_property
+    def each(self) -> list[Known]:
+        """What is known of each scene."""
+        parts = zip(*(getattr(self.scenes, part.name).split(1) for part in fields(Scenes)), strict=True)
+        known = [Known(Scenes(*of_scene), self.seed * SCENES_OF_A_SEED + scene) for scene, of_scene in enumerate(parts)]
+        return known if len(known) > 1 else [self]
+
+    @cached_property
     def overlap(self) -> Tensor:
-        """The share of pixels that two frames have in common, the larger of both ways, `[S, S]` float64 on the CPU."""
-        overlap = self.scenes.overlap()[0].double().cpu()
+        """The share of pixels that two frames have in common, the larger of both ways, `[S, S]` float64 on the CPU.
+
+        Raises:
+            ValueError: If there are several scenes.
+        """
+        (overlap,) = self.scenes.overlap().double().cpu()
         return torch.maximum(overlap, overlap.T)
 
     def numbers(self) -> np.random.Generator:
@@ -70,13 +82,33 @@ class Known:
             return thumbnails(scene.rgb).cpu()
         if by == "random":
             return torch.from_numpy(self.numbers().standard_normal((scene.num_frames, RANDOM_CHANNELS)))
-        # Rows whose products are the overlap, as nearly as products can be.
-        values, vectors = torch.linalg.eigh(self.overlap.clone().fill_diagonal_(1))
-        return vectors * values.clamp(min=0).sqrt()
+        return _with_products(best_matches(scene.tokens) if by == "patches" else self.overlap.clone().fill_diagonal_(1))
 
     def similarity(self, by: By) -> Similarity:
         """Return what the package's recipes take, with these descriptors."""
         return _KnownSimilarity(known=self, word=by)
+
+
+def best_matches(
+    tokens: Tensor,  # [S, P, C]
+) -> Tensor:
+    """Return how well the patches of two frames find one another, `[S, S]` float64 on the CPU, at most 1.
+
+    It is the mean over the patches of one frame of the highest cosine with a patch of the other, then the mean of both
+    ways (as late interaction ranks documents: Khattab and Zaharia 2020). The mean of all patches is taken out before.
+    """
+    patches = tokens.detach().float()
+    patches = F.normalize(patches - patches.mean((0, 1)), dim=-1)
+    every = patches.flatten(0, 1).T
+    found = [(frame @ every).view(len(frame), len(patches), -1).amax(2).mean(0) for frame in patches]
+    matrix = torch.stack(found).double().cpu()
+    return (matrix + matrix.T) / 2
+
+
+def _with_products(matrix: Tensor) -> Tensor:
+    """Return rows `[S, S]` whose products are a symmetric matrix, as nearly as products can be."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +154,7 @@ class Layout(Protocol):
 
         Args:
             model: A `RoomsModel`.
-            known: The one scene that the model will be given.
+            known: The scenes that the model will be given.
         """
 
 

@@ -19,7 +19,7 @@ from svggt_kernels.sources.base import Scene
 
 from .base import Attended, Attention, By, Counted, Known, TokenGrid
 
-Choice = Literal["tokens", "thumbnails", "overlap", "evenly", "random"]
+Choice = Literal["tokens", "patches", "thumbnails", "overlap", "evenly", "random"]
 """How a core is chosen."""
 
 Special = Literal["ordinary", "dense"]
@@ -48,8 +48,8 @@ class GraphLayout:
     def put_into(self, model: Any, known: Known) -> Iterator[Callable[[], Counted]]:
         """See `Layout`. The model's own forward runs, with other attention."""
         if self.by_overlap:
-            _ = known.overlap
-        source = _Chosen(self.name, lambda scene: self.graph(scene, known))
+            _ = [scene.overlap for scene in known.each]
+        source = _Chosen(self.name, lambda scene: self.graph(scene, known.each[scene.sample[0]]))
         special: Literal["dense", "masked"] = "dense" if self.special == "dense" else "masked"
         patched = patch(model, covisibility=source, special_tokens=special, fused=False)
         with warnings.catch_warnings(), patched as handle:

@@ -71,7 +71,7 @@ _FORMS: dict[str, Callable[..., Layout]] = {
     rf"own{_SPECIAL}": own,
     rf"core-(?P<frames>\d+){_CHOICE}{_NEAR}{_SPECIAL}": _core,
     rf"core-(?P<frames>\d+){_CHOICE}-stride(?P<stride>\d+)(of(?P<of>\d+))?": _core,
-    rf"nearest-(?P<neighbours>\d+)(-(?P<by>tokens|thumbnails|overlap))?{_SPECIAL}": nearest,
+    rf"nearest-(?P<neighbours>\d+)(-(?P<by>tokens|patches|thumbnails|overlap))?{_SPECIAL}": nearest,
     rf"random-(?P<neighbours>\d+){_SPECIAL}": _random,
     rf"twolevel-(?P<frames>\d+)-(?P<regions>\d+)x(?P<regional>\d+){_CHOICE}(-(?P<ordered>ordered))?": _two_level,
     rf"shared-(?P<frames>\d+){_CHOICE}(-stride(?P<stride>\d+))?": _shared,
