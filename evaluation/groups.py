@@ -4,9 +4,9 @@ The predictions were written on 2026-11-29, before any line of the study was mea
 walks and photos of 24, 96 and 192 frames with cores of 8 to 56 frames and neighbours (`results/curve-*.jsonl`), and
 trials of an earlier model. They stay as they are, whatever comes out.
 
-How the default is to be chosen was written then too: of the choices in group `choice` that need no truth, at 52 of 96 and
-56 of 192 frames, the one whose worst of (ratio of AUC@30 / 0.95, ratio of AUC@5 / 0.8, 1.15 / ratio of AbsRel) over walks
-and photos is best. Then `heldout` is measured.
+How the default is to be chosen was written then too: of the choices in group `choice` that need no truth, at 52 of 96
+and 56 of 192 frames, the one whose worst of (ratio of AUC@30 / 0.95, ratio of AUC@5 / 0.8, 1.15 / ratio of AbsRel)
+over walks and photos is best. Then `heldout` tells.
 
 Ratios are to dense on the same scenes unless another layout is named. `layers` names the six global layers of the
 shipped model.
@@ -98,9 +98,9 @@ STUDY = {
     "choice": Group(
         "How are the frames of a core chosen, and by what?",
         "Of 52 and 56 frames all but random and evenly on photos lie within 0.05 of AUC@30; far apart is best on walks "
-        "of 96 and worst on walks of 192. At 24 frames random is 0.05 or more below covering. Thumbnails lose less than "
-        "0.05 to tokens, and true overlap gains less than 0.05 on them. Patches that find one another gain less than 0.05 "
-        "too, and more far apart than covering.",
+        "of 96 and worst on walks of 192. At 24 frames random is 0.05 or more below covering. Thumbnails lose less "
+        "than 0.05 to tokens, and true overlap gains less than 0.05 on them. Patches that find one another gain less "
+        "than 0.05 too, and more far apart than covering.",
         (
             Part(_each("core-24{0} core-52{0}", *CHOICES), frames=(96,)),
             Part(_each("core-24{0} core-56{0}", *CHOICES), frames=(192,)),
