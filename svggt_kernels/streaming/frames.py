@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..io.photos import common_size, find_photos, load_photos_of_size
-from ..io.video import video_frames
+from ..io.photos import find_photos, frame_size, load_photos, photo_size
+from ..io.video import kept_pictures
 from .transfers import read_ahead
 
 Item = TypeVar("Item")
@@ -65,12 +67,12 @@ class Frames:
         raise ValueError(f"the core must be among {start} frames, got {list(indices)}")
 
 
-def open_frames(images: Images, frame_size: tuple[int, int], *, size: tuple[int, int] | None = None) -> Frames:
+def open_frames(images: Images, shape: tuple[int, int], *, size: tuple[int, int] | None = None) -> Frames:
     """Return frames that are read as they go.
 
     Args:
         images: The frames.
-        frame_size: Pixels of the longer side of photos and videos, and of a patch of the model.
+        shape: Pixels of the longer side of photos and videos, and of a patch of the model.
         size: Width and height to which photos are brought; None for the size that suits these.
 
     Raises:
@@ -78,23 +80,21 @@ def open_frames(images: Images, frame_size: tuple[int, int], *, size: tuple[int,
         ValueError: If there is no frame, or they are of another size.
         FileNotFoundError: If there is no such file or folder.
     """
-    long_side, patch_size = frame_size
     if isinstance(images, Tensor):
         return _of_tensor(images[0] if images.dim() == 5 and len(images) == 1 else images)
     if isinstance(images, (str, Path)):
         path = Path(images)
         if path.is_dir():
-            return _of_photos(find_photos(path), size, long_side, patch_size)
+            return _of_photos(find_photos(path), size, shape)
         if not path.is_file():
             raise FileNotFoundError(f"images must be a folder of photos or a video, but {path} does not exist")
 
         def of_video(count: int) -> Iterator[Tensor]:
-            each = (frame for _, frame in video_frames(path, long_side=long_side, patch_size=patch_size))
-            return map(torch.stack, _batched(each, count))
+            return map(torch.stack, _batched(_of_video(path, shape), count))
 
         return Frames(of_video, None)
     if isinstance(images, Sequence) and images and all(isinstance(each, (str, Path)) for each in images):
-        return _of_photos([Path(each) for each in images if isinstance(each, (str, Path))], size, long_side, patch_size)
+        return _of_photos([Path(each) for each in images if isinstance(each, (str, Path))], size, shape)
     if isinstance(images, Sequence) and not images:
         raise ValueError("at least one image is needed, none was given")
     if not isinstance(images, Iterable):
@@ -138,11 +138,27 @@ def _of_tensor(images: Tensor) -> Frames:
     return Frames(lambda size: iter(images.split(size)), len(images), some=lambda indices: images[list(indices)])
 
 
-def _of_photos(paths: Sequence[Path], size: tuple[int, int] | None, long_side: int, patch_size: int) -> Frames:
-    common = common_size(paths, long_side=long_side, patch_size=patch_size) if size is None else size
+def _of_video(path: Path, shape: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield the frames of a video as `load_video` brings them to their size."""
+    first: tuple[int, int] | None = None
+    for time, picture in kept_pictures(path):
+        width, height = frame_size(picture.shape[-1], picture.shape[-2], *shape)
+        if first not in (None, (width, height)):
+            raise ValueError(f"all frames of {path} must be of one size, but it changes at {time:.2f} s; cut it there")
+        first = width, height
+        yield F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def _of_photos(paths: Sequence[Path], size: tuple[int, int] | None, shape: tuple[int, int]) -> Frames:
+    """Return photos, brought to a width and height, or to those of the median photo for a longer side and a patch."""
+    if size is None:
+        with ThreadPoolExecutor() as workers:
+            sizes = sorted(workers.map(photo_size, paths), key=lambda each: each[0] / each[1])
+        size = frame_size(*sizes[len(sizes) // 2], *shape)
+    common = size
 
     def read(some: Sequence[Path]) -> Tensor:
-        return load_photos_of_size(some, common)
+        return load_photos(some, size=common)
 
     def parts(count: int) -> Iterator[Tensor]:
         return (read(paths[start : start + count]) for start in range(0, len(paths), count))
