@@ -49,6 +49,10 @@ class FusedForward:
         backend: The backend that the patch was given, or None.
         memory_budget: What one forward may allocate, see `memory`.
 
+    Attributes:
+        reference: Whether frame 0 of the forwards to come is the reference frame; the model's own forward knows no
+            other, so if not, a report with a reason says that what was computed is of no use.
+
     Raises:
         ValueError: If residuals should be bfloat16, or a budget is given, and the model is not of VGGT's shape.
     """
@@ -68,6 +72,7 @@ class FusedForward:
         aggregator: Any = model.get_submodule(path)
         self.aggregator = aggregator
         self.fused = fused
+        self.reference = True
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.budget = memory_budget
         self._obstacle = obstacle_of_aggregator(aggregator)
@@ -241,6 +246,7 @@ class FusedForward:
             attend_within_frames=self._within_frames,
             tokens_together=self._plan.tokens_together,
             dtype=self.dtype,
+            reference=self.reference,
         )
         self.report = replace(self.report, within_frames=tuple(sorted(self._within_frames.ran)))
         return outputs, self.aggregator.patch_start_idx

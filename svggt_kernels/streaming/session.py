@@ -116,6 +116,7 @@ class Session:
         self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))
         self._turn = threading.Lock()
         self._tokens: int | None = None
+        self._runs_fused = False
         device = self._parameter.device.type
         self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -170,6 +171,7 @@ class Session:
         run = Run(len(frames))
         outputs = self._forward(frames, run)
         self._tokens = run.inputs.tokens_per_frame
+        self._runs_fused = self._own is not None and self._own.report.reason is None
         self._test(frames, outputs)
         return outputs
 
@@ -184,7 +186,8 @@ class Session:
         """Return the outputs of further frames.
 
         Args:
-            reference: The first frame of the core, `[1, 3, H, W]`: models whose first frame sets the axes run it again.
+            reference: The first frame of the core, `[1, 3, H, W]`: models whose first frame sets the axes run it again,
+                but for the fused forward, which is told that it is not there.
             frames: `[n, 3, H, W]` in [0, 1].
         """
         return self._run_chunk(reference, frames, (True,) * len(frames))
@@ -202,6 +205,14 @@ class Session:
 
     def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
         first = int(self.reference)
+        if first and self._own is not None and self._runs_fused:
+            self._own.reference = False
+            try:
+                outputs = self._forward(frames, Run(len(frames), sees_itself))
+            finally:
+                self._own.reference = True
+            if self._own.report.reason is None:
+                return outputs
         if first:
             frames, sees_itself = torch.cat([reference.to(frames), frames]), (False, *sees_itself)
         outputs = self._forward(frames, Run(len(frames), sees_itself))

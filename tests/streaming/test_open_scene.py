@@ -156,6 +156,20 @@ def test_scores_that_grow_with_the_number_of_tokens_are_fixed_by_the_core(scalab
     same(outputs[0], outputs[1])
 
 
+def test_the_fused_forward_is_given_no_reference_frame_again():
+    """Where it cannot run after all, the model's own forward is, as that takes its first frame for the reference."""
+    model, frames = toy(), CASES["toy"][1]
+    scene = open_scene(model, frames, core=CORE, chunk=4, fused=True)
+    expected = joint(model, frames, CORE)["depth"]
+    hook = model.aggregator.frame_blocks[0].mlp.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(scene.predict()["depth"], expected, rtol=1e-6, atol=1e-6)
+    assert scene.session.inference is not None
+    assert "there is a hook" in str(scene.session.inference.reason)
+    hook.remove()
+    torch.testing.assert_close(scene.predict()["depth"], expected, rtol=1e-6, atol=1e-6)
+    assert scene.session.inference.reason is None
+
+
 # What is refused
 
 

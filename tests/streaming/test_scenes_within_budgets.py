@@ -68,7 +68,7 @@ def test_a_chunk_that_does_not_fit_is_refused_before_it_runs(budgets_on_the_cpu:
     scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=50, chunk=9)
     assert scene.session.budget is not None
     scene.session.budget.gib = 1e-3
-    with pytest.raises(ValueError, match=r"for 7 frames and the keys of the core, got 0\.00 GiB"):
+    with pytest.raises(ValueError, match=r"for 6 frames and the keys of the core, got 0\.00 GiB"):
         scene.predict()
 
 
