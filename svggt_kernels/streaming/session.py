@@ -25,6 +25,8 @@ from ..patching.parts import FrameOrder
 from .attention import CoreAttention, Described, Run
 from .budget import Budget
 
+TF32_EPS = 2.0**-10
+
 Outputs = dict[str, Tensor]
 """Named outputs of frames, `[n, ...]`."""
 
@@ -147,6 +149,18 @@ class Session:
         return long_side or usual[0], patch_size if isinstance(patch_size, int) else usual[1]
 
     @property
+    def eps(self) -> float:
+        """How far apart neighbouring numbers near 1 are, in the coarsest dtype that computes."""
+        values = [torch.finfo(self.dtype).eps, torch.finfo(self._parameter.dtype).eps]
+        precisions = (
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        )
+        if self.device.type == "cuda" and self._parameter.dtype == torch.float32 and "tf32" in precisions:
+            values.append(TF32_EPS)
+        return max(values)
+
+    @property
     def inference(self) -> InferenceReport | None:
         """What the fused forward did in the last run; None with `fused=False`."""
         return None if self._own is None else self._own.report
@@ -223,15 +237,16 @@ class Session:
 
         Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
         knows) gives it something else: the other frames are missing, and its negative runs with it. Both must agree to
-        half of the digits of the dtype in which the model computes.
+        half of the digits with which the model computes; values are compressed by the logarithm, as heads give some
+        that differ by orders of magnitude.
         """
         last = frames[-1:]
         again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
-        eps = max(torch.finfo(self.dtype).eps, torch.finfo(self._parameter.dtype).eps)
         for name, tensor in outputs.items():
-            expected, actual = (each.cpu().double() for each in (tensor[-1], again[name][0]))
+            both = (each.cpu().double() for each in (tensor[-1], again[name][0]))
+            expected, actual = (each.sign() * each.abs().log1p() for each in both)
             error, size = float((actual - expected).norm()), float(expected.norm())
-            if not error <= eps**0.5 * size:
+            if not error <= self.eps**0.5 * size:
                 raise ValueError(
                     f"{type(self.model).__name__} cannot be opened: a frame of its core that runs again without the "
                     f"others gets another {name} (by {error / max(size, 1e-300):.2g} of its size), so something in it "

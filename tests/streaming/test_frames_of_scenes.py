@@ -171,21 +171,26 @@ def test_outputs_in_files(tmp_path: Path):
 def test_interrupted_finished_chunks_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     scene = scene_of()
     expected = scene.predict()
-    run_chunk, ran = scene.session.run_chunk, []
+    ran: list[int] = []
 
-    def interrupted(reference: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        if len(ran) == 2:
-            raise KeyboardInterrupt
-        ran.append(len(frames))
-        return run_chunk(reference, frames)
+    def counted(scene: OpenScene, stop: int) -> None:
+        run_chunk = scene.session.run_chunk
 
-    monkeypatch.setattr(scene.session, "run_chunk", interrupted)
+        def run(reference: Tensor, frames: Tensor) -> dict[str, Tensor]:
+            if len(ran) == stop:
+                raise KeyboardInterrupt
+            ran.append(len(frames))
+            return run_chunk(reference, frames)
+
+        monkeypatch.setattr(scene.session, "run_chunk", run)
+
+    counted(scene, 2)
     with pytest.raises(KeyboardInterrupt):
         scene.write(tmp_path)
     assert len(sorted(tmp_path.glob("frames-*.npz"))) == 2
     ran.clear()
     again = scene_of()  # another process would open it again
-    monkeypatch.setattr(again.session, "run_chunk", interrupted)
+    counted(again, 9)
     torch.testing.assert_close(read_outputs(again.write(tmp_path)), expected, rtol=0, atol=0)
     assert ran == [2]
 
