@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..layout import on_device
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described
 from .frames import Frames, Images, open_frames
@@ -58,11 +60,13 @@ class OpenScene:
         self.session, self.core = session, tuple(core)
         self.core_frames, self.similarity = core_frames, similarity
         self._frames, self.frame_size = frames, frame_size
+        self._reference = core_frames[:1].to(session.device)
         outputs = session.run_core(core_frames) if core_outputs is None else core_outputs
         self.core_outputs: Outputs = {name: tensor.to("cpu") for name, tensor in outputs.items()}
         self.core_outputs["apart"] = torch.zeros(len(core), dtype=torch.bool)
         self.chunk = chunk or session.frames_of_chunk(core_frames) or CHUNK
-        self.yardstick = Yardstick.of(self.core_outputs, described(similarity, core_frames), likeness)
+        descriptors = described(similarity, core_frames.to(session.device))
+        self.yardstick = Yardstick.of(self.core_outputs, descriptors, likeness)
 
     @property
     def core_gib(self) -> float:
@@ -184,13 +188,14 @@ class OpenScene:
         start, (height, width) = 0, self.core_frames.shape[-2:]
         apart: list[int] = []
 
-        def counted(outputs: Outputs, part: Tensor, first: int) -> Item:
-            apart.append(int(outputs["apart"].sum()))
-            return then(outputs, part, first)
+        def complete(outputs: Outputs, part: Tensor, first: int) -> Item:
+            whole = self._with_core(outputs, len(part), None if given else first)
+            apart.append(int(whole["apart"].sum()))
+            return then(whole, part, first)
 
         coming: list[tuple[Future[Item], int, bool]] = []
         device = self.session.device
-        with Progress("frames", frames.count) as progress, Downloads(device, counted) as downloads:
+        with Progress("frames", frames.count) as progress, Downloads(device, complete) as downloads:
 
             def arrived() -> Item:
                 future, count, skipped = coming.pop(0)
@@ -207,7 +212,7 @@ class OpenScene:
                 future = done(part, start)
                 skipped = future is not None
                 if future is None:
-                    future = downloads.begin(self._outputs(part, None if given else start), part, start)
+                    future = downloads.begin(self._begin(part, None if given else start), part, start)
                 coming.append((future, len(part), skipped))
                 start += len(part)
                 if len(coming) > 1:
@@ -222,30 +227,35 @@ class OpenScene:
         height, width = self.core_frames.shape[-2:]
         return open_frames(images, self.frame_size, size=(width, height))
 
-    def _outputs(self, part: Tensor, start: int | None) -> Outputs:
-        """Return the outputs of a chunk; frames of the core have theirs.
+    def _begin(self, part: Tensor, start: int | None) -> Outputs:
+        """Begin to run the frames of a chunk that are not of the core, and return their outputs on the device."""
+        known = self._known(len(part), start)
+        others = [index for index in range(len(part)) if index not in known]
+        if not others:
+            return {}
+        further = part[on_device(np.array(others), part.device)] if known else part
+        outputs = self.session.run_chunk(self._reference, further)
+        return outputs | {"apart": self.yardstick.apart(outputs, described(self.similarity, further))}
+
+    def _with_core(self, outputs: Outputs, count: int, start: int | None) -> Outputs:
+        """Return the outputs of a chunk of so many frames, those of the core among them, in host memory."""
+        known = self._known(count, start)
+        if not known:
+            return outputs
+        order = torch.tensor([*(index for index in range(count) if index not in known), *known]).argsort()
+        rows = {name: tensor[list(known.values())] for name, tensor in self.core_outputs.items()}
+        return {name: tensor[order] for name, tensor in _joined([outputs, rows] if outputs else [rows]).items()}
+
+    def _known(self, count: int, start: int | None) -> dict[int, int]:
+        """Return the places in the core of frames of a chunk that belong to it, by their places in the chunk.
 
         Args:
-            part: Its frames.
-            start: Its first one's place among the images that the scene was opened with; None for others.
+            count: Frames of the chunk.
+            start: The place of its first one among the images that the scene was opened with; None for others.
         """
-        places = {} if start is None else {frame - start: place for place, frame in enumerate(self.core)}
-        others = [index for index in range(len(part)) if index not in places]
-        known = [index for index in range(len(part)) if index in places]
-        parts = []
-        if others:
-            further = part[others] if known else part
-            outputs = self.session.run_chunk(self.core_frames[:1], further)
-            apart = self.yardstick.apart(outputs, described(self.similarity, further))
-            parts.append(outputs | {"apart": apart})
-        if known:
-            rows = [places[index] for index in known]
-            core = {name: tensor[rows].to(part.device) for name, tensor in self.core_outputs.items()}
-            parts.append(core)
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([*others, *known], device=part.device).argsort()
-        return {name: tensor[order] for name, tensor in _joined(parts).items()}
+        if start is None:
+            return {}
+        return {frame - start: place for place, frame in enumerate(self.core) if start <= frame < start + count}
 
     def _warn(self, apart: int, frames: int) -> None:
         """Warn of frames that are apart where there are more than twice as many as by chance.
