@@ -112,7 +112,7 @@ class Session:
         self._reorders = self.record.reorders_between and self.record.reorders_between(self.root)
         if self._reorders is not None:
             before, after = ((self.root.get_submodule(block), full(block)) for block in self._reorders)
-            sites += FrameOrder(before, after, cast(Forwards, self)).sites()
+            sites += FrameOrder(before, after, cast(Forwards, self)).sites()  # which asks for `running` alone
         # The model's own comes last: it stands around what a part puts in the place of the same forward.
         self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
         self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))

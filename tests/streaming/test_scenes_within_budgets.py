@@ -47,6 +47,8 @@ def test_most_frames_are_as_many_as_fit():
 
     most = memory.most_frames(sizes, 16 * 2**30, 256)
     assert peak(most) <= 16 * 2**30 < peak(most + 1)
+    assert memory.most_frames(sizes, peak(20), 256) == memory.FEW  # 20 in full, more with layer outputs in host memory
+    assert memory.most_frames(sizes, peak(20), 24) == 24
     assert memory.most_frames(sizes, 2**30, 256) == 1
     assert memory.most_frames(sizes, 2**50, 256) == 256
 
