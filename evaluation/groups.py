@@ -174,8 +174,8 @@ STUDY = {
                 frames=(96,),
             ),
             Part(
-                "core-48-covering shared-48 shared-48-covering pooled-16 pooled-16-16x8 merged-50 merged-75 subsampled-2 "
-                "layers(0-1:own,2-5:subsampled-2) layers(0:own,1-2:shared-48-stride2,3-5:shared-48)",
+                "core-48-covering shared-48 shared-48-covering pooled-16 pooled-16-16x8 merged-50 merged-75 "
+                "subsampled-2 layers(0-1:own,2-5:subsampled-2) layers(0:own,1-2:shared-48-stride2,3-5:shared-48)",
                 frames=(192,),
             ),
         ),
