@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .layout import BlockLayout
     from .measure.dense import compare_dense
     from .patching import Patch, PatchReport, patch
-    from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
+    from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, TokenSimilarity
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ _HOMES = {
     "MegaLocSimilarity": "sources",
     "Patch": "patching",
     "PatchReport": "patching",
+    "PatchSimilarity": "sources",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
@@ -44,6 +45,7 @@ __all__ = [
     "MegaLocSimilarity",
     "Patch",
     "PatchReport",
+    "PatchSimilarity",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",

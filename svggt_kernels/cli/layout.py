@@ -21,20 +21,20 @@ from ..measure.truth import read_pairs
 from ..measure.wording import count, percent, times
 from ..models import RUNNABLE
 from ..patching import patch
-from ..sources import SOURCES, Scene, Source
+from ..sources import Scene, Source
 from .device import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
 from .models import load_model
 from .options import source
-from .parser import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
+from .parser import LONG_SIDE, PATCH_SIZE, READ_BY_IN_LAYOUT, SPECIAL_TOKENS
 from .results import against_truth, as_json
 from .text import stage
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
-    kind = RUNNABLE[arguments.model or "toy"] if SOURCES[arguments.covisibility].needs == "tokens" else None
+    kind = RUNNABLE[arguments.model or "toy"] if arguments.covisibility in READ_BY_IN_LAYOUT["--model"] else None
     with refusals():
         if not arguments.json:
             require_matplotlib()

@@ -7,6 +7,8 @@
 | `core-K-covering` | the same, but the frames of the core resemble as many others as they can |
 | `core-K-evenly` | the same, but the frames of the core are spread over the order of the frames |
 | `nearest-K` | the K frames most like it, the reference frame, anchors, and all special tokens |
+
+Where cores are by patches of the model, which choose cores alone, neighbours are by its tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from ..graph import CovisibilityGraph
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
-from ..sources import Core, Similarity, Source
+from ..sources import Core, PatchSimilarity, Similarity, Source, TokenSimilarity
 from .accuracy import align
 from .compare import Stage, silent
 from .cost import Cost, Meter
@@ -57,7 +59,7 @@ class Layout:
 DENSE = Layout("dense", "every frame sees every frame")
 
 
-def layouts_named(names: Sequence[str], similarity: Callable[[], Similarity]) -> list[Layout]:
+def layouts_named(names: Sequence[str], similarity: Callable[[], Similarity | PatchSimilarity]) -> list[Layout]:
     """Return the layouts of these names.
 
     Args:
@@ -76,10 +78,12 @@ def layouts_named(names: Sequence[str], similarity: Callable[[], Similarity]) ->
     return [DENSE if form is None else _layout(form, similarity) for form in forms]
 
 
-def _layout(form: re.Match[str], similarity: Callable[[], Similarity]) -> Layout:
+def _layout(form: re.Match[str], similarity: Callable[[], Similarity | PatchSimilarity]) -> Layout:
     source: Source
     if form["nearest"]:
-        source = replace(similarity(), neighbours=int(form["nearest"]))
+        compared = similarity()
+        neighbours = TokenSimilarity() if isinstance(compared, PatchSimilarity) else compared
+        source = replace(neighbours, neighbours=int(form["nearest"]))
         return Layout(form[0], f"every frame sees {source.label}", source)
     size, choice = int(form["core"]), form["choice"]
     if choice == "-evenly":

@@ -10,7 +10,7 @@ from .registry import SOURCES, Covisibility, as_source
 from .sequence import AllFrames, Sequential
 from .similarity import Similarity
 from .thumbnails import ThumbnailSimilarity
-from .tokens import TokenSimilarity
+from .tokens import PatchSimilarity, TokenSimilarity
 
 __all__ = [
     "SOURCES",
@@ -21,6 +21,7 @@ __all__ = [
     "MegaLoc",
     "MegaLocConfig",
     "MegaLocSimilarity",
+    "PatchSimilarity",
     "Scene",
     "Sequential",
     "Similarity",

@@ -13,12 +13,15 @@ from .cache import LRUCache
 from .megaloc import MegaLocSimilarity
 from .similarity import Similarity, content_of
 from .thumbnails import ThumbnailSimilarity
-from .tokens import TokenSimilarity
+from .tokens import PatchSimilarity, TokenSimilarity
 
-CORE_SIZE = 48
-By = Literal["megaloc", "tokens", "thumbnails"]
-SIMILARITIES: dict[By, type[Similarity]] = {
+CORE_SIZE = 52
+"""Frames of a core, however many photos there are; docs/accuracy.md has the study."""
+
+By = Literal["megaloc", "patches", "tokens", "thumbnails"]
+SIMILARITIES: dict[By, type[Similarity] | type[PatchSimilarity]] = {
     "megaloc": MegaLocSimilarity,
+    "patches": PatchSimilarity,
     "tokens": TokenSimilarity,
     "thumbnails": ThumbnailSimilarity,
 }
@@ -34,23 +37,23 @@ class Core:
 
     Attributes:
         size: Frames of the core.
-        by: Whose descriptors choose them: "megaloc", "tokens", "thumbnails", or a similarity of which nothing else is
-            used; None takes frames at equal distances in their order.
+        by: What frames are compared by: "megaloc", "patches" or "tokens" of the model, "thumbnails", or a similarity of
+            which nothing else is used; None takes frames at equal distances in their order.
         choice: How they are chosen; see `graph.core.choose_core`.
         nearest: Most similar frames that each frame outside the core sees besides.
     """
 
     size: int = CORE_SIZE
-    by: Similarity | By | None = "megaloc"
-    choice: Choice = "farthest"
+    by: Similarity | PatchSimilarity | By | None = "megaloc"
+    choice: Choice = "covering"
     nearest: int = 0
-    _similarity: Similarity | None = field(init=False, repr=False, compare=False)
+    _similarity: Similarity | PatchSimilarity | None = field(init=False, repr=False, compare=False)
     _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         integer("size", self.size, 1)
         integer("nearest", self.nearest, 0)
-        if not (self.by is None or isinstance(self.by, Similarity) or self.by in SIMILARITIES):
+        if not (self.by is None or isinstance(self.by, Similarity | PatchSimilarity) or self.by in SIMILARITIES):
             words = ", ".join(f'"{word}"' for word in SIMILARITIES)
             raise ValueError(f"by must be {words}, a similarity or None, got {self.by!r}")
         if self.choice not in get_args(Choice):
@@ -58,14 +61,14 @@ class Core:
         if self.by is None and self.nearest:
             raise ValueError(f"nearest={self.nearest} frames need descriptors; give `by`, or leave nearest=0")
         similarity = SIMILARITIES[self.by]() if isinstance(self.by, str) else self.by
-        if similarity is not None and (similarity.also is not None or similarity.window):
+        if isinstance(similarity, Similarity) and (similarity.also is not None or similarity.window):
             raise ValueError("a core has no window and no pairs that are known; leave `window` and `also` of `by` out")
         object.__setattr__(self, "_similarity", similarity)
 
     @property
     def label(self) -> str:
         """How the graph is made, in words."""
-        words = {"farthest": "that differ most by", "covering": "that resemble most others by"}
+        words = {"covering": "that resemble most others by", "farthest": "that differ most by"}
         how = "at equal distances" if self._similarity is None else f"{words[self.choice]} {self._similarity.by}"
         beside = f", and {self.nearest} nearest frames" if self.nearest else ""
         return f"a core of {self.size} frame{'s' * (self.size != 1)} {how}{beside}"
@@ -100,10 +103,10 @@ class Core:
     def _chosen(self, scene: Scene) -> CovisibilityGraph:
         assert self._similarity is not None
         with scene.step("descriptors"):
-            descriptors = self._similarity.descriptors(scene)
+            compared = self._similarity.compared(scene)
         with scene.step("graph"):
-            core = choose_core(descriptors, self.size, choice=self.choice, first=scene.reference_frame or 0)
-            nearest = nearest_frames(descriptors, self.nearest) if self.nearest else None
+            core = choose_core(compared, self.size, choice=self.choice, first=scene.reference_frame or 0)
+            nearest = nearest_frames(compared, self.nearest) if self.nearest else None
             return CovisibilityGraph.core(scene.num_frames, core, nearest=nearest)
 
     def _spread_evenly(self, scene: Scene) -> CovisibilityGraph:
@@ -111,3 +114,10 @@ class Core:
         if reference_frame is not None:
             core[(core - reference_frame).abs().argmin()] = reference_frame
         return CovisibilityGraph.core(scene.num_frames, core)
+
+
+@dataclass(frozen=True)
+class PatchCore(Core):
+    """A core chosen by patches of the model unless told otherwise: the word "patches" of `patch`."""
+
+    by: Similarity | PatchSimilarity | By | None = "patches"
