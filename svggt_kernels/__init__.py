@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import block_sparse_attention, prepare
-    from .graph import CovisibilityGraph
+    from .coarse import CoarseLayout
+    from .graph import CoarseGraph, CovisibilityGraph
     from .layout import BlockLayout
     from .measure.dense import compare_dense
+    from .merging import merge
     from .patching import Patch, PatchReport, patch
     from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
 
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BlockLayout": "layout",
+    "CoarseGraph": "graph",
+    "CoarseLayout": "coarse",
     "Core": "sources",
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
@@ -32,12 +36,15 @@ _HOMES = {
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
+    "merge": "merging",
     "patch": "patching",
     "prepare": "attention",
 }
 
 __all__ = [
     "BlockLayout",
+    "CoarseGraph",
+    "CoarseLayout",
     "Core",
     "CovisibilityGraph",
     "MegaLoc",
@@ -47,6 +54,7 @@ __all__ = [
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
+    "merge",
     "patch",
     "prepare",
 ]
