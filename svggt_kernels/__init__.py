@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .measure.dense import compare_dense
     from .merging import merge
     from .patching import Patch, PatchReport, patch
-    from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
+    from .sources import Core, MegaLoc, MegaLocSimilarity, PerLayer, TokenSimilarity
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _HOMES = {
     "MegaLocSimilarity": "sources",
     "Patch": "patching",
     "PatchReport": "patching",
+    "PerLayer": "sources",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
@@ -51,6 +52,7 @@ __all__ = [
     "MegaLocSimilarity",
     "Patch",
     "PatchReport",
+    "PerLayer",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",

@@ -25,7 +25,7 @@ from torch import Tensor
 from .graph import CovisibilityGraph
 from .graph.arguments import integer
 from .graph.coarse import CoarseGraph
-from .layout import BlockLayout, on_device
+from .layout import BlockLayout, FrameTokens, on_device
 from .streams import StreamOrder
 
 
@@ -156,6 +156,11 @@ class CoarseLayout:
     def device(self) -> torch.device:
         """Device of the graph and of every table."""
         return self.graph.device
+
+    @property
+    def queries(self) -> FrameTokens:
+        """How the query tokens lie; key tokens lie the same, before they are packed."""
+        return self.parts[0].layout.queries
 
     @property
     def num_tokens(self) -> int:

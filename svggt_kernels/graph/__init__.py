@@ -1,9 +1,9 @@
 """Covisibility graphs: which frames see which."""
 
-from .coarse import CoarseGraph
+from .coarse import AnyGraph, CoarseGraph
 from .descriptors import GraphOrigin
 from .graph import CovisibilityGraph
 from .recall import CovisibilityReport
 from .summary import GraphSummary
 
-__all__ = ["CoarseGraph", "CovisibilityGraph", "CovisibilityReport", "GraphOrigin", "GraphSummary"]
+__all__ = ["AnyGraph", "CoarseGraph", "CovisibilityGraph", "CovisibilityReport", "GraphOrigin", "GraphSummary"]

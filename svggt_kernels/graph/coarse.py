@@ -140,12 +140,15 @@ class CoarseGraph:
             return self
         return CoarseGraph(full, self.coarse.to(device), moved(self.frames, device), self.stride)
 
+    def united(self) -> CovisibilityGraph:
+        """Return who sees whom at all, in full or coarsely."""
+        pairs = torch.stack([self.coarse.rows, self.frames[self.coarse.indices.long()]], dim=1)
+        return self.full | CovisibilityGraph.from_pairs(self.num_frames, pairs, num_key_frames=self.num_frames)
+
     def summary(self) -> GraphSummary:
         """Measure the graph of what is seen in full, and count what is seen coarsely; works on the CPU."""
-        pairs = torch.stack([self.coarse.rows, self.frames[self.coarse.indices.long()]], dim=1)
-        seen = CovisibilityGraph.from_pairs(self.num_frames, pairs, num_key_frames=self.num_frames)
         return replace(
-            GraphSummary.of(self.full, seen),
+            GraphSummary.of(self.full, self.united()),
             coarse_frames=len(self.frames),
             coarse_edges=self.coarse.num_edges,
             stride=self.stride,
@@ -156,3 +159,7 @@ class CoarseGraph:
             f"CoarseGraph(frames={self.num_frames}, edges={self.full.num_edges}, "
             f"coarse_edges={self.coarse.num_edges}, stride={self.stride})"
         )
+
+
+AnyGraph = CovisibilityGraph | CoarseGraph
+"""Who sees whom: in full alone, or coarsely too."""

@@ -73,10 +73,10 @@ class GraphSummary:
 
         Args:
             graph: The graph.
-            also: A graph over the same frames, whose edges join frames too, though they are not counted.
+            also: A graph over the same frames that holds it, whose other edges join frames too but are not counted.
         """
         graph = graph.to("cpu")
-        joined = graph if also is None else graph | also.to("cpu")
+        joined = graph if also is None else also.to("cpu")
         frames, square, origin = graph.num_frames, graph.is_square, graph.origin
         degrees = _others_seen(graph)
         components = diameter = None

@@ -5,6 +5,7 @@ from .colmap import from_colmap
 from .core import Core
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
+from .per_layer import PerLayer
 from .poses import from_poses
 from .registry import SOURCES, Covisibility, as_source
 from .sequence import AllFrames, Sequential
@@ -21,6 +22,7 @@ __all__ = [
     "MegaLoc",
     "MegaLocConfig",
     "MegaLocSimilarity",
+    "PerLayer",
     "Scene",
     "Sequential",
     "Similarity",
