@@ -149,7 +149,7 @@ def prepare(
         head_size: D.
         backend: As in `block_sparse_attention`.
         training: If True also make the tables of the backward pass; needed too where a CUDA graph captures the hopper
-            backend with `return_lse`, which has kernels of its own.
+            backend with `return_lse` or a `CoarseLayout`, whose parts need the LSE: that has kernels of its own.
 
     Raises:
         ValueError: If `backend` is unknown or cannot run such inputs.

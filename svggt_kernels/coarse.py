@@ -54,7 +54,8 @@ class KeyPart:
 
     def to(self, device: torch.device | str) -> KeyPart:
         """Return the part on another device."""
-        tokens = None if self.tokens is None else self.tokens.to(device)
+        with torch.inference_mode(False):
+            tokens = None if self.tokens is None else self.tokens.to(device)
         return KeyPart(self.layout.to(device), tokens, self.weight)
 
 
@@ -132,12 +133,11 @@ class CoarseLayout:
             coarse = _with_trailing_row(coarse, sees_all=graph.full.core_frames is not None)
 
         def part(places: np.ndarray, weight: float) -> KeyPart:
-            starts = graph.frames[:, None] * per_frame
-            return KeyPart(
-                BlockLayout.from_graph(coarse, lengths, dense_special=False, key_tokens_per_frame=len(places)),
-                (starts + on_device(places, graph.device)).flatten(),
-                weight,
-            )
+            layout = BlockLayout.from_graph(coarse, lengths, dense_special=False, key_tokens_per_frame=len(places))
+            # What was made under inference mode could not be saved for a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                tokens = (graph.frames[:, None] * per_frame + on_device(places, graph.device)).flatten()
+            return KeyPart(layout, tokens, weight)
 
         special = np.r_[0:leading, leading + patches : per_frame]
         seen = leading + np.add.outer(_seen(rows, graph.stride) * columns, _seen(columns, graph.stride)).ravel()
