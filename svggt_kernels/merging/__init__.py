@@ -78,7 +78,8 @@ def merge_by_pytorch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
     B, H, N, D = outs[0].shape
     total = lse.new_zeros(B, N, H, D).transpose(1, 2)
     for out, lse_of_part, weight in zip(outs, lses, _weights(lses, lse), strict=True):
-        total += (weight[..., None] * out).masked_fill((lse_of_part == -torch.inf)[..., None], 0)
+        seen = out.to(lse.dtype).masked_fill((lse_of_part == -torch.inf)[..., None], 0)
+        total.addcmul_(weight[..., None], seen)
     return total.to(outs[0].dtype), lse
 
 

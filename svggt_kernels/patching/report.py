@@ -46,8 +46,8 @@ class LayersReport:
 
     def __str__(self) -> str:
         lines = ["graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs]
-        coarse = f", {self.coarse_pairs / self.dense_pairs:.3g} of it at a stride" if self.coarse_pairs else ""
-        density = self.visible_pairs / self.dense_pairs
+        density, at_a_stride = self.visible_pairs / self.dense_pairs, self.coarse_pairs / self.dense_pairs
+        coarse = f" ({density - at_a_stride:.3g} in full, {at_a_stride:.3g} at a stride)" if self.coarse_pairs else ""
         return "\n".join([*lines, f"tokens: density {density:.3g}{coarse}, ideal speed-up {1 / density:.3g}x"])
 
 
