@@ -98,7 +98,7 @@ def _attend_to_parts(
     for part in layout.parts:
         out, lse = _attend(q, part.packed(k), part.packed(v), part.layout, scale, True, backend)
         outs.append(out)
-        lses.append(lse + part.added_score)
+        lses.append(lse if part.weight == 1 else lse + part.added_score)
     return merge(outs, lses)
 
 
