@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import integer, moved
+from .arguments import check_edge_count, integer, moved
 from .core import checked_core
 from .graph import CovisibilityGraph
 from .summary import GraphSummary
@@ -69,8 +69,7 @@ class CoarseGraph:
         in_full, codes = (graph.rows.long() * frames + graph.indices for graph in (full, coarse))
         codes = codes[~torch.isin(codes, in_full, assume_unique=True)]
         seen, column = (codes % frames).unique(return_inverse=True)
-        if len(seen) == 0:
-            raise ValueError("no frame is left that is seen coarsely and not in full; use the graph `full` alone")
+        _require_frames(seen)
         pairs = torch.stack([codes // frames, column], dim=1)
         return cls(full, CovisibilityGraph.from_pairs(frames, pairs, num_key_frames=len(seen)), seen, stride)
 
@@ -102,16 +101,24 @@ class CoarseGraph:
             ValueError: If one is out of range or given twice, or no frame is left that is seen coarsely.
         """
         full = CovisibilityGraph.core(num_frames, frames, nearest=nearest)
-        everyone = torch.arange(full.num_frames, device=full.device)
-        if isinstance(coarse, str):
-            if coarse != "all":
-                raise ValueError(f'coarse must be frames or "all", got {coarse!r}')
-            seen = everyone
-        else:
-            seen = checked_core(full.num_frames, coarse).to(full.device)
-        pairs = torch.cartesian_prod(everyone, seen)
-        graph = CovisibilityGraph.from_pairs(full.num_frames, pairs, num_key_frames=full.num_frames)
-        return cls.from_graphs(full, graph, stride=stride)
+        if isinstance(coarse, str) and coarse != "all":
+            raise ValueError(f'coarse must be frames or "all", got {coarse!r}')
+        is_seen = torch.zeros(full.num_frames, dtype=torch.bool, device=full.device)
+        is_seen[slice(None) if isinstance(coarse, str) else checked_core(full.num_frames, coarse).to(full.device)] = (
+            True
+        )
+        is_seen[full.core_frames] = False
+        seen = is_seen.nonzero()[:, 0]
+        _require_frames(seen)
+        check_edge_count(full.num_frames * len(seen))
+        # Everyone sees them but where it sees them in full; no larger than the edges, of which the core has all.
+        visible = torch.ones(full.num_frames, len(seen), dtype=torch.bool, device=full.device)
+        in_full = is_seen[full.indices.long()]
+        column = is_seen.cumsum(0)[full.indices.long()] - 1
+        visible[full.rows[in_full].long(), column[in_full]] = False
+        indptr = torch.nn.functional.pad(visible.sum(1).cumsum(0), (1, 0)).int()
+        graph = CovisibilityGraph(indptr, visible.nonzero()[:, 1].int(), full.num_frames, len(seen))
+        return cls(full, graph, seen, integer("stride", stride, 1))
 
     @property
     def num_frames(self) -> int:
@@ -159,6 +166,11 @@ class CoarseGraph:
             f"CoarseGraph(frames={self.num_frames}, edges={self.full.num_edges}, "
             f"coarse_edges={self.coarse.num_edges}, stride={self.stride})"
         )
+
+
+def _require_frames(seen: Tensor) -> None:
+    if len(seen) == 0:
+        raise ValueError("no frame is left that is seen coarsely and not in full; use the graph `full` alone")
 
 
 AnyGraph = CovisibilityGraph | CoarseGraph

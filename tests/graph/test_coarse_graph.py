@@ -71,3 +71,28 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], message: 
 def test_a_word_other_than_all_is_refused():
     with pytest.raises(ValueError, match='coarse must be frames or "all"'):
         CoarseGraph.core(4, [0], "rest", stride=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("coarse", [[6, 1, 0], "all"])
+@pytest.mark.parametrize("nearest", [None, [[1, 3]] * 7])
+def test_a_core_is_what_its_two_graphs_are(coarse, nearest):
+    graph = CoarseGraph.core(7, [4, 0], coarse, stride=2, nearest=nearest)
+    full = CovisibilityGraph.core(7, [4, 0], nearest=nearest)
+    visible = torch.zeros(7, 7, dtype=torch.bool)
+    visible[:, range(7) if coarse == "all" else coarse] = True
+    visible[:, [4, 0]] = False
+    same = CoarseGraph.from_graphs(full, CovisibilityGraph.from_dense(visible, square=True), stride=2)
+    assert torch.equal(coarsely(graph), coarsely(same)) and torch.equal(graph.frames, same.frames)
+    assert torch.equal(graph.full.to_dense(), full.to_dense()) and graph.full.core_frames.tolist() == [4, 0]
+
+
+def test_a_core_of_all_that_are_seen_leaves_none():
+    with pytest.raises(ValueError, match="no frame is left that is seen coarsely"):
+        CoarseGraph.core(3, [0, 1], [1, 0], stride=2)
+    with pytest.raises(ValueError, match="stride must be at least 1"):
+        CoarseGraph.core(3, [0], "all", stride=0)
+
+
+def test_too_many_edges_are_refused_before_they_are_made():
+    with pytest.raises(ValueError, match="holds at most"):
+        CoarseGraph.core(50_000, [0], "all", stride=2)
