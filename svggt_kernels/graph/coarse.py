@@ -103,15 +103,15 @@ class CoarseGraph:
         full = CovisibilityGraph.core(num_frames, frames, nearest=nearest)
         if isinstance(coarse, str) and coarse != "all":
             raise ValueError(f'coarse must be frames or "all", got {coarse!r}')
-        is_seen = torch.zeros(full.num_frames, dtype=torch.bool, device=full.device)
-        is_seen[slice(None) if isinstance(coarse, str) else checked_core(full.num_frames, coarse).to(full.device)] = (
-            True
-        )
+        is_seen = torch.ones(full.num_frames, dtype=torch.bool, device=full.device)
+        if not isinstance(coarse, str):
+            is_seen[:] = False
+            is_seen[checked_core(full.num_frames, coarse).to(full.device)] = True
         is_seen[full.core_frames] = False
         seen = is_seen.nonzero()[:, 0]
         _require_frames(seen)
         check_edge_count(full.num_frames * len(seen))
-        # Everyone sees them but where it sees them in full; no larger than the edges, of which the core has all.
+        # Everyone sees them but where it sees them in full; as large as the edges, nearly all of which there are.
         visible = torch.ones(full.num_frames, len(seen), dtype=torch.bool, device=full.device)
         in_full = is_seen[full.indices.long()]
         column = is_seen.cumsum(0)[full.indices.long()] - 1
