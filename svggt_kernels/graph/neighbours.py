@@ -19,6 +19,7 @@ from .connectivity import connected_components
 FRACTION_BITS = 26  # a product of two unit vectors is at most 2^52, which float64 holds exactly
 ROUNDING_ROWS = 1024
 COVER_BITS = 20
+BOUNDS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,17 +117,20 @@ class FrameSimilarity:
         points = self.fixed_point.to(torch.float64) * 2.0 ** (COVER_BITS / 2 - FRACTION_BITS)
         scores = torch.cat([(part @ points.T).round_().float() for part in points.split(ROUNDING_ROWS)])
         chosen, covered = [start], scores[:, start].clone()
-        # What a frame adds only falls as points are chosen, so that what it added before is a bound (Minoux 1978).
+        # What a frame adds only falls as points are chosen, so that what it added before is a bound (Minoux 1978). The
+        # largest bounds are renewed together, until the largest of all is a renewed one.
         parts = zip(scores.split(ROUNDING_ROWS), covered.split(ROUNDING_ROWS), strict=True)
         bounds = sum((part - known[:, None]).clamp_(min=0).sum(dim=0, dtype=torch.float64) for part, known in parts)
         while len(chosen) < count:
             bounds[chosen] = -1
-            best = int(bounds.argmax())
-            gain = (scores[:, best] - covered).clamp_(min=0).sum(dtype=torch.float64)
-            if gain == bounds[best]:
-                chosen.append(best)
-                covered = torch.maximum(covered, scores[:, best])
-            bounds[best] = gain
+            likely = bounds.topk(min(BOUNDS_AT_ONCE, self.num_frames)).indices
+            likely[-1] = bounds.argmax()  # the first of equal ones, which topk may leave out
+            bounds[likely] = (scores[likely] - covered).clamp_(min=0).sum(dim=1, dtype=torch.float64)
+            bounds[chosen] = -1
+            best = bounds.argmax()
+            if (likely == best).any():
+                chosen.append(int(best))
+                covered = torch.maximum(covered, scores[:, chosen[-1]])
         return torch.tensor(chosen[:count], dtype=torch.int64, device=self.device)
 
     def bridges(self, labels: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""Layouts measured on rendered scenes, one result line for each scene and layout: what `curve` and `study` do.
+
+A scene is drawn from its own seed, so it does not depend on what else is measured, and layouts are compared on the
+same scenes. Scenes are in the outermost loop: a run that is cut short has all layouts and all kinds of scenes. Lines
+that are in the file already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import provenance, write
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.demo.model.model import TRAINED
+from svggt_kernels.demo.scenes import SIZE, Draws
+from svggt_kernels.measure.cost import timed
+
+from .layouts import Known, Layout
+from .measuring import DIFFICULTY, SceneSet, metrics_of, precision_on, predict
+from .results import ENOUGH_SCENES, Line, identity, read_results
+
+Plan = Mapping[SceneSet, Sequence[Layout]]
+"""The layouts that are measured on each kind of scenes."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is measured where."""
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="lines go here; those in it stay")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the model (default: those that are shipped)")
+    parser.add_argument("--scenes", type=int, default=ENOUGH_SCENES, help=f"of each kind (default: {ENOUGH_SCENES})")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--size", type=int, nargs=2, default=SIZE, metavar=("HEIGHT", "WIDTH"), help="of images")
+    parser.add_argument("--session", type=float, metavar="SECONDS", help="begin no further scene after so long")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="measure the I-th of N parts of the scenes, I from 0: N processes may write to one file, and share a GPU",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"a part is like 0/2 or 1/2, got {text}")
+    return int(match[1]), int(match[2])
+
+
+def measure(plan: Plan, options: argparse.Namespace, *, warm_up: bool = True) -> int:
+    """Measure what is not in the file yet; return the exit code.
+
+    Args:
+        plan: What is measured.
+        options: Of the command line, those of `add_options` among them.
+        warm_up: Whether each layout runs once before on CUDA, for each kind of scenes, so that seconds mean something.
+
+    Raises:
+        ValueError: If there shall be no scene, or one of fewer than 2 frames.
+    """
+    if options.scenes < 1 or min((chosen.frames for chosen in plan), default=2) < 2:
+        raise ValueError("a scene has 2 frames or more, and there must be a scene")
+    started = time.monotonic()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    file = TRAINED if options.weights is None else options.weights
+    model = RoomsModel.trained(file).to(device)
+    common = {
+        "seed": options.seed,
+        "difficulty": DIFFICULTY,
+        "height": options.size[0],
+        "width": options.size[1],
+        "weights": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "precision": precision_on(device),
+        **provenance(options.arguments, device, "evaluation"),
+    }
+    done = {identity(line) for line in read_results(options.output)} if options.output.exists() else set()
+    measured, measurer = 0, Measurer(model, device, warm_up=warm_up)
+    part, parts = options.part
+    for scene in range(options.scenes):
+        for number, (chosen, layouts) in enumerate(plan.items()):
+            if (scene + number) % parts != part:
+                continue
+            here = {"family": chosen.family, "rooms": chosen.rooms, "frames": chosen.frames, "scene": scene, **common}
+            missing = [layout for layout in layouts if identity({**here, "layout": layout.name}) not in done]
+            if not missing:
+                continue
+            if options.session is not None and time.monotonic() - started > options.session:
+                print(f"not done: {measured} measured, then the session ended; the same command continues")
+                return 0
+            for line in measurer.lines(chosen, here, missing):
+                write(line, options.output)
+                measured += 1
+    print(f"{measured} measured, {len(done)} were there; `python -m evaluation table {options.output}` shows them")
+    return 0
+
+
+def scene_seed(chosen: SceneSet, seed: int, scene: int) -> int:
+    """Return the seed of a scene, 56 bits that training and validation would meet by chance alone."""
+    return int.from_bytes(hashlib.sha256(f"{chosen.name} {seed} {scene}".encode()).digest()[:7], "big")
+
+
+class Measurer:
+    """Renders scenes and measures layouts on them.
+
+    Args:
+        model: A `RoomsModel` in eval mode.
+        device: Where it is.
+        warm_up: See `measure`.
+    """
+
+    def __init__(self, model: Any, device: torch.device, *, warm_up: bool = True) -> None:
+        self.model, self.device, self.warm_up = model, device, warm_up and device.type == "cuda"
+        self._warm: set[tuple[Any, ...]] = set()
+
+    def lines(self, chosen: SceneSet, here: Line, layouts: Sequence[Layout]) -> Iterator[Line]:
+        """Yield a result line for each layout on one scene.
+
+        Args:
+            chosen: The kind of scene.
+            here: What all lines of the scene have in common.
+            layouts: What to measure.
+        """
+        seed = scene_seed(chosen, here["seed"], here["scene"])
+        scenes = chosen.draw(1, Draws(seed, self.device), (here["height"], here["width"]))
+        known = Known(scenes, seed)
+        for layout in layouts:
+            with layout.put_into(self.model, known) as counted:
+                kind = (layout.name, *scenes.images.shape)
+                if self.warm_up and kind not in self._warm:  # the first forward of a shape compiles kernels
+                    self._warm.add(kind)
+                    predict(self.model, scenes.images)
+                prediction, milliseconds = timed(lambda: predict(self.model, scenes.images), self.device)
+                what = counted()
+            if not prediction.is_finite:
+                raise ValueError(f"what the model predicts must be finite, and is not: {layout.name} on {chosen.name}")
+            (metrics,) = metrics_of(prediction, scenes)
+            shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("auc30", "absrel") if name in metrics)
+            share = what.pairs / what.dense_pairs
+            print(f"{chosen.name} scene {here['scene']} {layout.name}: pairs {share:.3f}, {shown}", flush=True)
+            seconds = {"seconds": milliseconds / 1000}
+            yield {"layout": layout.name, **here, **what._asdict(), **seconds, "metrics": metrics}
