@@ -15,9 +15,10 @@ Graphs, all with every frame seeing itself, all symmetric but those with a core:
     shuffledR    a band whose frames come in a random order (seed 0): a photo collection
     coreK        every frame sees K frames that lie evenly among all; these see one another alone
     firstK       the same with the first K frames as the core
-    coreK+L@s    every frame also sees L of the other frames, that lie evenly, at a stride s of their patch grid: see
-                 `svggt_kernels.CoarseLayout`; with L = all, all others. Each frame then has 5 special tokens, which are
-                 ordinary tokens of it, and the most square grid of patches that its tokens allow (28 x 37 of 1041)
+    coreK+L@s    K + L frames lie evenly among all; every frame sees K of them, that lie evenly among these, in full,
+                 and the others at a stride s of their patch grid: see `svggt_kernels.CoarseLayout`; with L = all it
+                 sees all others so. Each frame then has 5 special tokens, which are ordinary tokens of it, and the most
+                 square grid of patches that its tokens allow (28 x 37 of 1041)
 """
 
 from __future__ import annotations
@@ -150,11 +151,15 @@ class Case:
         """Which frames see which at a stride, bool `[S, S]`."""
         if not self.stride:
             return torch.zeros_like(self.visible)
-        count = self.graph.partition("+")[2].partition("@")[0]
-        others = (~self.visible.all(0)).nonzero()[:, 0]
-        if count != "all" and len(others):
-            others = others[spread_evenly(len(others), int(count))]
-        return torch.isin(torch.arange(self.frames), others) & ~self.visible
+        return torch.isin(torch.arange(self.frames), self._cores[1]) & ~self.visible
+
+    @property
+    def _cores(self) -> tuple[Tensor, Tensor]:
+        """The frames that all see in full, and those that all see at least at a stride."""
+        in_full, _, coarsely = self.graph.removeprefix("core").partition("@")[0].partition("+")
+        further = self.frames if coarsely == "all" else int(coarsely or 0)
+        both = spread_evenly(self.frames, int(in_full) + further)
+        return both[spread_evenly(len(both), int(in_full))], both
 
     @cached_property
     def weights_of_frame(self) -> Tensor:
@@ -185,7 +190,7 @@ class Case:
                 row[torch.randperm(self.frames, generator=generator)[:number]] = True
             return seen | seen.T
         if kind in ("core", "first"):
-            core = spread_evenly(self.frames, number) if kind == "core" else frame[:number]
+            core = self._cores[0] if kind == "core" else frame[:number]
             return CovisibilityGraph.core(self.frames, core).to_dense()
         band = distance <= number
         if kind == "shuffled":

@@ -44,7 +44,8 @@ class Core:
             used; None takes frames at equal distances in their order.
         choice: How they are chosen; see `graph.core.choose_core`.
         nearest: Most similar frames that each frame outside the core sees besides.
-        coarse: Further frames that all see coarsely, chosen as the core is, after it; "all" for all others.
+        coarse: Further frames that all see coarsely, "all" for all others. Both are chosen together as a core of so
+            many would be; those that come first are seen in full, or without descriptors an even spread of them.
         stride: The stride at which they are seen; without `coarse` it means nothing.
     """
 
@@ -125,14 +126,12 @@ class Core:
             return self._core(scene.num_frames, chosen[: self.size], chosen[self.size :], nearest)
 
     def _spread_evenly(self, scene: Scene) -> AnyGraph:
-        core, reference_frame = spread_evenly(scene.num_frames, self.size), scene.reference_frame
-        if reference_frame is not None:
-            core[(core - reference_frame).abs().argmin()] = reference_frame
-        others = torch.arange(scene.num_frames, device="cpu")
-        others = others[~torch.isin(others, core)]
-        if self.coarse and self.coarse != "all" and len(others):
-            others = others[spread_evenly(len(others), self.coarse)]
-        return self._core(scene.num_frames, core, others)
+        both = spread_evenly(scene.num_frames, self.size + (0 if self.coarse == "all" else self.coarse))
+        core = both[spread_evenly(len(both), self.size)]
+        if (reference_frame := scene.reference_frame) is not None:
+            for frames in (both, core):
+                frames[(frames - reference_frame).abs().argmin()] = reference_frame
+        return self._core(scene.num_frames, core, both[~torch.isin(both, core)])
 
     def _core(self, frames: int, core: Tensor, others: Tensor, nearest: Tensor | None = None) -> AnyGraph:
         """Return the graph of a core, and of others that are seen coarsely if there are any besides."""

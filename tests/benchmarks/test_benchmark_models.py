@@ -41,7 +41,7 @@ def test_cores_in_place_of_neighbours():
     case = models.ModelCase.parse("toy-9f-core2+3@2")
     assert case.name == "toy-9f-core2+3@2" and "a core of 2 frames" in case.about
     graph = case.graph()
-    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [1, 4, 7] and graph.stride == 2
+    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [2, 4, 6] and graph.stride == 2
     assert models.ModelCase.parse("toy-9f-core3").graph().core_frames.tolist() == [0, 4, 8]
     assert models.ModelCase.parse("vggt-1b-9f-core3+all@4").graph().num_edges == 81
     for name in ("toy-9f-core0", "toy-9f-core2+3", "toy-9f-core2-random", "toy-9f-4n-core2"):

@@ -111,7 +111,9 @@ def test_frames_that_are_seen_coarsely_are_chosen_after_the_core():
 
 def test_without_descriptors_they_lie_evenly_among_the_others():
     graph = as_source(Core(2, by=None, coarse=3)).graph(scene(9, reference_frame=0))
-    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [1, 4, 7] and graph.stride == 3
+    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [2, 4, 6] and graph.stride == 3
+    moved = as_source(Core(2, by=None, coarse=3)).graph(scene(9, reference_frame=5))
+    assert moved.full.core_frames.tolist() == [0, 5] and moved.frames.tolist() == [2, 6, 8]
     everything = as_source(Core(2, by=None, coarse="all")).graph(scene(9))
     assert everything.frames.tolist() == list(range(1, 8)) and everything.num_edges == 81
 
