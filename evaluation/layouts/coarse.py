@@ -67,10 +67,11 @@ def coarse(
 def kept_patches(rows: int, columns: int, stride: int) -> Tensor:
     """Return the patches that a stride keeps, `[n]` int64, row by row.
 
-    They are the middle one of each square of `stride` x `stride` patches, of an even side the one before the middle.
+    They are the middle one of each square of `stride` x `stride` patches, of an even side the one behind the middle.
     Where a frame has too few for that, they are the middle of the frame's rows or columns.
     """
-    down, right = (torch.arange(min((stride - 1) // 2, (side - 1) // 2), side, stride) for side in (rows, columns))
+    first = stride // 2
+    down, right = (torch.arange(first if first < side else side // 2, side, stride) for side in (rows, columns))
     return (down[:, None] * columns + right).flatten()
 
 
