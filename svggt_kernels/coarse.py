@@ -140,7 +140,7 @@ class CoarseLayout:
             return KeyPart(layout, tokens, weight)
 
         special = np.r_[0:leading, leading + patches : per_frame]
-        seen = leading + np.add.outer(_seen(rows, graph.stride) * columns, _seen(columns, graph.stride)).ravel()
+        seen = leading + patches_seen((rows, columns), graph.stride)
         parts = [KeyPart(full), part(seen, patches / len(seen))]
         if len(special):
             parts.insert(1, part(special, 1.0))
@@ -215,9 +215,12 @@ class CoarseLayout:
         return f"CoarseLayout({self.graph!r}, tokens={self.num_tokens}, patch_grid={grid})"
 
 
-def _seen(side: int, stride: int) -> np.ndarray:
-    """Return the places of a side of the patch grid that are seen at a stride, int64."""
-    return np.arange(stride // 2 if stride // 2 < side else side // 2, side, stride, dtype=np.int64)
+def patches_seen(patch_grid: tuple[int, int], stride: int) -> np.ndarray:
+    """Return the patches of a grid that are seen at a stride, int64, row after row; see `CoarseLayout`."""
+    rows, columns = (
+        np.arange(stride // 2 if stride // 2 < side else side // 2, side, stride, dtype=np.int64) for side in patch_grid
+    )
+    return np.add.outer(rows * patch_grid[1], columns).ravel()
 
 
 def _with_trailing_row(graph: CovisibilityGraph, sees_all: bool) -> CovisibilityGraph:
