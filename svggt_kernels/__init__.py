@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import block_sparse_attention, prepare
-    from .graph import CovisibilityGraph
+    from .coarse import CoarseLayout
+    from .graph import CoarseGraph, CovisibilityGraph
     from .layout import BlockLayout
     from .measure.dense import compare_dense
+    from .merging import merge
     from .patching import Patch, PatchReport, patch
-    from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, TokenSimilarity
+    from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, PerLayer, TokenSimilarity
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockLayout": "layout",
+    "CoarseGraph": "graph",
+    "CoarseLayout": "coarse",
     "Core": "sources",
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
@@ -30,15 +34,19 @@ _HOMES = {
     "Patch": "patching",
     "PatchReport": "patching",
     "PatchSimilarity": "sources",
+    "PerLayer": "sources",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
+    "merge": "merging",
     "patch": "patching",
     "prepare": "attention",
 }
 
 __all__ = [
     "BlockLayout",
+    "CoarseGraph",
+    "CoarseLayout",
     "Core",
     "CovisibilityGraph",
     "MegaLoc",
@@ -46,9 +54,11 @@ __all__ = [
     "Patch",
     "PatchReport",
     "PatchSimilarity",
+    "PerLayer",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
+    "merge",
     "patch",
     "prepare",
 ]

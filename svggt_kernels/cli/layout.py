@@ -132,6 +132,7 @@ def _from_photos(arguments: argparse.Namespace, frames: Tensor, covisibility: So
     scene = Scene(len(frames), images=frames, reference_frame=0, progress=sys.stderr.isatty())
     with refusals(), stage(covisibility.label):
         graph = covisibility.graph(scene).to("cpu")
+    assert isinstance(graph, CovisibilityGraph)  # no word on the command line makes another
     patch_size = arguments.patch_size or PATCH_SIZE
     patches = (frames.shape[-2] // patch_size) * (frames.shape[-1] // patch_size)
     special = SPECIAL_TOKENS if arguments.special_tokens is None else arguments.special_tokens
@@ -151,4 +152,5 @@ def _from_model(
     note = None
     if model.warning:
         note = f"The model {model.name} has not learned from photos, so its tokens are a poor guide to who sees whom."
+    assert isinstance(graph, CovisibilityGraph) and isinstance(inside, BlockLayout)  # as above
     return BlockLayout(graph, inside.queries, inside.keys).to("cpu"), note

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, CoarseGraph
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
 from ..sources import Core, PatchSimilarity, Similarity, Source, TokenSimilarity
@@ -171,15 +171,16 @@ class Outcome:
     cost: Cost
     pairs: float
     backend: str | None
-    graph: CovisibilityGraph | None
+    graph: AnyGraph | None
     poses: Tensor
     depth: Tensor
     scores: dict[str, float]
 
     @property
     def core(self) -> list[int]:
-        """The frames that every frame sees, if not all frames do."""
-        return [] if self.graph is None else self.graph.to_dense().all(0).nonzero()[:, 0].tolist()
+        """The frames that every frame sees in full, if not all frames do."""
+        full = self.graph.full if isinstance(self.graph, CoarseGraph) else self.graph
+        return [] if full is None else full.to_dense().all(0).nonzero()[:, 0].tolist()
 
     @property
     def auc30(self) -> float:

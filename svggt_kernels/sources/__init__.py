@@ -5,6 +5,7 @@ from .colmap import from_colmap
 from .core import Core
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
+from .per_layer import PerLayer
 from .poses import from_poses
 from .registry import SOURCES, Covisibility, as_source
 from .sequence import AllFrames, Sequential
@@ -22,6 +23,7 @@ __all__ = [
     "MegaLocConfig",
     "MegaLocSimilarity",
     "PatchSimilarity",
+    "PerLayer",
     "Scene",
     "Sequential",
     "Similarity",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph
 from .base import Source
 from .core import Core, PatchCore
 from .given import GivenGraphs
@@ -15,7 +15,7 @@ from .thumbnails import ThumbnailSimilarity
 from .tokens import TokenSimilarity
 
 Word = Literal["core", "patches", "megaloc", "tokens", "thumbnails", "sequential", "all"]
-Graphs = CovisibilityGraph | Sequence[CovisibilityGraph]
+Graphs = AnyGraph | Sequence[AnyGraph]
 Covisibility = Word | Source | Graphs | Callable[[Any], Graphs]
 
 SOURCES: dict[Word, type[Source]] = {

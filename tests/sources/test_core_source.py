@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from svggt_kernels.graph import CovisibilityGraph
+from svggt_kernels.graph import CoarseGraph, CovisibilityGraph
 from svggt_kernels.graph.core import choose_core
 from svggt_kernels.graph.pair_scores import ScoreMatrix
 from svggt_kernels.sources import Core, PatchSimilarity, Scene, ThumbnailSimilarity, TokenSimilarity, as_source
@@ -137,3 +137,41 @@ def test_labels_say_how_the_core_is_chosen():
         Core(8, by="patches", choice="farthest").label == "a core of 8 frames that differ most by patches of the model"
     )
     assert Core(8, by=None).label == "a core of 8 frames at equal distances"
+
+
+def test_frames_that_are_seen_coarsely_are_chosen_after_the_core():
+    shown = scene(12, reference_frame=5)
+    graph = as_source(Core(3, by=ThumbnailSimilarity(), coarse=4, stride=2)).graph(shown)
+    chosen = choose_core(thumbnails(shown.rgb), 7, first=5)
+    assert isinstance(graph, CoarseGraph) and graph.stride == 2
+    assert torch.equal(graph.full.to_dense(), CovisibilityGraph.core(12, chosen[:3]).to_dense())
+    assert torch.equal(graph.frames, chosen[3:].sort().values)
+
+
+def test_without_descriptors_they_lie_evenly_among_the_others():
+    graph = as_source(Core(2, by=None, coarse=3)).graph(scene(9, reference_frame=0))
+    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [2, 4, 6] and graph.stride == 3
+    moved = as_source(Core(2, by=None, coarse=3)).graph(scene(9, reference_frame=5))
+    assert moved.full.core_frames.tolist() == [0, 5] and moved.frames.tolist() == [2, 6, 8]
+    everything = as_source(Core(2, by=None, coarse="all")).graph(scene(9))
+    assert everything.frames.tolist() == list(range(1, 8)) and everything.num_edges == 81
+
+
+@pytest.mark.parametrize("coarse", [5, "all"])
+@pytest.mark.parametrize("by", [None, ThumbnailSimilarity()], ids=["evenly", "thumbnails"])
+def test_a_core_of_all_frames_leaves_none_to_be_seen_coarsely(by, coarse):
+    graph = as_source(Core(6, by=by, coarse=coarse)).graph(scene(5))
+    assert isinstance(graph, CovisibilityGraph) and graph.density == 1
+
+
+def test_labels_say_what_is_seen_coarsely():
+    assert Core(2, by=None, coarse=3).label == "a core of 2 frames at equal distances, and 3 more at stride 3"
+    assert Core(2, by=None, coarse="all", stride=2).label.endswith(", and all others at stride 2")
+    for options, message in (
+        ({"coarse": -1}, "coarse must be at least 0"),
+        ({"stride": 0}, "stride must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Core(2, by=None, **options)
+    with pytest.raises(TypeError, match="coarse must be an integer"):
+        Core(2, by=None, coarse="rest")
