@@ -85,6 +85,10 @@ def measure(plan: Plan, options: argparse.Namespace, *, warm_up: bool = True, go
         "precision": precision_on(device),
         **provenance(options.arguments, device, "evaluation"),
     }
+    if options.output.suffix == ".gz":
+        raise ValueError(
+            f"lines are added to a file as text, and {options.output} is packed; give another, or unpack it"
+        )
     done = {identity(line) for line in read_results(options.output)} if options.output.exists() else set()
     measured, failed, measurer = 0, 0, Measurer(model, device, warm_up=warm_up)
     part, parts = options.part
