@@ -2,7 +2,8 @@
 
 The predictions were written on 2026-11-29, before any line of the study was measured. What was known then: 20 scenes of
 walks and photos of 24, 96 and 192 frames with cores of 8 to 56 frames and neighbours (`results/curve-*.jsonl`), and
-trials of an earlier model. They stay as they are, whatever comes out.
+trials of an earlier model. They stay as they are, whatever comes out; layouts were added to `stride` and `peers` after
+trials on two walks of 48 frames.
 
 How the default is to be chosen was written then too: of the choices in group `choice` that need no truth, at 52 of 96
 and 56 of 192 frames, the one whose worst of (ratio of AUC@30 / 0.95, ratio of AUC@5 / 0.8, 1.15 / ratio of AbsRel)
@@ -148,10 +149,13 @@ STUDY = {
         "0.03 of a core of 48 at 192.",
         (
             Part(
-                f"{_each('core-{}-stride3', 0, 1)} core-1-stride2 {_each('core-8-evenly-stride{}', 2, 3, 4)} "
-                "core-8-covering-stride2 core-8-covering-stride3 core-16-covering-stride3 core-16-covering-stride4 "
-                "core-24-covering-stride3of72 core-16-covering-stride2of64 core-32-covering-stride3of64 "
-                "layers(0:own,1-5:core-8-covering-stride3) core-24-covering core-40-covering core-48-covering"
+                f"{_each('core-{}-stride2', 0, 1)} {_each('core-{}-stride3', 0, 1)} "
+                f"{_each('core-8-evenly-stride{}', 2, 3, 4)} {_each('core-8-covering-stride{}', 2, 3)} "
+                f"core-16-covering-stride3 {_each('core-8-covering-stride2of{}', 40, 56, 88)} "
+                f"{_each('core-{}-covering-stride2of64', 16, 32)} core-24-covering-stride3of72 "
+                "layers(0-1:core-8-covering-stride2of88,2-5:core-24-covering) "
+                "layers(0-1:core-48-covering,2-5:core-8-covering-stride2of56) "
+                "core-24-covering core-40-covering core-48-covering"
             ),
         ),
     ),
@@ -171,13 +175,13 @@ STUDY = {
         "keep 0.9; first layers within frames and later ones at a stride keep less than 0.5.",
         (
             Part(
-                "core-48-covering shared-48 shared-48-covering pooled-45 merged-29 subsampled-2 "
+                "core-48-covering shared-48 shared-48-covering pooled-45 pooled-45-16x8 merged-29 subsampled-2 "
                 "layers(0-1:own,2-5:subsampled-2) layers(0:own,1-2:shared-48-stride2,3-5:shared-48)",
                 frames=(96,),
             ),
             Part(
-                "core-48-covering shared-48 shared-48-covering pooled-16 merged-50 merged-75 subsampled-2 "
-                "layers(0-1:own,2-5:subsampled-2) layers(0:own,1-2:shared-48-stride2,3-5:shared-48)",
+                "core-48-covering shared-48 shared-48-covering pooled-16 pooled-16-16x8 merged-50 merged-75 "
+                "subsampled-2 layers(0-1:own,2-5:subsampled-2) layers(0:own,1-2:shared-48-stride2,3-5:shared-48)",
                 frames=(192,),
             ),
         ),

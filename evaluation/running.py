@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,18 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def measure(plan: Plan, options: argparse.Namespace, *, warm_up: bool = True) -> int:
-    """Measure what is not in the file yet; return the exit code.
+def measure(plan: Plan, options: argparse.Namespace, *, warm_up: bool = True, go_on: bool = False) -> int:
+    """Measure what is not in the file yet; return the exit code, 1 if something could not be measured.
 
     Args:
         plan: What is measured.
         options: Of the command line, those of `add_options` among them.
         warm_up: Whether each layout runs once before on CUDA, for each kind of scenes, so that seconds mean something.
+        go_on: Whether a layout that raises an error is told, and the others are measured all the same.
 
     Raises:
-        ValueError: If there shall be no scene, or one of fewer than 2 frames.
+        ValueError: If there shall be no scene, or one of fewer than 2 frames; without `go_on` also if a prediction is
+            not finite.
     """
     if options.scenes < 1 or min((chosen.frames for chosen in plan), default=2) < 2:
         raise ValueError("a scene has 2 frames or more, and there must be a scene")
@@ -82,8 +85,12 @@ def measure(plan: Plan, options: argparse.Namespace, *, warm_up: bool = True) ->
         "precision": precision_on(device),
         **provenance(options.arguments, device, "evaluation"),
     }
+    if options.output.suffix == ".gz":
+        raise ValueError(
+            f"lines are added to a file as text, and {options.output} is packed; give another, or unpack it"
+        )
     done = {identity(line) for line in read_results(options.output)} if options.output.exists() else set()
-    measured, measurer = 0, Measurer(model, device, warm_up=warm_up)
+    measured, failed, measurer = 0, 0, Measurer(model, device, warm_up=warm_up)
     part, parts = options.part
     for scene in range(options.scenes):
         for number, (chosen, layouts) in enumerate(plan.items()):
@@ -96,11 +103,20 @@ def measure(plan: Plan, options: argparse.Namespace, *, warm_up: bool = True) ->
             if options.session is not None and time.monotonic() - started > options.session:
                 print(f"not done: {measured} measured, then the session ended; the same command continues")
                 return 0
-            for line in measurer.lines(chosen, here, missing):
-                write(line, options.output)
-                measured += 1
+            known = measurer.draw(chosen, here)
+            for layout in missing:
+                try:
+                    write(measurer.line(layout, known, here), options.output)
+                    measured += 1
+                except Exception as error:
+                    if not go_on:
+                        raise
+                    failed += 1
+                    print(f"not measured: {layout.name} on {chosen.name} scene {scene}: {error}", file=sys.stderr)
     print(f"{measured} measured, {len(done)} were there; `python -m evaluation table {options.output}` shows them")
-    return 0
+    if failed:
+        print(f"{failed} could not be measured", file=sys.stderr)
+    return int(failed > 0)
 
 
 def scene_seed(chosen: SceneSet, seed: int, scene: int) -> int:
@@ -121,30 +137,41 @@ class Measurer:
         self.model, self.device, self.warm_up = model, device, warm_up and device.type == "cuda"
         self._warm: set[tuple[Any, ...]] = set()
 
-    def lines(self, chosen: SceneSet, here: Line, layouts: Sequence[Layout]) -> Iterator[Line]:
-        """Yield a result line for each layout on one scene.
+    def draw(self, chosen: SceneSet, here: Line) -> Known:
+        """Render one scene.
 
         Args:
             chosen: The kind of scene.
             here: What all lines of the scene have in common.
-            layouts: What to measure.
         """
         seed = scene_seed(chosen, here["seed"], here["scene"])
-        scenes = chosen.draw(1, Draws(seed, self.device), (here["height"], here["width"]))
-        known = Known(scenes, seed)
-        for layout in layouts:
-            with layout.put_into(self.model, known) as counted:
-                kind = (layout.name, *scenes.images.shape)
-                if self.warm_up and kind not in self._warm:  # the first forward of a shape compiles kernels
-                    self._warm.add(kind)
-                    predict(self.model, scenes.images)
-                prediction, milliseconds = timed(lambda: predict(self.model, scenes.images), self.device)
-                what = counted()
-            if not prediction.is_finite:
-                raise ValueError(f"what the model predicts must be finite, and is not: {layout.name} on {chosen.name}")
-            (metrics,) = metrics_of(prediction, scenes)
-            shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("auc30", "absrel") if name in metrics)
-            share = what.pairs / what.dense_pairs
-            print(f"{chosen.name} scene {here['scene']} {layout.name}: pairs {share:.3f}, {shown}", flush=True)
-            seconds = {"seconds": milliseconds / 1000}
-            yield {"layout": layout.name, **here, **what._asdict(), **seconds, "metrics": metrics}
+        return Known(chosen.draw(1, Draws(seed, self.device), (here["height"], here["width"])), seed)
+
+    def line(self, layout: Layout, known: Known, here: Line) -> Line:
+        """Return the result line of a layout on one scene.
+
+        Args:
+            layout: What to measure.
+            known: The scene.
+            here: What all lines of the scene have in common.
+
+        Raises:
+            ValueError: If a prediction is not finite.
+        """
+        scenes = known.scenes
+        with layout.put_into(self.model, known) as counted:
+            kind = (layout.name, *scenes.images.shape)
+            if self.warm_up and kind not in self._warm:  # the first forward of a shape compiles kernels
+                self._warm.add(kind)
+                predict(self.model, scenes.images)
+            prediction, milliseconds = timed(lambda: predict(self.model, scenes.images), self.device)
+            what = counted()
+        name = SceneSet(here["family"], here["rooms"], here["frames"]).name
+        if not prediction.is_finite:
+            raise ValueError(f"what the model predicts must be finite, and is not: {layout.name} on {name}")
+        (metrics,) = metrics_of(prediction, scenes)
+        shown = ", ".join(f"{metric} {metrics[metric]:.3f}" for metric in ("auc30", "absrel") if metric in metrics)
+        share = what.pairs / what.dense_pairs
+        print(f"{name} scene {here['scene']} {layout.name}: pairs {share:.3f}, {shown}", flush=True)
+        seconds = {"seconds": milliseconds / 1000}
+        return {"layout": layout.name, **here, **what._asdict(), **seconds, "metrics": metrics}

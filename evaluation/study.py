@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what is not in the file yet; return the exit code.
+    """Measure what is not in the file yet; return the exit code, 1 if something could not be measured.
 
     Raises:
         ValueError: If nothing is left of the groups.
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if not plan:
         raise ValueError("these groups have no scenes of such families and frames; evaluation/groups.py has them")
-    return measure(plan, options, warm_up=False)
+    return measure(plan, options, warm_up=False, go_on=True)
 
 
 def planned(groups: Sequence[str], long_dense: bool) -> dict[SceneSet, list[Layout]]:

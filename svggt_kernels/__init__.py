@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import block_sparse_attention, prepare
-    from .graph import CovisibilityGraph
+    from .coarse import CoarseLayout
+    from .graph import CoarseGraph, CovisibilityGraph
     from .layout import BlockLayout
     from .measure.dense import compare_dense
+    from .merging import merge
     from .patching import Patch, PatchReport, patch
-    from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
+    from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, PerLayer, TokenSimilarity
     from .streaming import OpenScene, open_saved_scene, open_scene, read_outputs
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockLayout": "layout",
+    "CoarseGraph": "graph",
+    "CoarseLayout": "coarse",
     "Core": "sources",
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
@@ -31,9 +35,12 @@ _HOMES = {
     "OpenScene": "streaming",
     "Patch": "patching",
     "PatchReport": "patching",
+    "PatchSimilarity": "sources",
+    "PerLayer": "sources",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
+    "merge": "merging",
     "open_saved_scene": "streaming",
     "open_scene": "streaming",
     "patch": "patching",
@@ -43,6 +50,8 @@ _HOMES = {
 
 __all__ = [
     "BlockLayout",
+    "CoarseGraph",
+    "CoarseLayout",
     "Core",
     "CovisibilityGraph",
     "MegaLoc",
@@ -50,9 +59,12 @@ __all__ = [
     "OpenScene",
     "Patch",
     "PatchReport",
+    "PatchSimilarity",
+    "PerLayer",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
+    "merge",
     "open_saved_scene",
     "open_scene",
     "patch",

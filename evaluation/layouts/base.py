@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svggt_kernels import TokenSimilarity
+from svggt_kernels import PatchSimilarity, TokenSimilarity
 from svggt_kernels.demo.scenes import Scenes
 from svggt_kernels.sources import Similarity
 from svggt_kernels.sources.base import Scene
@@ -82,27 +82,13 @@ class Known:
             return thumbnails(scene.rgb).cpu()
         if by == "random":
             return torch.from_numpy(self.numbers().standard_normal((scene.num_frames, RANDOM_CHANNELS)))
-        return _with_products(best_matches(scene.tokens) if by == "patches" else self.overlap.clone().fill_diagonal_(1))
+        if by == "patches":
+            return _with_products(PatchSimilarity().compared(scene).scores.double().cpu())
+        return _with_products(self.overlap.clone().fill_diagonal_(1))
 
     def similarity(self, by: By) -> Similarity:
         """Return what the package's recipes take, with these descriptors."""
         return _KnownSimilarity(known=self, word=by)
-
-
-def best_matches(
-    tokens: Tensor,  # [S, P, C]
-) -> Tensor:
-    """Return how well the patches of two frames find one another, `[S, S]` float64 on the CPU, at most 1.
-
-    It is the mean over the patches of one frame of the highest cosine with a patch of the other, then the mean of both
-    ways (as late interaction ranks documents: Khattab and Zaharia 2020). The mean of all patches is taken out before.
-    """
-    patches = tokens.detach().float()
-    patches = F.normalize(patches - patches.mean((0, 1)), dim=-1)
-    every = patches.flatten(0, 1).T
-    found = [(frame @ every).view(len(frame), len(patches), -1).amax(2).mean(0) for frame in patches]
-    matrix = torch.stack(found).double().cpu()
-    return (matrix + matrix.T) / 2
 
 
 def _with_products(matrix: Tensor) -> Tensor:

@@ -1,22 +1,18 @@
 """Coarse keys: frames of which others see the special tokens and one patch in s x s, and still one exact softmax.
 
-A kept patch stands for n = patches / kept patches of its frame, so log n is added to its score; a special token stands
-for itself. A frame sees itself in full, and no frame both in full and coarsely.
-
-Keys that weigh 1 and kept patches are attended to by one call of the operator each. Their outputs are merged by their
-LSE, to which log n is added for the patches: the softmax over both is exact.
+What is seen coarsely, and what it weighs, is what `svggt_kernels.CoarseLayout` says.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels import BlockLayout, CoarseGraph, CoarseLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.attention import choose_backend
+from svggt_kernels.coarse import patches_seen
 from svggt_kernels.graph.core import spread_evenly
 from svggt_kernels.sources.base import Scene
 
@@ -65,13 +61,8 @@ def coarse(
 
 
 def kept_patches(rows: int, columns: int, stride: int) -> Tensor:
-    """Return the patches that a stride keeps, `[n]` int64, row by row.
-
-    They are the middle one of each square of `stride` x `stride` patches, of an even side the one before the middle.
-    Where a frame has too few for that, they are the middle of the frame's rows or columns.
-    """
-    down, right = (torch.arange(min((stride - 1) // 2, (side - 1) // 2), side, stride) for side in (rows, columns))
-    return (down[:, None] * columns + right).flatten()
+    """Return the patches that a stride keeps, `[n]` int64, row by row."""
+    return torch.from_numpy(patches_seen((rows, columns), stride))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +70,10 @@ class CoarseKeys:
     """Attention to some frames in full and to others coarsely.
 
     Attributes:
-        grid: How tokens lie.
-        weigh_one: Over queries and [all tokens | special tokens of all frames once more].
-        of_patches: Over queries and [kept patches of all frames].
-        kept: Patches of a frame that are kept.
+        layout: Which token sees which.
     """
 
-    grid: TokenGrid
-    weigh_one: BlockLayout
-    of_patches: BlockLayout
-    kept: Tensor
+    layout: BlockLayout | CoarseLayout
 
     @classmethod
     def of_frames(
@@ -103,43 +88,17 @@ class CoarseKeys:
             stride: Of the patch grid.
             device: Where attention runs.
         """
-        frames, kept = grid.frames, kept_patches(grid.rows, grid.columns, stride)
-        full = in_full.to(device) | torch.eye(frames, dtype=torch.bool, device=device)
-        thin = coarsely.to(device) & ~full
-        return cls(
-            grid,
-            _rectangular(torch.cat([full, thin], 1), grid, [grid.per_frame] * frames + [grid.special] * frames),
-            _rectangular(thin, grid, [len(kept)] * frames),
-            kept.to(device),
-        )
+        full, thin = (CovisibilityGraph.from_dense(x.expand(grid.frames, -1), square=True) for x in (in_full, coarsely))
+        layout: BlockLayout | CoarseLayout
+        if bool((thin.to_dense() & ~full.to_dense()).any()):
+            graph = CoarseGraph.from_graphs(full, thin, stride=stride)
+            layout = CoarseLayout.from_graph(graph, (grid.rows, grid.columns), special_tokens=grid.special)
+        else:
+            layout = BlockLayout.from_graph(full, grid.per_frame, dense_special=False)
+        return cls(layout.to(device))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor) -> Attended:
         """See `Attention`."""
-
-        def with_special(x: Tensor) -> Tensor:
-            return torch.cat([x, self._frames(x)[..., : self.grid.special, :].flatten(2, 3)], 2)
-
-        def patches(x: Tensor) -> Tensor:
-            return self._frames(x)[..., self.grid.special + self.kept, :].flatten(2, 3)
-
-        stands_for = self.grid.patches / len(self.kept)
-        ones, ones_lse = _with_lse(q, with_special(k), with_special(v), self.weigh_one, scale)
-        thin, thin_lse = _with_lse(q, patches(k), patches(v), self.of_patches, scale)
-        share = torch.sigmoid(thin_lse + math.log(stands_for) - ones_lse)[..., None]
-        out = torch.lerp(ones.to(share.dtype), thin.to(share.dtype), share).to(q.dtype)
-        pairs = self.weigh_one.visible_pairs + self.of_patches.visible_pairs
-        return Attended(out, pairs, choose_backend(q.device, q.dtype, q.shape[-1]))
-
-    def _frames(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.grid.frames, self.grid.per_frame))
-
-
-def _rectangular(visible: Tensor, grid: TokenGrid, key_lengths: list[int]) -> BlockLayout:
-    graph = CovisibilityGraph.from_dense(visible, square=False)
-    lengths = [grid.per_frame] * grid.frames
-    return BlockLayout.from_graph(graph, lengths, key_tokens_per_frame=key_lengths)
-
-
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = block_sparse_attention(q, k, v, layout, scale=scale, return_lse=True)
-    return out, lse
+        out = block_sparse_attention(q, k, v, self.layout, scale=scale)
+        assert isinstance(out, Tensor)
+        return Attended(out, self.layout.visible_pairs, choose_backend(q.device, q.dtype, q.shape[-1]))

@@ -260,7 +260,9 @@ def _by_the_package(name: str, by: By, scene: Scene, known: Known) -> Covisibili
     """Return the graph of a layout that `svggt-kernels sweep` knows by the same name, frames compared by `by`."""
     (layout,) = layouts_named([name], lambda: known.similarity(by))
     assert layout.covisibility is not None
-    return layout.covisibility.graph(scene)
+    graph = layout.covisibility.graph(scene)
+    assert isinstance(graph, CovisibilityGraph)  # none of these names lets frames be seen at a stride
+    return graph
 
 
 def choice_words(choice: Choice, covering: bool) -> str:

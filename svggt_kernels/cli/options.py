@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..sources import SOURCES, Core, MegaLoc, MegaLocSimilarity, Similarity, Source
+from ..sources import SOURCES, Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, Similarity, Source
 from ..sources.core import CORE_SIZE, SIMILARITIES
 from ..sources.megaloc.weights import PUBLISHED
 from .device import pick_device
@@ -28,15 +28,19 @@ def source(arguments: argparse.Namespace) -> Source:
     word = arguments.covisibility
     if arguments.core is not None and options:
         raise CommandError(f"--core and --{next(iter(options))} say both what each frame sees; give one of them")
-    if word == "core" or arguments.core is not None:
+    if word in ("core", "patches") or arguments.core is not None:
         by = None if word == "sequential" else similarity(arguments, options)
         return Core(arguments.core or CORE_SIZE, by=by)
     if word in ("sequential", "all"):
         return SOURCES[word](**options)
-    return similarity(arguments, options)
+    neighbours = similarity(arguments, options)
+    assert isinstance(neighbours, Similarity)  # "patches" is a core
+    return neighbours
 
 
-def similarity(arguments: argparse.Namespace, options: Mapping[str, Any] = MappingProxyType({})) -> Similarity:
+def similarity(
+    arguments: argparse.Namespace, options: Mapping[str, Any] = MappingProxyType({})
+) -> Similarity | PatchSimilarity:
     """Return the similarity of these options that `--covisibility` names, with MegaLoc's weights loaded if needed.
 
     Raises:

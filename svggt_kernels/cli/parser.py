@@ -15,13 +15,13 @@ from ..packages import installed
 from .errors import CommandError
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
-COVISIBILITY = ("core", "megaloc", "tokens", "thumbnails", "sequential", "all")
-COMPARING = ("megaloc", "tokens", "thumbnails")
+COVISIBILITY = ("core", "patches", "megaloc", "tokens", "thumbnails", "sequential", "all")
+COMPARING = ("megaloc", "patches", "tokens", "thumbnails")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
-CORE_SIZE = 48
-SWEPT_CORES = (16, 32, 48, 64)
-DEMO_FRAMES, DEMO_CORE = 192, 48
+CORE_SIZE = 52
+SWEPT_CORES = (16, 32, 52, 64)
+DEMO_FRAMES = 192
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
 # The graphs that read an option; with others the option would have no effect.
@@ -29,14 +29,14 @@ READ_BY = {
     "--neighbours": ("megaloc", "tokens", "thumbnails"),
     "--window": ("megaloc", "tokens", "thumbnails", "sequential"),
     "--megaloc": ("core", "megaloc"),
-    "--core": ("core", "megaloc", "tokens", "thumbnails", "sequential"),
+    "--core": ("core", "patches", "megaloc", "tokens", "thumbnails", "sequential"),
 }
 READ_BY_IN_SWEEP = {"--megaloc": ("megaloc",)}
 READ_BY_IN_LAYOUT = {
     **READ_BY,
-    "--model": ("tokens",),
-    "--weights": ("tokens",),
-    "--device": ("core", "megaloc", "tokens"),
+    "--model": ("patches", "tokens"),
+    "--weights": ("patches", "tokens"),
+    "--device": ("core", "patches", "megaloc", "tokens"),
     "--patch-size": ("core", "megaloc", "thumbnails", "sequential", "all"),
     "--special-tokens": ("core", "megaloc", "thumbnails", "sequential", "all"),
 }
@@ -147,7 +147,9 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
     )
     _add_photos(parser)
     _add_graph(parser)
-    parser.add_argument("--model", choices=MODELS, help="whose tokens --covisibility tokens takes (default: toy)")
+    parser.add_argument(
+        "--model", choices=MODELS, help="whose tokens --covisibility patches and tokens take (default: toy)"
+    )
     parser.add_argument(
         "--weights",
         type=Path,
@@ -230,16 +232,16 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="NAME",
         help="core-K, core-K-covering, core-K-evenly (a core of K frames far apart, resembling many, or at equal "
-        f"distances) and nearest-K (the K most similar frames) (default: cores of {', '.join(map(str, SWEPT_CORES))} "
-        f"as far as there are more photos, one evenly, and nearest-{NEIGHBOURS})",
+        f"distances) and nearest-K (the K most similar frames) (default: covering ones of "
+        f"{', '.join(map(str, SWEPT_CORES))} as far as there are more photos, one evenly, and nearest-{NEIGHBOURS})",
     )
     _add_truth(parser, "compare with dense")
     parser.add_argument(
         "--covisibility",
         choices=COMPARING,
         default="megaloc",
-        help="what frames are compared by, to choose cores and neighbours: MegaLoc, tokens of the model, or thumbnails "
-        "(default: megaloc)",
+        help="what frames are compared by, to choose cores and neighbours: MegaLoc, patches of the model (for cores "
+        "alone: neighbours then by its tokens), the mean of its tokens, or thumbnails (default: megaloc)",
     )
     _add_megaloc(parser)
     _add_run(parser)
@@ -278,7 +280,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--frames", type=positive, default=DEMO_FRAMES, metavar="S", help=f"frames of the walk (default: {DEMO_FRAMES})"
     )
     parser.add_argument(
-        "--core", type=positive, default=DEMO_CORE, metavar="K", help=f"frames that all see (default: {DEMO_CORE})"
+        "--core", type=positive, default=CORE_SIZE, metavar="K", help=f"frames that all see (default: {CORE_SIZE})"
     )
     _add_device(parser)
     _add_output(parser, "demo-output")
@@ -324,7 +326,8 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         choices=COVISIBILITY,
         default="core",
         help="how to tell which frames see each other. core: all see a few frames that represent all, chosen by "
-        "MegaLoc; megaloc: similar images by MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
+        "MegaLoc; patches: the same, chosen by patches of the model, without other weights; megaloc: similar images by "
+        "MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
         "small, crude but without any weights; sequential: neighbours in the order of the names, for video; all: every "
         "frame sees every other (default: core)",
     )
@@ -339,9 +342,10 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         "--core",
         type=positive,
         metavar="K",
-        help="let each frame see itself and a core of K frames in place of neighbours: those that differ most by what "
-        "--covisibility compares, with sequential those at equal distances; frames of the core see the core alone "
-        f"(default with core: {CORE_SIZE})",
+        help="let each frame see itself and a core of K frames in place of neighbours: those that resemble most others "
+        "by what --covisibility compares, with sequential those at equal distances; frames of the core see the core "
+        "alone "
+        f"(default with core and patches: {CORE_SIZE})",
     )
     parser.add_argument(
         "--window",

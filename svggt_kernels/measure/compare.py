@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import block_sparse_attention
-from ..graph import CovisibilityGraph
+from ..coarse import CoarseLayout
+from ..graph import CoarseGraph, CovisibilityGraph
 from ..layout import BlockLayout
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
@@ -144,7 +145,7 @@ class Outputs:
     Attributes:
         dense: Outputs of the model as it is, by name.
         sparse: Outputs of the patched model.
-        graph: Who sees whom in the patched model, frames in the order given.
+        graph: Who sees whom in the patched model, in full or coarsely, frames in the order given.
     """
 
     dense: dict[str, Tensor]
@@ -239,7 +240,7 @@ def compare(
         attention=attention,
         deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
         rotation_degrees=camera_rotation(model.kind.cameras(dense), model.kind.cameras(sparse)),
-    ), Outputs(dense, sparse, graph)
+    ), Outputs(dense, sparse, graph.united() if isinstance(graph, CoarseGraph) else graph)
 
 
 class _AttentionShapes(TorchFunctionMode):
@@ -265,7 +266,7 @@ class _AttentionShapes(TorchFunctionMode):
 
 def _attention_cost(
     call: tuple[tuple[int, ...], torch.dtype],
-    layout: BlockLayout,
+    layout: BlockLayout | CoarseLayout,
     autocast: torch.dtype | None,
     backend: str | None,
     repeats: int,

@@ -5,12 +5,13 @@ from .colmap import from_colmap
 from .core import Core
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
+from .per_layer import PerLayer
 from .poses import from_poses
 from .registry import SOURCES, Covisibility, as_source
 from .sequence import AllFrames, Sequential
 from .similarity import Similarity
 from .thumbnails import ThumbnailSimilarity
-from .tokens import TokenSimilarity
+from .tokens import PatchSimilarity, TokenSimilarity
 
 __all__ = [
     "SOURCES",
@@ -21,6 +22,8 @@ __all__ = [
     "MegaLoc",
     "MegaLocConfig",
     "MegaLocSimilarity",
+    "PatchSimilarity",
+    "PerLayer",
     "Scene",
     "Sequential",
     "Similarity",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..sources import PatchSimilarity
 from ..sources.base import Scene
 from ..sources.similarity import Similarity
 
@@ -88,8 +89,8 @@ def likeness_of(
     return torch.matmul(next(units), next(units).T).amax(1)
 
 
-def described(similarity: Similarity | None, frames: Tensor) -> Tensor | None:
+def described(similarity: Similarity | PatchSimilarity | None, frames: Tensor) -> Tensor | None:
     """Return the descriptors of frames `[n, 3, H, W]` by a similarity of images; None by another."""
-    if similarity is None or similarity.needs != "images":
+    if not isinstance(similarity, Similarity) or similarity.needs != "images":
         return None
     return similarity.descriptors(Scene(len(frames), images=frames))

@@ -38,7 +38,8 @@ class Run:
         frames: Frames S that the model is given.
         sees_itself: Of a chunk, whether each frame sees itself beside the core; a frame of the core that runs again
             does not, as the core holds it already. None for the core's own run.
-        describes: Whether it ends at the first attention across frames, by `Described`.
+        describes: Of a run that ends at the first attention across frames, by `Described`: what is read of the frames'
+            patch tokens there, `[S, P, C]`.
         inputs: What the record reads from the forward's arguments.
         calls: Attention calls so far, by module.
         before, after: Values of the frames' tokens before and after the model may reorder its frames.
@@ -46,7 +47,7 @@ class Run:
 
     frames: int
     sees_itself: tuple[bool, ...] | None = None
-    describes: bool = False
+    describes: Callable[[Tensor], Tensor] | None = None
     inputs: ForwardInputs = field(default_factory=lambda: ForwardInputs(None, None))
     calls: Counter[str] = field(default_factory=Counter)
     before: Tensor | None = None
@@ -57,7 +58,7 @@ class Described(Exception):
     """Ends a forward that was run for the tokens that enter its first attention across frames.
 
     Attributes:
-        tokens: The mean patch token of each frame, `[S, C]`, float32 or wider.
+        tokens: What was read of the patch tokens of each frame.
     """
 
     def __init__(self, tokens: Tensor) -> None:
@@ -174,8 +175,8 @@ class CoreAttention:
                 f"{name} attends over {query.shape[2]} tokens, which is not the same number for each of {run.frames} "
                 f"frames and {trailing} trailing tokens; turn off what merges tokens"
             )
-        if run.describes:
-            raise Described(_mean_patch_tokens(module_inputs(), run, per_frame))
+        if run.describes is not None:
+            raise Described(run.describes(_patch_tokens(module_inputs(), run, per_frame)))
         query, key, value = _as_computed(query, key, value)
         call = name, run.calls[name]
         run.calls[name] += 1
@@ -249,15 +250,14 @@ class CoreAttention:
         return self._layouts.get(key, lambda: new_layout().to(key[-1]))
 
 
-def _mean_patch_tokens(module_inputs: tuple[Any, ...], run: Run, per_frame: int) -> Tensor:
-    """Return the mean patch token of each frame, `[S, C]`, of the tokens that enter an attention module."""
+def _patch_tokens(module_inputs: tuple[Any, ...], run: Run, per_frame: int) -> Tensor:
+    """Return the patch tokens of each frame, `[S, P, C]`, of the tokens that enter an attention module."""
     count = run.frames * per_frame
     special = run.inputs.special_tokens
     first, last = special if isinstance(special, tuple) else (special, 0)
     for tokens in module_inputs:
         if isinstance(tokens, Tensor) and tokens.is_floating_point() and tokens.dim() == 3 and len(tokens) == 1:
-            patches = tokens[0, :count].unflatten(0, (run.frames, per_frame))[:, first : per_frame - last]
-            return patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+            return tokens[0, :count].unflatten(0, (run.frames, per_frame))[:, first : per_frame - last]
     raise ValueError(
         'the core cannot be chosen by the tokens of this model; give core= as indices, or Core(by="thumbnails")'
     )

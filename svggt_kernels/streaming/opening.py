@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..graph.arguments import integer
 from ..graph.core import checked_core, choose_core, spread_evenly
 from ..inference.memory import MemoryBudget
-from ..sources import Core, Scene
+from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
 from .apart import described, likeness_of
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
@@ -157,20 +157,21 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) ->
     similarity, count, parts = core.similarity, frames.count, []
     if similarity is None and count is not None:
         return spread_evenly(count, core.size).tolist(), None
+    reader = similarity if isinstance(similarity, TokenSimilarity | PatchSimilarity) else None
+    if reader is None and similarity is not None and similarity.needs == "tokens":
+        raise ValueError(f"a scene reads tokens for Core(by=\"tokens\") and \"patches\" alone, got {similarity.by}")
     with Progress("descriptors", count) as progress:
         count = 0
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
-            if similarity is not None:
-                made = session.describe(part) if similarity.needs == "tokens" else described(similarity, part)
-                parts.append(None if made is None else made.to("cpu"))
+            made = described(similarity, part) if reader is None else session.describe(part, reader.read)
+            parts.append(None if made is None else made.to("cpu"))
             count += len(part)
             progress.add(len(part))
     if similarity is None:
         return spread_evenly(count, core.size).tolist(), None
-    descriptors = torch.cat([part for part in parts if part is not None])
-    if similarity.needs == "tokens":
-        descriptors = similarity.descriptors(Scene(len(descriptors), tokens=descriptors[:, None]))
-    chosen = sorted(choose_core(descriptors, core.size, choice=core.choice).tolist())
-    if similarity.needs == "tokens":
-        return chosen, None
-    return chosen, float(likeness_of(descriptors, descriptors[chosen]).min())
+    compared = torch.cat([part for part in parts if part is not None])
+    if reader is None:
+        chosen = sorted(choose_core(compared, core.size, choice=core.choice).tolist())
+        return chosen, float(likeness_of(compared, compared[chosen]).min())
+    scores = reader.compared(Scene(len(compared), tokens=compared.to(session.device)))
+    return sorted(choose_core(scores, core.size, choice=core.choice).tolist()), None

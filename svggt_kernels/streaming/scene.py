@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import on_device
+from ..sources import PatchSimilarity
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described
 from .frames import Frames, Images, open_frames
@@ -53,7 +54,7 @@ class OpenScene:
         *,
         chunk: int | None,
         frame_size: tuple[int, int],
-        similarity: Similarity | None = None,
+        similarity: Similarity | PatchSimilarity | None = None,
         likeness: float | None = None,
         core_outputs: Outputs | None = None,
     ) -> None:

@@ -206,13 +206,17 @@ class Session:
         """
         return self._run_chunk(reference, frames, (True,) * len(frames))
 
-    def describe(self, frames: Tensor) -> Tensor:
-        """Return the mean patch token of each frame `[n, C]` as it enters the first attention across frames.
+    def describe(self, frames: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what is read of the patch tokens of frames as they enter the first attention across frames.
 
         Each part of the frames that is described counts its own first frame as reference.
+
+        Args:
+            frames: `[n, 3, H, W]` in [0, 1].
+            read: What is read of these tokens, `[n, P, C]`.
         """
         try:
-            self._forward(frames, Run(len(frames), describes=True))
+            self._forward(frames, Run(len(frames), describes=read))
         except Described as described:
             return described.tokens
         raise AssertionError("a forward without global attention is refused")

@@ -64,10 +64,10 @@ def coarse_bias(in_full: set[int], coarsely: set[int], kept: set[int]) -> Tensor
 
 def test_a_stride_keeps_the_middle_of_each_square():
     grid = torch.arange(24).view(4, 6)
-    assert kept_patches(4, 6, 2).tolist() == grid[0::2, 0::2].flatten().tolist()
+    assert kept_patches(4, 6, 2).tolist() == grid[1::2, 1::2].flatten().tolist()
     assert kept_patches(4, 6, 3).tolist() == grid[1::3, 1::3].flatten().tolist()
-    assert kept_patches(4, 6, 4).tolist() == grid[1::4, 1::4].flatten().tolist()
-    assert kept_patches(1, 2, 5).tolist() == [0]
+    assert kept_patches(4, 6, 4).tolist() == grid[2::4, 2::4].flatten().tolist()
+    assert kept_patches(1, 2, 5).tolist() == [1]
 
 
 @pytest.mark.parametrize(

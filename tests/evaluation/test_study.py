@@ -114,6 +114,17 @@ def test_what_cannot_be_measured_is_said(small: None, weights: Path, tmp_path: P
         study(tmp_path / "none.jsonl", weights, "--groups", "heldout")
 
 
+def test_what_raises_is_told_and_the_rest_measured(
+    small: None, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setitem(STUDY, "layers", Group("?", "!", (Part("layers(0-2:own) core-3", "walk/2", (4,)),)))
+    path = tmp_path / "study.jsonl"
+    assert study(path, weights, "--groups", "layers", "--scenes", "1") == 1
+    assert [layout for *_, layout in measured(path)] == ["dense", "core-3"]
+    told = capsys.readouterr().err
+    assert "not measured: layers(0-2:own) on walk-2r-4f scene 0" in told and "the model's 1 global layers" in told
+
+
 def test_tables_and_figures_of_a_group(small: None, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     path = tmp_path / "study.jsonl"
     assert study(path, weights, "--scenes", "1") == 0

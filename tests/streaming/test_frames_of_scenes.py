@@ -115,7 +115,7 @@ def test_a_video(tmp_path: Path):
     assert open_scene(model, tmp_path / "walk.mkv", core=Core(4, by=None), long_side=42).core == (0, 4, 7, 11)
 
 
-@pytest.mark.parametrize("by", ["thumbnails", "tokens", None])
+@pytest.mark.parametrize("by", ["thumbnails", "tokens", "patches", None])
 def test_the_core_is_that_of_patch(by: str | None):
     import svggt_kernels
 
