@@ -159,7 +159,7 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) ->
         return spread_evenly(count, core.size).tolist(), None
     reader = similarity if isinstance(similarity, TokenSimilarity | PatchSimilarity) else None
     if reader is None and similarity is not None and similarity.needs == "tokens":
-        raise ValueError(f"a scene reads tokens for Core(by=\"tokens\") and \"patches\" alone, got {similarity.by}")
+        raise ValueError(f'a scene reads tokens for Core(by="tokens") and "patches" alone, got {similarity.by}')
     with Progress("descriptors", count) as progress:
         count = 0
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
