@@ -26,6 +26,7 @@ from .attention import CoreAttention, Described, Run
 from .budget import Budget
 
 TF32_EPS = 2.0**-10
+"""Of TensorFloat-32, in which CUDA may compute products and convolutions of float32."""
 
 Outputs = dict[str, Tensor]
 """Named outputs of frames, `[n, ...]`."""
@@ -222,6 +223,7 @@ class Session:
         raise AssertionError("a forward without global attention is refused")
 
     def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
+        """Return the outputs of frames that see the core, and each itself beside it or not."""
         first = int(self.reference)
         if first and self._own is not None and self._runs_fused:
             self._own.reference = False
