@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from closed_core import joint
-from doubles import FAMILY, StreamVGGT, images
+from doubles import FAMILY, MultiViewAlternatingAttentionTransformer, StreamVGGT, images
 from doubles import vggt as double_of_vggt
 from torch import Tensor, nn
 
@@ -168,6 +169,27 @@ def test_the_fused_forward_is_given_no_reference_frame_again():
     hook.remove()
     torch.testing.assert_close(scene.predict()["depth"], expected, rtol=1e-6, atol=1e-6)
     assert scene.session.inference.reason is None
+
+
+class WithScale(MultiViewAlternatingAttentionTransformer):
+    """Multiplies what it gives by what its trailing token has become, as MapAnything does to be metric."""
+
+    def forward(self, model_input: SimpleNamespace) -> Tensor:
+        tokens: list[Tensor] = []
+        last = self.self_attention_blocks[-2].register_forward_hook(lambda _, __, output: tokens.append(output[:, -1]))
+        output = super().forward(model_input)
+        last.remove()
+        return output * tokens[0].mean(-1)[:, None, None, None]
+
+
+def test_a_trailing_token_is_that_of_the_core():
+    model, frames = FAMILY["mapanything"].create(), images(10)[0]
+    scaled = WithScale().double()
+    scaled.load_state_dict(model.info_sharing.state_dict())
+    model.info_sharing = scaled.eval()
+    expected = joint(model, frames, CORE, trailing=1)
+    for chunk in (1, 4):
+        same(open_scene(model, frames, core=CORE, chunk=chunk).predict(), expected)
 
 
 # What is refused

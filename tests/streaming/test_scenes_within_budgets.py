@@ -11,6 +11,7 @@ from torch import nn
 from svggt_kernels import open_scene
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
+from svggt_kernels.streaming.attention import CoreAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
 
@@ -71,6 +72,14 @@ def test_a_chunk_that_does_not_fit_is_refused_before_it_runs(budgets_on_the_cpu:
     assert scene.session.budget is not None
     scene.session.budget.gib = 1e-3
     with pytest.raises(ValueError, match=r"for 6 frames and the keys of the core, got 0\.00 GiB"):
+        scene.predict()
+
+
+def test_what_is_kept_of_the_core_counts(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=50)
+    monkeypatch.setattr(CoreAttention, "kept_bytes", 40 * 2**30)  # and half of it for one of two layers
+    assert scene.session.frames_of_chunk(scene.core_frames) == 1
+    with pytest.raises(ValueError, match=r"memory_budget must be at least 60\.\d GiB"):
         scene.predict()
 
 
