@@ -307,7 +307,7 @@ def test_without_a_network_nothing_waits(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to try again"))
     with pytest.raises(FileNotFoundError) as error:
         MegaLoc.from_pretrained()
-    for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"tokens"', "poses"):
+    for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"patches"', "poses"):
         assert word in str(error.value)
 
 
