@@ -313,13 +313,13 @@ def test_without_a_network_nothing_waits(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_no_hub_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"model.safetensors of gberton/MegaLoc.*\[megaloc\].*\"tokens\""):
+    with pytest.raises(ImportError, match=r"model.safetensors of gberton/MegaLoc.*\[megaloc\].*\"patches\""):
         MegaLoc.from_pretrained()
 
 
 @pytest.mark.parametrize("source", ["nowhere/model.safetensors", "./nowhere", "/no/such/file", "nowhere.pt"])
 def test_path_that_is_not_there(source: str):
-    with pytest.raises(FileNotFoundError, match=r"there is no such file; download .*\"tokens\""):
+    with pytest.raises(FileNotFoundError, match=r"there is no such file; download .*\"patches\""):
         MegaLoc.from_pretrained(source)
 
 
