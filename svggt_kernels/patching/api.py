@@ -50,8 +50,10 @@ def patch(
     Args:
         model: The model, or any module that holds it.
         covisibility: Which frames see which:
-            "core", or a `Core` with other options: each sees itself and 48 frames that represent all, chosen by
-            MegaLoc's descriptors; up to 48 frames see everything;
+            "core", or a `Core` with other options: each sees itself and 52 frames that represent all, chosen by
+            MegaLoc's descriptors; up to 52 frames see everything;
+            "patches": the same, chosen by patches of the model itself, without other weights: what was measured to keep
+            a model best (docs/accuracy.md);
             "megaloc", or a `MegaLocSimilarity` with other options: the frames most like it by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: likewise by the model's own tokens;
             "thumbnails", or a `ThumbnailSimilarity`: likewise by images made small, crude but without weights; these

@@ -98,7 +98,7 @@ def frame_order(
         raise RuntimeError(
             "the order of the frames inside the model could not be read: the tokens after it reorders its frames are "
             "not the tokens before in another order. This version of the model does more there than is known; "
-            'use covisibility=Core(by="tokens"), which needs no order'
+            'use covisibility="patches", which needs no order'
         ) from None
     return None if order == tuple(range(len(order))) else order
 

@@ -118,7 +118,7 @@ class Planner:
                 given = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
                 raise ValueError(
                     f"covisibility by images ({origin.source.label}) needs images [B, S, 3, H, W], but the forward of "
-                    f'{self.record.name} that is patched is given {given}; use Core(by="tokens"), or describe the '
+                    f'{self.record.name} that is patched is given {given}; use covisibility="patches", or describe the '
                     "images beforehand and give CovisibilityGraph.from_descriptors(MegaLoc.from_pretrained().describe("
                     "images))"
                 )
@@ -346,14 +346,14 @@ def _patch_tokens(
             break
     else:
         raise ValueError(
-            f'covisibility="tokens" needs the tokens [B, N, C] = [{batch}, {num_tokens}, C] among the arguments of '
+            f"covisibility by tokens needs the tokens [B, N, C] = [{batch}, {num_tokens}, C] among the arguments of "
             f"{name}, and there are none; give a graph, or a function of the images, as covisibility"
         )
     special = inputs.special_tokens
     first, last = special if isinstance(special, tuple) else (special, 0)
     if first + last >= per_frame:
         raise ValueError(
-            f'covisibility="tokens" needs patch tokens, but all {per_frame} tokens of a frame are special ones; '
+            f"covisibility by tokens needs patch tokens, but all {per_frame} tokens of a frame are special ones; "
             "give a graph as covisibility"
         )
     return tokens[:, : frames * per_frame].unflatten(1, (frames, per_frame))[:, :, first : per_frame - last]

@@ -188,7 +188,7 @@ class TestLayout:
     @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
     def test_megaloc_out_of_reach(self, folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
         said = refusal(capsys, *command, folder, "--megaloc", "nowhere.safetensors", "--device", "cpu")
-        assert "there is no such file" in said and '"tokens"' in said
+        assert "there is no such file" in said and '"patches"' in said
 
     @pytest.mark.parametrize("name", ["walk.mp4", "walk.MTS", "walk.3gp", "walk"])  # every file that is no photo
     def test_video(
