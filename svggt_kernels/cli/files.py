@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
+from ..io.writing import write_all
 from .errors import CommandError
 
 
@@ -34,19 +33,10 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         CommandError: The folder cannot be made or a file cannot be written, for example on a full disk. Files that
             were there before are as they were.
     """
-    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            parts[name].write_bytes(content)
-        for name, part in parts.items():
-            part.replace(folder / name)
+        write_all(folder, contents)
     except OSError as error:
         raise CommandError(
             f"{', '.join(contents)} must be written to --output {folder}, and cannot be ({error.strerror}); free some "
             "space or name another folder"
         ) from error
-    finally:
-        for part in parts.values():
-            with suppress(OSError):
-                part.unlink()

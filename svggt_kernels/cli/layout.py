@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         photos = [] if is_video else find_photos(arguments.folder)
     device = pick_device(arguments.device)
     covisibility = source(arguments)
-    size = {
+    size: dict[str, Any] = {
         "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
         "patch_size": kind.patch_size if kind else arguments.patch_size or PATCH_SIZE,
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +82,13 @@ def is_photo(path: Path) -> bool:
     return suffix in PHOTO_SUFFIXES or (suffix in PLUGIN_SUFFIXES and suffix in _pillow().registered_extensions())
 
 
-def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size: int = 14) -> Tensor:
+def load_photos(
+    paths: Sequence[str | Path],
+    *,
+    long_side: int = 518,
+    patch_size: int = 14,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """Read photos into one tensor of frames of one common size.
 
     Each photo is turned upright (EXIF orientation; where EXIF cannot be read, the photo is taken as it is stored) and
@@ -91,14 +97,15 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
 
     The common size has the aspect ratio of the median photo; its long side is `long_side`, and both sides are rounded
     to the nearest multiple of `patch_size` (at least one patch). Each photo is scaled to cover that size (bicubic,
-    antialiased) and what sticks out is cut off equally on both sides. Where all photos have the same shape, at most
-    about one patch is cut. One warning names the photos that lose more than 15 % of their area to the median's shape.
-    Threads read several photos at a time.
+    antialiased) and what sticks out is cut off equally on both sides: `crop_of` says what is left. Where all photos
+    have the same shape, at most about one patch is cut. One warning names the photos that lose more than 15 % of their
+    area to the median's shape. Threads read several photos at a time.
 
     Args:
         paths: The photos; the order is kept.
         long_side: Pixels of the longer side, before rounding.
         patch_size: Pixels of the model's patch.
+        size: Width and height of the frames, for a model that takes one size alone; the rest then plays no role.
 
     Returns:
         Frames `[S, 3, H, W]`, float32 in [0, 1], on the CPU.
@@ -110,18 +117,22 @@ def load_photos(paths: Sequence[str | Path], *, long_side: int = 518, patch_size
     if not paths:
         raise ValueError("at least one photo is needed, none was given")
     files = [Path(path) for path in paths]
-    fit = _pillow("PIL.ImageOps").fit
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor() as workers:
         sizes = list(workers.map(photo_size, files))
         median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
-        width, height = frame_size(*median, long_side, patch_size)
-        _warn_of_crops(files, sizes, median[0] / median[1])
+        width, height = size or frame_size(*median, long_side, patch_size)
+        shape, why = median, "all frames take the shape of the median photo"
+        if size is not None:
+            shape, why = size, f"the model has learned frames of {width} x {height} px alone"
+        _warn_of_crops(files, sizes, shape[0] / shape[1], why)
         frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
 
         def fill(frame: Tensor, file: Path) -> None:
-            photo = fit(_read(file), (width, height), _pillow().Resampling.BICUBIC)
-            pixels = np.array(photo, dtype=np.uint8)  # [H, W, 3]
+            photo = _read(file)
+            shown = crop_of(photo.size, (width, height)).box(photo.size, (width, height))
+            scaled = photo.resize((width, height), _pillow().Resampling.BICUBIC, box=shown)
+            pixels = np.array(scaled, dtype=np.uint8)  # [H, W, 3]
             frame.copy_(torch.from_numpy(pixels).permute(2, 0, 1)).div_(255)
 
         list(workers.map(fill, frames, files))
@@ -149,6 +160,43 @@ def frame_size(width: float, height: float, long_side: int, patch_size: int) -> 
         max(1, round(width * scale / patch_size)) * patch_size,
         max(1, round(height * scale / patch_size)) * patch_size,
     )
+
+
+class Crop(NamedTuple):
+    """Which part of an upright photo its frame shows: the largest of the frame's shape, in the middle of the photo.
+
+    A point (x, y) of the frame, in pixels from the frame's top left corner, is (left + scale x, top + scale y) in
+    pixels from the photo's.
+
+    Attributes:
+        left: Pixels of the photo that are cut off on the left, and as many on the right.
+        top: Pixels that are cut off at the top, and as many at the bottom.
+        scale: Pixels of the photo for each pixel of the frame.
+    """
+
+    left: float
+    top: float
+    scale: float
+
+    def box(self, photo: tuple[int, int], frame: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of that part in pixels of the photo; rounding leaves none outside it."""
+        right, bottom = self.left + self.scale * frame[0], self.top + self.scale * frame[1]
+        return max(0.0, self.left), max(0.0, self.top), min(right, photo[0]), min(bottom, photo[1])
+
+    def lost(self, photo: tuple[int, int]) -> float:
+        """Return the share of the photo's area that is cut off."""
+        return 1 - (1 - 2 * self.left / photo[0]) * (1 - 2 * self.top / photo[1])
+
+
+def crop_of(photo: tuple[int, int], frame: tuple[int, int]) -> Crop:
+    """Return the part of a photo that a frame shows.
+
+    Args:
+        photo: Width and height of the upright photo, in pixels.
+        frame: Width and height of the frame, in pixels.
+    """
+    scale = min(photo[0] / frame[0], photo[1] / frame[1])
+    return Crop((photo[0] - scale * frame[0]) / 2, (photo[1] - scale * frame[1]) / 2, scale)
 
 
 def read_levels(path: Path) -> np.ndarray:
@@ -183,7 +231,7 @@ def _contents(files: Sequence[Path], subfolders: Sequence[str]) -> str:
     return f"only {_counts(files)}" if files else "no file at all"
 
 
-def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], ratio: float) -> None:
+def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], ratio: float, why: str) -> None:
     """Name the photos that lose much of their area to a frame of that ratio of width to height."""
     lost = [1 - min(w / h, ratio) / max(w / h, ratio) for w, h in sizes]
     cropped = [
@@ -192,8 +240,7 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
     if cropped:
         warnings.warn(
             f"photos cropped by more than {CROP_WORTH_A_WARNING:.0%} of their area: {len(cropped)} of {len(files)}, "
-            f"because all frames take the shape of the median photo: {_first(cropped)}; take photos of one shape if "
-            "what is cut off matters",
+            f"because {why}: {_first(cropped)}; take photos of one shape if what is cut off matters",
             stacklevel=3,
         )
 

@@ -57,39 +57,52 @@ def load_video(
         ValueError: If it holds no video that can be read, or an argument is out of range.
         ImportError: If PyAV is not installed.
     """
-    if not frames_per_second > 0 or not 0 <= min_change <= 1 or (max_frames is not None and max_frames < 1):
-        raise ValueError(
-            "frames_per_second must be above 0, min_change in [0, 1] and max_frames at least 1, got "
-            f"{frames_per_second}, {min_change} and {max_frames}"
-        )
     frame_size(1, 1, long_side, patch_size)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"a video file is needed, but {path} is none")
     kept: list[Tensor] = []
     times: list[float] = []
-    damage: list[str] = []
-    shown: Tensor | None = None
-    for time, picture in _sampled(Path(path), frames_per_second, damage):
-        thumbnail = F.adaptive_avg_pool2d(picture, THUMBNAIL_SIDE)
-        if shown is not None and float((thumbnail - shown).abs().mean()) < min_change:
-            continue
-        shown = thumbnail
+    for time, picture in kept_pictures(path, frames_per_second, min_change, max_frames):
         width, height = frame_size(picture.shape[-1], picture.shape[-2], long_side, patch_size)
         resized = F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
         if kept and resized.shape != kept[0].shape:
             raise ValueError(f"all frames of {path} must be of one size, but it changes at {time:.2f} s; cut it there")
         kept.append(resized)
         times.append(time)
-        if len(kept) == max_frames:
+    return torch.stack(kept), times
+
+
+def kept_pictures(
+    path: str | Path, frames_per_second: float = 2.0, min_change: float = 0.02, max_frames: int | None = None
+) -> Iterator[tuple[float, Tensor]]:
+    """Yield the time and the picture `[3, H, W]` in [0, 1] of each frame that `load_video` keeps, in its own size.
+
+    The arguments, and what is raised and warned of, are those of `load_video`; at least one frame is yielded.
+    """
+    if not frames_per_second > 0 or not 0 <= min_change <= 1 or (max_frames is not None and max_frames < 1):
+        raise ValueError(
+            "frames_per_second must be above 0, min_change in [0, 1] and max_frames at least 1, got "
+            f"{frames_per_second}, {min_change} and {max_frames}"
+        )
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"a video file is needed, but {path} is none")
+    damage: list[str] = []
+    shown: Tensor | None = None
+    kept = 0
+    for time, picture in _sampled(Path(path), frames_per_second, damage):
+        thumbnail = F.adaptive_avg_pool2d(picture, THUMBNAIL_SIDE)
+        if shown is not None and float((thumbnail - shown).abs().mean()) < min_change:
+            continue
+        shown = thumbnail
+        kept += 1
+        yield time, picture
+        if kept == max_frames:
             break
     if not kept:
         why = f": {len(damage)} packets are damaged ({damage[0]})" if damage else ""
         raise ValueError(f"{path} must hold a video, but no frame could be read from it{why}")
     if damage:
         warnings.warn(
-            f"damaged packets or frames of {path} that were left out: {len(damage)} ({damage[0]})", stacklevel=2
+            f"damaged packets or frames of {path} that were left out: {len(damage)} ({damage[0]})", stacklevel=3
         )
-    return torch.stack(kept), times
 
 
 def _sampled(path: Path, frames_per_second: float, damage: list[str]) -> Iterator[tuple[float, Tensor]]:

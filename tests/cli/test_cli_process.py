@@ -159,7 +159,10 @@ class TestWriting:
         monkeypatch.setattr(sys, "stdout", Full())
         assert main(["info"]) == 2
         sys.stdout.close()
-        assert capsys.readouterr().err == "svggt-kernels info: [Errno 28] No space left on device\n"
+        assert (
+            capsys.readouterr().err
+            == "svggt-kernels info: the output cannot be read or written: no space left on device\n"
+        )
 
 
 def test_names_that_are_no_text(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
