@@ -44,4 +44,4 @@ $(VENV)/.ready: $(VENV)/.runs tests/models.txt
 	touch $@
 
 clean:  ## remove the environment, and what the demo and the tools wrote
-	rm -rf $(VENV) demo-output layout-output compare-output evaluate-output sweep-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output layout-output compare-output evaluate-output sweep-output reconstruct-output .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .layout import BlockLayout
     from .measure.dense import compare_dense
     from .patching import Patch, PatchReport, patch
+    from .reconstruction import Reconstruction, reconstruct
     from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
 
 __version__ = "0.1.0"
@@ -29,11 +30,13 @@ _HOMES = {
     "MegaLocSimilarity": "sources",
     "Patch": "patching",
     "PatchReport": "patching",
+    "Reconstruction": "reconstruction",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
     "patch": "patching",
     "prepare": "attention",
+    "reconstruct": "reconstruction",
 }
 
 __all__ = [
@@ -44,11 +47,13 @@ __all__ = [
     "MegaLocSimilarity",
     "Patch",
     "PatchReport",
+    "Reconstruction",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
     "patch",
     "prepare",
+    "reconstruct",
 ]
 
 

@@ -7,12 +7,12 @@ says of the package (models, backends, sizes) is therefore stated here too; a te
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..packages import installed
 from .errors import CommandError
+from .values import above_zero, budget, natural, number, percentage, positive
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
 COVISIBILITY = ("core", "megaloc", "tokens", "thumbnails", "sequential", "all")
@@ -22,6 +22,10 @@ NEIGHBOURS = 10
 CORE_SIZE = 48
 SWEPT_CORES = (16, 32, 48, 64)
 DEMO_FRAMES, DEMO_CORE = 192, 48
+FPS = 2.0
+FORMATS = ("colmap", "colmap-text", "nerfstudio", "ply", "glb", "tum", "depth", "depth-npy")
+EXPORTED = ("colmap", "nerfstudio", "ply", "glb", "tum", "depth")
+MOST_POINTS, DOUBTED = 1_000_000, 30.0
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
 
 # The graphs that read an option; with others the option would have no effect.
@@ -51,7 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_evaluate, _add_sweep, _add_demo):
+    for add in (
+        _add_info,
+        _add_check,
+        _add_layout,
+        _add_reconstruct,
+        _add_compare,
+        _add_evaluate,
+        _add_sweep,
+        _add_demo,
+    ):
         add(commands)
     return parser
 
@@ -76,43 +89,6 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
         raise CommandError("--depth belongs to --truth, the cameras of the same photos; give --truth too")
     if getattr(arguments, "depth_scale", None) is not None and arguments.depth is None:
         raise CommandError("--depth-scale is the scale of the maps in --depth; give --depth too, or leave it out")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a function that reads an integer of at least so much."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return read
-
-
-natural, positive = at_least(0), at_least(1)
-
-
-def number(text: str) -> float:
-    """Read a number, NaN refused."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """Read a number above 0."""
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
-    return value
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
@@ -183,6 +159,69 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and draw no pictures")
     _add_output(parser, "layout-output")
     parser.set_defaults(read_by=READ_BY_IN_LAYOUT)
+
+
+def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "reconstruct",
+        help="turn a folder of photos or a video into cameras, depth and points that other tools open",
+        description="Runs a model once on a folder of photos, or on frames of a video, and writes cameras, depth and "
+        "points: as a COLMAP model, transforms.json, PLY, GLB, a trajectory and depth maps. What is finished is kept: "
+        "the same command again goes on where it was stopped.",
+    )
+    _add_photos(parser)
+    parser.add_argument(
+        "--fps",
+        type=above_zero,
+        metavar="X",
+        help=f"frames of each second of a video to look at, of which those that differ are taken (default: {FPS:g})",
+    )
+    _add_graph(parser)
+    parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="its weights: a file, .safetensors or .pt, of toy .npz; a repository of the Hugging Face hub, OWNER/NAME; "
+        "or random, whose results mean nothing (default: of toy those of the package; other models need this)",
+    )
+    parser.add_argument(
+        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
+    )
+    _add_device(parser)
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="the backend that must run, of those that info lists (default: the best that can)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=budget,
+        metavar="GIB",
+        help="what one run may allocate on the GPU, or auto for what is free; for models of VGGT's shape (default: "
+        "whatever it takes)",
+    )
+    parser.add_argument(
+        "--export",
+        nargs="+",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"what to write: {', '.join(FORMATS)} (default: {', '.join(EXPORTED)}, as far as installed)",
+    )
+    parser.add_argument(
+        "--max-points", type=positive, metavar="N", help=f"points at most (default: {MOST_POINTS}; COLMAP 50000)"
+    )
+    parser.add_argument(
+        "--least-confident",
+        type=percentage,
+        metavar="PERCENT",
+        help="share of the pixels, those that the model is least sure of, that become no points (default: "
+        f"{DOUBTED:g})",
+    )
+    _add_output(parser, "reconstruct-output")
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is in the output folder of another reconstruction"
+    )
+    parser.set_defaults(read_by=READ_BY)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -367,6 +406,7 @@ def _add_device(parser: argparse.ArgumentParser, what: str = "") -> None:
 
 def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         default=Path(default),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from dataclasses import fields
 
 import pytest
@@ -13,6 +14,8 @@ from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSi
 from svggt_kernels.cli import options, parser
 from svggt_kernels.cli.errors import CommandError
 from svggt_kernels.models import RUNNABLE
+from svggt_kernels.reconstruction import PointChoice, reconstruct
+from svggt_kernels.reconstruction.formats import DEFAULT, FORMATS
 from svggt_kernels.sources import SOURCES, AllFrames, Core, Scene, Sequential, ThumbnailSimilarity
 
 
@@ -22,6 +25,11 @@ def test_the_parser_knows_what_the_package_has():
     assert parser.SEQUENTIAL_WINDOW == Sequential().window
     assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
     assert parser.CORE_SIZE == Core().size
+    assert parser.FORMATS == tuple(FORMATS)
+    assert parser.EXPORTED == DEFAULT
+    assert parser.MOST_POINTS == PointChoice().max_points
+    assert parser.DOUBTED / 100 == PointChoice().least_confident
+    assert parser.FPS == inspect.signature(reconstruct).parameters["frames_per_second"].default
 
 
 @pytest.mark.parametrize(("option", "setting"), [("neighbours", "neighbours"), ("window", "window")])
