@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ..sources import SOURCES, Core, MegaLoc, MegaLocSimilarity, Similarity, Source
+from ..sources import SOURCES, Core, GraphFile, MegaLoc, MegaLocSimilarity, Similarity, Source
 from ..sources.core import CORE_SIZE, SIMILARITIES
 from ..sources.megaloc.weights import PUBLISHED
 from .device import pick_device
 from .errors import CommandError, refusals
 
 
-def source(arguments: argparse.Namespace) -> Source:
-    """Return the source that the options stand for, with MegaLoc's weights loaded if they are needed.
+def source(arguments: argparse.Namespace, photos: Sequence[Path] | None) -> Source:
+    """Return the source that the options stand for, with MegaLoc's weights or the graph of a file loaded if needed.
+
+    Args:
+        arguments: The options.
+        photos: The files of the frames, by which a graph of a file tells them; None for a video.
 
     Raises:
-        CommandError: If both a core and neighbours are asked for, or MegaLoc's weights cannot be had.
+        CommandError: If both a core and neighbours are asked for, or MegaLoc's weights or the graph cannot be had.
     """
+    if arguments.graph is not None:
+        with refusals():
+            return GraphFile(arguments.graph, depth_range=arguments.depth_range).of(photos).opened()
     options: dict[str, Any] = {
         name: value for name in ("neighbours", "window") if (value := getattr(arguments, name)) is not None
     }

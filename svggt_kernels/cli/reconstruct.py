@@ -6,16 +6,15 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from ..io.photos import find_photos
 from ..measure.wording import count, percent
 from ..reconstruction import PointChoice, Reconstruction, reconstruct
 from ..reconstruction.formats import DEFAULT, FORMATS
-from ..reconstruction.photos import is_video
+from .arguments import DOUBTED, MOST_POINTS
 from .compare import pick_backend
 from .device import pick_device
-from .errors import CommandError, refusals
+from .errors import refusals
+from .footage import Footage
 from .options import source
-from .parser import DOUBTED, FPS, MOST_POINTS
 from .text import stage
 
 NAMED = 3
@@ -23,15 +22,10 @@ NAMED = 3
 
 def run(arguments: argparse.Namespace) -> int:
     """Reconstruct, and say what was done and where it is; return the exit code."""
-    with refusals():
-        taken_of_video = is_video(arguments.folder)
-        if not taken_of_video:
-            find_photos(arguments.folder)
-    if arguments.fps is not None and not taken_of_video:
-        raise CommandError(f"--fps is for videos, and {arguments.folder} is a folder of photos; leave it out")
+    footage = Footage.of(arguments)
     device = pick_device(arguments.device)
     pick_backend(arguments, device)
-    covisibility = source(arguments)
+    covisibility = source(arguments, footage.files)
     points = PointChoice(
         max_points=arguments.max_points or MOST_POINTS,
         least_confident=(DOUBTED if arguments.least_confident is None else arguments.least_confident) / 100,
@@ -46,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             covisibility=covisibility,
             points=points,
             max_frames=arguments.max_frames,
-            frames_per_second=arguments.fps or FPS,
+            frames_per_second=footage.frames_per_second,
             long_side=arguments.long_side,
             device=device,
             backend=arguments.backend,

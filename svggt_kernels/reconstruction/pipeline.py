@@ -23,7 +23,7 @@ from ..measure.machine import device_name, devices, versions
 from ..measure.wording import count
 from ..models import RUNNABLE, RunnableModel
 from ..models.loading import RANDOM, LoadedModel, load_model
-from ..sources import Covisibility, Source
+from ..sources import Covisibility, GraphFile, Source
 from .folder import OutputFolder
 from .formats import DEFAULT, FORMATS, Files, Format, Material
 from .photos import Photos, is_video, photos_of, photos_of_video, request_of_video, stamp
@@ -176,11 +176,14 @@ def _run(
 ) -> Reconstruction:
     with stage(f"reading {count(len(photos.files), 'photo')}"):
         frames = frames_of(photos.files, model.kind, settings.long_side)
+    covisibility = settings.covisibility
+    if isinstance(covisibility, GraphFile) and covisibility.photos is None and photos.times is None:
+        covisibility = covisibility.of(photos.files)
     with stage(f"running {model.name} on {count(len(frames), 'frame')}"):
         predicted = predict(
             model,
             frames.to(settings.device),
-            settings.covisibility,
+            covisibility,
             backend=settings.backend,
             memory_budget=settings.memory_budget,
         )
@@ -252,9 +255,13 @@ def _stated_weights(model: str | LoadedModel, weights: str | Path | None) -> Any
     return stamp(Path(weights))
 
 
-def _stated_graph(covisibility: Covisibility) -> str:
+def _stated_graph(covisibility: Covisibility) -> Any:
     if isinstance(covisibility, str):
         return covisibility
+    if isinstance(covisibility, GraphFile):
+        path = covisibility.path
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return {"files": [stamp(file) for file in files if not file.is_dir()], "depth_range": covisibility.depth_range}
     if isinstance(covisibility, CovisibilityGraph):
         digest = hashlib.sha256(b"".join(array.tobytes() for array in as_arrays(covisibility).values()))
         return f"a given graph, {digest.hexdigest()[:16]}"
@@ -280,7 +287,7 @@ def _counted(form: Format, material: Material, tell: Tell) -> Iterator[Files]:
     for done, files in enumerate(form.write(material), 1):
         yield files
         now = time.monotonic()
-        if now - told > TELL_SECONDS:
+        if done > 1 and now - told > TELL_SECONDS:
             told = now
             tell(f"{done} of {photos}, about {(now - started) / done * (photos - done):.0f} s left")
 

@@ -3,6 +3,7 @@
 from .base import Scene, Source
 from .colmap import from_colmap
 from .core import Core
+from .files import GraphFile, graph_bytes, hloc_pairs, read_graph
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
 from .poses import from_poses
@@ -18,6 +19,7 @@ __all__ = [
     "Core",
     "Covisibility",
     "GivenGraphs",
+    "GraphFile",
     "MegaLoc",
     "MegaLocConfig",
     "MegaLocSimilarity",
@@ -30,4 +32,7 @@ __all__ = [
     "as_source",
     "from_colmap",
     "from_poses",
+    "graph_bytes",
+    "hloc_pairs",
+    "read_graph",
 ]

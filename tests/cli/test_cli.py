@@ -20,10 +20,11 @@ from svggt_kernels import (
     backends,
 )
 from svggt_kernels.cli import (
+    arguments,
     check,
     compare,
     demo,
-    layout,
+    footage,
     main,
     parser,
     results,
@@ -149,7 +150,7 @@ class TestLayout:
         place = torch.arange(6) // 3
         assert torch.equal(graph.to_dense(), place[:, None] == place)
 
-    @pytest.mark.parametrize("kind", parser.COVISIBILITY)
+    @pytest.mark.parametrize("kind", arguments.COVISIBILITY)
     def test_every_kind_of_graph(
         self,
         folder: Path,
@@ -194,7 +195,7 @@ class TestLayout:
     ) -> None:
         (tmp_path / name).touch()
         clip = (torch.rand(4, 3, 42, 56), [0.0, 0.5, 1.0, 2.0])
-        monkeypatch.setattr(layout, "load_video", lambda path, **options: clip)
+        monkeypatch.setattr(footage, "load_video", lambda path, **options: clip)
         succeed("layout", tmp_path / name, "--covisibility", "sequential", "--output", tmp_path, "--json")
         assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
 
@@ -217,6 +218,86 @@ class TestLayout:
             "precision": pytest.approx(2 / 18),
             "chance": pytest.approx(18 / 30),
         }
+
+
+class TestGraphOfAFile:
+    def made(self, folder: Path, tmp_path: Path) -> Path:
+        succeed("layout", folder, "--covisibility", "sequential", "--core", 3, "--output", tmp_path / "made", "--json")
+        return tmp_path / "made"
+
+    @pytest.mark.parametrize("name", ["graph.npz", "pairs.txt"])
+    def test_what_layout_writes_it_reads(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        made = self.made(folder, tmp_path)
+        first = json.loads(capsys.readouterr().out)["graph"]
+        succeed("layout", folder, "--graph", made / name, "--output", tmp_path / "again", "--json")
+        again = json.loads(capsys.readouterr().out)
+        assert again["covisibility"] == f"a graph read from {name}"
+        # hloc's pairs have no direction: the core sees what sees it.
+        assert again["graph"]["edges"] == first["edges"] + (9 if name == "pairs.txt" else 0)
+
+    def test_compare_runs_with_it(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        made = self.made(folder, tmp_path)
+        capsys.readouterr()
+        words = ["--model", "toy", "--device", "cpu", "--repeats", 1, "--graph", made / "graph.npz"]
+        succeed("compare", folder, *words, "--output", tmp_path / "out")
+        assert "Who sees whom: a graph read from graph.npz; density 58.3 % over frames" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--covisibility", "all"], "--graph and --covisibility both say what each frame sees"),
+            (["--core", 2], "--core does not go with --graph"),
+            (["--neighbours", 2], "--neighbours does not go with --graph"),
+            (["--megaloc", "file"], "--megaloc does not go with --graph"),
+            (["--depth-range", 1, 5], "goes with the poses of a transforms.json, not with"),
+        ],
+    )
+    def test_what_else_says_who_sees_whom_is_refused(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[object], message: str
+    ) -> None:
+        made = self.made(folder, tmp_path)
+        capsys.readouterr()
+        assert message in refusal(capsys, "layout", folder, "--graph", made / "graph.npz", *words)
+
+    def test_a_range_of_depth_without_a_graph(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "belongs to the transforms.json of --graph" in refusal(capsys, "layout", folder, "--depth-range", 1, 2)
+
+    def test_one_that_is_not_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        said = refusal(capsys, "compare", folder, "--model", "toy", "--graph", "nowhere.npz", "--device", "cpu")
+        assert "but nowhere.npz does not exist" in said
+
+
+class TestFramesOfAVideo:
+    @pytest.fixture
+    def clip(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A file of which four frames are read, and what was asked of them."""
+        (tmp_path / "walk.mp4").touch()
+        frames = torch.rand(4, 3, 42, 56, generator=torch.Generator().manual_seed(0))
+
+        def load(path: Path, *, frames_per_second: float, max_frames: int | None, **size: int) -> object:
+            assert (frames_per_second, size) == (3.0, {"long_side": 56, "patch_size": 14})
+            return frames[:max_frames], [0.0, 0.5, 1.0, 2.0][:max_frames]
+
+        monkeypatch.setattr(footage, "load_video", load)
+        return tmp_path / "walk.mp4"
+
+    def test_compare_and_sweep_take_one(
+        self, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        common = [clip, "--model", "toy", "--device", "cpu", "--repeats", 1, "--fps", 3, "--covisibility", "tokens"]
+        succeed("compare", *common, "--core", 2, "--max-frames", 3, "--output", tmp_path / "compared")
+        written = json.loads((tmp_path / "compared/report.json").read_text())
+        assert written["frame_names"] == ["0.00 s", "0.50 s", "1.00 s"]
+        succeed("sweep", *common, "--layouts", "core-2", "--output", tmp_path / "swept")
+        written = json.loads((tmp_path / "swept/report.json").read_text())
+        assert written["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
+
+    def test_fps_of_photos_is_refused(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--fps is for videos, and" in refusal(capsys, "layout", folder, "--fps", 3)
 
 
 class TestCompare:

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity
-from svggt_kernels.cli import options, parser
+from svggt_kernels.cli import arguments, options, parser
 from svggt_kernels.cli.errors import CommandError
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.reconstruction import PointChoice, reconstruct
@@ -20,16 +20,16 @@ from svggt_kernels.sources import SOURCES, AllFrames, Core, Scene, Sequential, T
 
 
 def test_the_parser_knows_what_the_package_has():
-    assert set(parser.MODELS) == set(RUNNABLE)
-    assert parser.COVISIBILITY == tuple(SOURCES)
-    assert parser.SEQUENTIAL_WINDOW == Sequential().window
-    assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
-    assert parser.CORE_SIZE == Core().size
-    assert parser.FORMATS == tuple(FORMATS)
-    assert parser.EXPORTED == DEFAULT
-    assert parser.MOST_POINTS == PointChoice().max_points
-    assert parser.DOUBTED / 100 == PointChoice().least_confident
-    assert parser.FPS == inspect.signature(reconstruct).parameters["frames_per_second"].default
+    assert set(arguments.MODELS) == set(RUNNABLE)
+    assert arguments.COVISIBILITY == tuple(SOURCES)
+    assert arguments.SEQUENTIAL_WINDOW == Sequential().window
+    assert arguments.NEIGHBOURS == MegaLocSimilarity().neighbours
+    assert arguments.CORE_SIZE == Core().size
+    assert arguments.FORMATS == tuple(FORMATS)
+    assert arguments.EXPORTED == DEFAULT
+    assert arguments.MOST_POINTS == PointChoice().max_points
+    assert arguments.DOUBTED / 100 == PointChoice().least_confident
+    assert arguments.FPS == inspect.signature(reconstruct).parameters["frames_per_second"].default
 
 
 @pytest.mark.parametrize(("option", "setting"), [("neighbours", "neighbours"), ("window", "window")])
@@ -43,8 +43,9 @@ def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: model)
 
     def meant(word: str, **values: int) -> object:
-        unset = {"window": None, "neighbours": None, "core": None, "megaloc": None, "device": "cpu"}
-        return options.source(argparse.Namespace(covisibility=word, **{**unset, **values}))
+        names = ("window", "neighbours", "core", "megaloc", "graph", "depth_range")
+        unset = dict.fromkeys(names) | {"device": "cpu"}
+        return options.source(argparse.Namespace(covisibility=word, **{**unset, **values}), None)
 
     assert meant("tokens", neighbours=3) == TokenSimilarity(neighbours=3)
     assert meant("thumbnails", window=2) == ThumbnailSimilarity(window=2)

@@ -181,7 +181,8 @@ def test_json_needs_no_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert layout(photos, tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["graph"]["frames"] == 4
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"report.json", "graph.npz", "pairs.txt"}
 
 
 @pytest.mark.parametrize(

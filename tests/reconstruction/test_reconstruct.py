@@ -26,7 +26,7 @@ from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import ROOMS_WEIGHTS, load_model
 from svggt_kernels.reconstruction import PointChoice, Reconstruction, reconstruct
 from svggt_kernels.reconstruction.formats import FORMATS
-from svggt_kernels.sources import Sequential
+from svggt_kernels.sources import GraphFile, Sequential
 
 CPU = torch.device("cpu")
 LIGHT = ("nerfstudio", "ply", "tum", "depth", "depth-npy")
@@ -403,3 +403,17 @@ class TestVideo:
 
 def test_sources_have_names_of_their_own(photos: Path):
     assert run(photos, None, covisibility=Sequential(1)).request["graph"] == Sequential(1).label
+
+
+def test_a_graph_of_a_file_says_who_sees_whom(photos: Path, tmp_path: Path):
+    (tmp_path / "pairs.txt").write_text("000001.png 000002.png\n000003.png 000004.png\n")
+    with pytest.warns(UserWarning, match=r"does not know 2 of the 6 images"):
+        scene = run(photos, tmp_path / "out", covisibility=GraphFile(tmp_path / "pairs.txt"))
+    expected = torch.eye(6, dtype=torch.bool)
+    expected[0] = expected[:, 0] = expected[1, 2] = expected[2, 1] = expected[3, 4] = expected[4, 3] = True
+    assert torch.equal(scene.graph.to_dense(), expected)
+    again = run(photos, tmp_path / "again", covisibility=GraphFile(tmp_path / "out/reconstruction.npz"))
+    assert torch.equal(again.graph.to_dense(), expected)
+    (tmp_path / "pairs.txt").write_text("000001.png 000002.png\n")
+    with pytest.raises(FileExistsError, match="another graph"):
+        run(photos, tmp_path / "out", covisibility=GraphFile(tmp_path / "pairs.txt"))

@@ -7,14 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
+from ...io.transforms import TURNED_AXES
 from .base import Files, Format, Material
 from .depth import LEVELS_FOLDER, depth_names
 from .ply import POINTS
 
 TRANSFORMS = "transforms.json"
-TO_OPENGL = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
 
 
 def _write(material: Material) -> Iterator[Files]:
@@ -30,7 +28,7 @@ def _write(material: Material) -> Iterator[Files]:
             "cy": float(camera.intrinsics[1, 2]),
             "w": width,
             "h": height,
-            "transform_matrix": (camera.pose * TO_OPENGL).tolist(),
+            "transform_matrix": (camera.pose * TURNED_AXES).tolist(),
         }
         frames.append(frame | ({"depth_file_path": f"{LEVELS_FOLDER}/{name}.png"} if has_depth else {}))
     content = {
