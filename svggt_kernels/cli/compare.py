@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..measure.compare import compare
+from ..measure.compare import compare, run_sparse
 from ..measure.pictures import require_matplotlib
 from ..models.loading import HEAD_SIZE, LoadedModel, running_dtype
 from .device import pick_device
@@ -29,8 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     pick_backend(arguments, device)
     covisibility = source(arguments, footage.files)
     model, frames, names = load(arguments, footage, device)
+    run_it = run_sparse if arguments.no_dense else compare
     with refusals():
-        comparison, outputs = compare(
+        found, outputs = run_it(
             model,
             frames.to(device),
             covisibility,
@@ -39,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
             repeats=arguments.repeats,
             stage=stage,
         )
-    print(as_text(comparison))
-    print(write_results(arguments.output, comparison, outputs, frames, names, command=arguments.command_line))
+    print(as_text(found))
+    print(write_results(arguments.output, found, outputs, frames, names, command=arguments.command_line))
     return 0
 
 

@@ -260,6 +260,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add_photos(parser, videos=True)
     add_graph(parser)
     add_run(parser)
+    parser.add_argument(
+        "--no-dense", action="store_true", help="run sparse alone, where dense takes too long or too much memory"
+    )
     add_output(parser, "compare-output")
     parser.set_defaults(read_by=READ_BY)
 

@@ -57,7 +57,11 @@ def find_photos(folder: str | Path) -> list[Path]:
     if not folder.exists():
         raise FileNotFoundError(f"a folder of photos is needed, but {folder} does not exist")
     if not folder.is_dir():
-        advice = "give the folder it lies in" if is_photo(folder) else "load_video, `layout`, `reconstruct`, `compare` and `sweep` read videos"
+        advice = (
+            "give the folder it lies in"
+            if is_photo(folder)
+            else "load_video, `layout`, `reconstruct`, `compare` and `sweep` read videos"
+        )
         raise NotADirectoryError(f"a folder of photos is needed, but {folder} is a file: {advice}")
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     files = [path for path in entries if path.is_file()]

@@ -338,6 +338,19 @@ class TestCompare:
         assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
         assert len(drawn["photos"]) == 4  # type: ignore[arg-type]
 
+    def test_sparse_alone(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        succeed("compare", folder, *TOY, "--core", 2, "--no-dense", "--repeats", 2, "--output", tmp_path)
+        said = capsys.readouterr()
+        assert "Dense did not run, so nothing is compared." in said.out
+        assert "speed-up" not in said.out
+        assert "dense" not in said.err
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"graph.png", "report.json"}
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["sparse"]["runs"] == 2
+        assert "dense" not in written
+
     def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: None) -> None:
         succeed("compare", folder, *TOY, "--covisibility", "all", "--repeats", 1, "--output", tmp_path)
         written = json.loads((tmp_path / "report.json").read_text())
