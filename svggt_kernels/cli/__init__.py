@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_unread(arguments)
         if hasattr(arguments, "output"):
-            require_folder(arguments.output)
+            require_folder(arguments.output, () if arguments.force else arguments.files)
         # The import of a command is that of torch, which takes seconds.
         with _ended_by_an_interrupt(arguments.command):
             command = import_module(f".{arguments.command}", __name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from .values import above_zero, natural, positive
@@ -17,6 +18,7 @@ SWEPT_CORES = (16, 32, 48, 64)
 DEMO_FRAMES, DEMO_CORE = 192, 48
 FPS = 2.0
 FORMATS = ("colmap", "colmap-text", "nerfstudio", "ply", "glb", "tum", "depth", "depth-npy")
+WITH_POINTS = {"colmap", "colmap-text", "ply", "glb"}
 EXPORTED = ("colmap", "nerfstudio", "ply", "glb", "tum", "depth")
 MOST_POINTS, DOUBTED = 1_000_000, 30.0
 LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
@@ -126,8 +128,8 @@ def add_device(parser: argparse.ArgumentParser, what: str = "") -> None:
     parser.add_argument("--device", help=f"{what}cpu, cuda, cuda:1, mps (default: the fastest that is here)")
 
 
-def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the folder for results."""
+def add_output(parser: argparse.ArgumentParser, default: str, files: Sequence[str]) -> None:
+    """Add the folder for results, whose files are these, and whether they may replace earlier ones."""
     parser.add_argument(
         "-o",
         "--output",
@@ -136,6 +138,8 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="DIR",
         help=f"folder for what it writes (default: {default})",
     )
+    parser.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
+    parser.set_defaults(files=tuple(files))
 
 
 def add_truth(parser: argparse.ArgumentParser, default: str) -> None:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..io.writing import write_all
 from .errors import CommandError
 
 
-def require_folder(folder: Path) -> None:
-    """Refuse before any work is done if `--output` can be no folder with files in it; creates nothing."""
+def require_folder(folder: Path, files: Sequence[str] = ()) -> None:
+    """Refuse before any work is done if `--output` can be no folder with files in it; creates nothing.
+
+    Args:
+        folder: The folder.
+        files: Names of files that will be written there and must not be there yet.
+    """
+    there = [name for name in files if (folder / name).exists()]
+    if there:
+        raise CommandError(
+            f"--output {folder} holds {', '.join(there)} already; give --force to replace what an earlier run wrote, "
+            "or name another folder"
+        )
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

@@ -27,6 +27,7 @@ from .arguments import (
     SPECIAL_TOKENS,
     SWEPT_CORES,
     WEIGHTS,
+    WITH_POINTS,
     add_device,
     add_graph,
     add_megaloc,
@@ -109,6 +110,13 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
         raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
     if arguments.command == "sweep" and arguments.depth is not None and arguments.truth is None:
         raise CommandError("--depth belongs to --truth, the cameras of the same photos; give --truth too")
+    if arguments.command == "reconstruct" and arguments.export is not None and not set(arguments.export) & WITH_POINTS:
+        for option in ("max_points", "least_confident"):
+            if getattr(arguments, option) is not None:
+                raise CommandError(
+                    f"--{option.replace('_', '-')} is for {', '.join(sorted(WITH_POINTS))}, and --export names none of "
+                    "these; leave it out"
+                )
     if getattr(arguments, "depth_scale", None) is not None and arguments.depth is None:
         raise CommandError("--depth-scale is the scale of the maps in --depth; give --depth too, or leave it out")
 
@@ -188,7 +196,7 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--truth-above", type=number, metavar="X", help="score a pair must exceed (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and draw no pictures")
-    add_output(parser, "layout-output")
+    add_output(parser, "layout-output", ["graph.npz", "pairs.txt", "graph.png", "neighbours.png", "report.json"])
     parser.set_defaults(read_by=READ_BY_IN_LAYOUT)
 
 
@@ -242,10 +250,7 @@ def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
         help="share of the pixels, those that the model is least sure of, that become no points (default: "
         f"{DOUBTED:g})",
     )
-    add_output(parser, "reconstruct-output")
-    parser.add_argument(
-        "--force", action="store_true", help="replace what is in the output folder of another reconstruction"
-    )
+    add_output(parser, "reconstruct-output", [])
     parser.set_defaults(read_by=READ_BY)
 
 
@@ -263,7 +268,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--no-dense", action="store_true", help="run sparse alone, where dense takes too long or too much memory"
     )
-    add_output(parser, "compare-output")
+    add_output(parser, "compare-output", ["comparison.png", "graph.png", "report.json"])
     parser.set_defaults(read_by=READ_BY)
 
 
@@ -279,7 +284,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add_truth(parser, "where 7-Scenes, ETH3D, CO3D and HiRoom keep it for the photos in DIR")
     add_graph(parser)
     add_run(parser)
-    add_output(parser, "evaluate-output")
+    add_output(parser, "evaluate-output", ["report.json"])
     parser.set_defaults(read_by=READ_BY)
 
 
@@ -310,7 +315,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     )
     add_megaloc(parser)
     add_run(parser)
-    add_output(parser, "sweep-output")
+    add_output(parser, "sweep-output", ["trade-offs.png", "report.json"])
     parser.set_defaults(read_by=READ_BY_IN_SWEEP)
 
 
@@ -329,4 +334,4 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--core", type=positive, default=DEMO_CORE, metavar="K", help=f"frames that all see (default: {DEMO_CORE})"
     )
     add_device(parser)
-    add_output(parser, "demo-output")
+    add_output(parser, "demo-output", ["floor-plan.png", "depth.png", "report.json"])

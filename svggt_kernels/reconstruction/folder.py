@@ -16,6 +16,7 @@ from ..io.writing import replacing, write_all
 from .formats import Files
 from .scene import Reconstruction
 
+LONGEST = 100  # of two values that a message quotes
 RUN, REPORT = "reconstruction.npz", "reconstruction.json"
 UNCHANGED = "; give --force (force=True) to replace it, or name another output folder"
 
@@ -149,4 +150,4 @@ def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 def _values(held: Any, asked: Any) -> str:
     texts = [json.dumps(value) for value in (held, asked)]
-    return f" ({texts[0]}, now {texts[1]})" if max(map(len, texts)) <= 60 else ""
+    return f" ({texts[0]}, now {texts[1]})" if max(map(len, texts)) <= LONGEST else ""

@@ -20,7 +20,7 @@ from ..io.photos import load_photos
 from ..measure.compare import Stage, silent
 from ..measure.cost import Tell
 from ..measure.machine import device_name, devices, versions
-from ..measure.wording import count
+from ..measure.wording import count, printable
 from ..models import RUNNABLE, RunnableModel
 from ..models.loading import RANDOM, LoadedModel, load_model
 from ..sources import Covisibility, GraphFile, Source
@@ -123,6 +123,8 @@ def reconstruct(
     else:
         found = photos_of(photos, max_frames)
         asked = found.request
+        if output is not None:
+            _require_text(found)
     request = {
         **asked,
         "model": kind.name,
@@ -245,6 +247,15 @@ def _formats(names: Sequence[str] | None) -> list[Format]:
 
 def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(next(iter(devices())) if device is None else device)
+
+
+def _require_text(photos: Photos) -> None:
+    for name in relative_names(photos.files)[1]:
+        if printable(name) != name:
+            raise ValueError(
+                f"names of photos must be UTF-8, as files that name them hold text, but {printable(name)} is not; "
+                "rename it"
+            )
 
 
 def _stated_weights(model: str | LoadedModel, weights: str | Path | None) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import files_of
 
 from svggt_kernels import (
     CovisibilityGraph,
@@ -135,6 +136,7 @@ class TestLayout:
         assert "2 neighbours by thumbnails" in capsys.readouterr().out
         written = json.loads((output / "report.json").read_text())
         assert written["command"].startswith("svggt-kernels layout")
+        assert {path.name for path in output.iterdir()} == set(files_of("layout"))
         assert written["tokens_per_frame"] == 4 * 3 + 5
         assert written["ideal_speedup"] == pytest.approx(1 / written["token_density"])
         assert is_png(output / "graph.png")
@@ -180,7 +182,7 @@ class TestLayout:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: asked.append(source) or tiny.megaloc())
         words = ["layout", folder, "--core", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
         succeed(*words)
-        succeed(*words, "--megaloc", tmp_path / "m.pt")
+        succeed(*words, "--megaloc", tmp_path / "m.pt", "--force")
         assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
         assert "a core of 2 frames that differ most by MegaLoc" in capsys.readouterr().out
 
@@ -218,6 +220,27 @@ class TestLayout:
             "precision": pytest.approx(2 / 18),
             "chance": pytest.approx(18 / 30),
         }
+
+
+class TestOverwriting:
+    @pytest.mark.parametrize("command", [command for command in COMMANDS if files_of(command)])
+    def test_what_is_there_is_refused_before_any_work(
+        self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        name = files_of(command)[0]
+        (tmp_path / name).write_text("mine")
+        photos = [] if command == "demo" else [tmp_path / "no photos"]
+        model = ["--model", "toy"] if command in ("compare", "evaluate", "sweep") else []
+        said = refusal(capsys, command, *photos, *model, "--output", tmp_path)
+        assert f"holds {name} already; give --force to replace what an earlier run wrote" in said
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_force_replaces_it(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/report.json").write_text("earlier")
+        words = ["layout", folder, "--covisibility", "sequential", "--json", "--output", tmp_path / "out"]
+        succeed(*words, "--force")
+        assert json.loads((tmp_path / "out/report.json").read_text())["height"] > 0
 
 
 class TestGraphOfAFile:
@@ -308,6 +331,7 @@ class TestCompare:
         out = capsys.readouterr().out
         assert "weights: random, seed 0" in out
         assert RANDOM_WEIGHTS in out
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(files_of("compare"))
         assert is_png(tmp_path / "comparison.png")
         assert is_png(tmp_path / "graph.png")
         written = json.loads((tmp_path / "report.json").read_text())
@@ -548,6 +572,7 @@ class TestDemo:
     def test_tells_the_story(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_trained: None) -> None:
         folder = tmp_path / "out"
         succeed("demo", "--frames", 8, "--core", 3, "--device", "cpu", "--output", folder)
+        assert {path.name for path in folder.iterdir()} == set(files_of("demo"))
         out = capsys.readouterr().out
         assert "A rendered walk of 8 frames through 8 rooms" in out
         assert "trained on rendered rooms for 21 minutes on a machine" in out and "say nothing about VGGT's" in out

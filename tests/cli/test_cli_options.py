@@ -27,6 +27,7 @@ def test_the_parser_knows_what_the_package_has():
     assert arguments.CORE_SIZE == Core().size
     assert arguments.FORMATS == tuple(FORMATS)
     assert arguments.EXPORTED == DEFAULT
+    assert {name for name, form in FORMATS.items() if form.has_points} == arguments.WITH_POINTS
     assert arguments.MOST_POINTS == PointChoice().max_points
     assert arguments.DOUBTED / 100 == PointChoice().least_confident
     assert arguments.FPS == inspect.signature(reconstruct).parameters["frames_per_second"].default

@@ -161,9 +161,10 @@ def test_weights_of_the_hub_are_fetched(tmp_path: Path, tiny_toy: RunnableModel,
 
 def test_weights_that_the_hub_does_not_give(tiny_toy: RunnableModel, monkeypatch: pytest.MonkeyPatch):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    errors = pytest.importorskip("huggingface_hub.errors", reason="huggingface_hub is not installed")
 
     def missing(*names: str, **how: bool) -> None:
-        raise hub.errors.LocalEntryNotFoundError("not in the cache")
+        raise errors.LocalEntryNotFoundError("not in the cache")
 
     def unreachable(url: str) -> None:
         raise OSError("no route to host")
