@@ -51,7 +51,7 @@ class Exact(NamedTuple):
 
 def exact_walk(folder: Path, orientations: tuple[int, ...] = (1,) * FRAMES) -> Exact:
     """Render photos into a folder, as their EXIF orientation stores them, and their frames' exact depth."""
-    drawn = make_scenes(1, FRAMES, Draws(3), rooms=2, difficulty=0.2, size=(PHOTO[1], PHOTO[0]))
+    drawn = make_scenes(1, FRAMES, Draws(2), families="revisit", rooms=2, difficulty=0.2, size=(PHOTO[1], PHOTO[0]))
     poses = drawn.poses[0].double()
     left, _, right = torch.linalg.svd(poses[:, :3, :3])
     poses[:, :3, :3] = left @ right

@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_check,
         _add_layout,
         _add_reconstruct,
+        _add_view,
         _add_compare,
         _add_evaluate,
         _add_sweep,
@@ -252,6 +253,21 @@ def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
     )
     add_output(parser, "reconstruct-output", [])
     parser.set_defaults(read_by=READ_BY)
+
+
+def _add_view(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "view",
+        help="look at a reconstruction in a browser: points, cameras, who sees whom, and what is weak",
+        description="Serves a page with the points and cameras of a folder that reconstruct has written. A click on a "
+        "camera shows its photo, its depth and what it sees. Photos that see nothing, parts that share no view and "
+        "weak bridges are said in words. Only this machine can open the page unless --host says otherwise.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that reconstruct has written")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine)")
+    parser.add_argument(
+        "--port", type=positive, default=8080, help="port to serve at, or the next that is free (default: 8080)"
+    )
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

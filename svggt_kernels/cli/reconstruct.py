@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..measure.wording import count, percent
 from ..reconstruction import PointChoice, Reconstruction, reconstruct
+from ..reconstruction.diagnosis import diagnose
 from ..reconstruction.formats import DEFAULT, FORMATS
 from .arguments import DOUBTED, MOST_POINTS
 from .compare import pick_backend
@@ -60,7 +61,7 @@ def _as_text(scene: Reconstruction, sees: str, output: Path, asked: list[str] | 
         f"{facts['model']}, weights: {facts['weights']}; {count(len(scene.names), 'photo')} as frames of {width} x "
         f"{height} px on {facts['device']}: {facts['seconds']:.1f} s",
         f"Who sees whom: {sees}; {percent(facts['token_density'])} of the pairs of tokens; backend {facts['backend']}",
-        *(f"Note: {warning}" for warning in facts["warnings"]),
+        *(f"Note: {note}" for note in [*facts["warnings"], *diagnose(scene).notes]),
         _fitted(scene),
         "Cameras and depth are in the model's own unit; nothing says how many metres it is.",
         f"Written into {output}: " + ", ".join(f"{form.target} ({form.label})" for form in written),
@@ -70,6 +71,7 @@ def _as_text(scene: Reconstruction, sees: str, output: Path, asked: list[str] | 
             if not form.is_available
         ),
     ]
+    lines.append(f"Look at it: svggt-kernels view {output}")
     return "\n".join([*lines, *([facts["warning"]] if facts["warning"] else [])])
 
 

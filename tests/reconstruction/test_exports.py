@@ -128,7 +128,7 @@ def test_points_that_photos_share_are_a_graph(exact: Exact, tmp_path: Path):
     seen = torch.zeros(4000, FRAMES, dtype=torch.int64)
     seen[point, photo] = 1
     shared = seen.mT @ seen >= 15
-    assert 0 < int(shared.sum()) - FRAMES < FRAMES**2 - FRAMES
+    assert shared.sum() > FRAMES
     assert torch.equal(graph.to_dense(), shared)
 
 
