@@ -10,6 +10,7 @@ REQUIRED = {
     "evaluate": ["photos", "--model", "toy"],
     "sweep": ["photos", "--model", "toy"],
     "reconstruct": ["photos", "--model", "toy"],
+    "view": ["folder"],
 }
 
 
