@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 
-from ..sources import SOURCES, Core, GraphFile, MegaLoc, MegaLocSimilarity, Similarity, Source
-from ..sources.core import CORE_SIZE, SIMILARITIES
+from ..sources import GraphFile, MegaLoc, Similarity, Source
 from ..sources.megaloc.weights import PUBLISHED
+from ..sources.named import named_similarity, named_source
 from .device import pick_device
 from .errors import CommandError, refusals
 
@@ -30,31 +29,24 @@ def source(arguments: argparse.Namespace, photos: Sequence[Path] | None) -> Sour
     if arguments.graph is not None:
         with refusals():
             return GraphFile(arguments.graph, depth_range=arguments.depth_range).of(photos).opened()
-    options: dict[str, Any] = {
-        name: value for name in ("neighbours", "window") if (value := getattr(arguments, name)) is not None
-    }
-    word = arguments.covisibility
-    if arguments.core is not None and options:
-        raise CommandError(f"--core and --{next(iter(options))} say both what each frame sees; give one of them")
-    if word == "core" or arguments.core is not None:
-        by = None if word == "sequential" else similarity(arguments, options)
-        return Core(arguments.core or CORE_SIZE, by=by)
-    if word in ("sequential", "all"):
-        return SOURCES[word](**options)
-    return similarity(arguments, options)
+    given = {name: getattr(arguments, name) for name in ("core", "neighbours", "window")}
+    both = [name for name in ("neighbours", "window") if given[name] is not None]
+    if given["core"] is not None and both:
+        raise CommandError(f"--core and --{both[0]} say both what each frame sees; give one of them")
+    return named_source(arguments.covisibility, **given, megaloc=partial(_megaloc, arguments))
 
 
-def similarity(arguments: argparse.Namespace, options: Mapping[str, Any] = MappingProxyType({})) -> Similarity:
-    """Return the similarity of these options that `--covisibility` names, with MegaLoc's weights loaded if needed.
+def similarity(arguments: argparse.Namespace) -> Similarity:
+    """Return the similarity that `--covisibility` names, with MegaLoc's weights loaded if needed.
 
     Raises:
         CommandError: If MegaLoc's weights cannot be had.
     """
-    word = arguments.covisibility
-    if word not in ("core", "megaloc"):
-        return SIMILARITIES[word](**options)
+    return named_similarity(arguments.covisibility, megaloc=partial(_megaloc, arguments))
+
+
+def _megaloc(arguments: argparse.Namespace) -> MegaLoc:
     with refusals():
         megaloc = MegaLoc.from_pretrained(arguments.megaloc or PUBLISHED)
     device = pick_device(arguments.device)
-    weights = megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return MegaLocSimilarity(weights=weights, **options)
+    return megaloc.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
