@@ -11,6 +11,7 @@ REQUIRED = {
     "sweep": ["photos", "--model", "toy"],
     "reconstruct": ["photos", "--model", "toy"],
     "view": ["folder"],
+    "mcp": ["folder"],
 }
 
 

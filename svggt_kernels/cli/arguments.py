@@ -17,6 +17,7 @@ DEFAULT_GRAPH, CORE_SIZE = "core", 48
 SWEPT_CORES = (16, 32, 48, 64)
 DEMO_FRAMES, DEMO_CORE = 192, 48
 FPS = 2.0
+MCP_PORT = 8000
 FORMATS = ("colmap", "colmap-text", "nerfstudio", "ply", "glb", "tum", "depth", "depth-npy")
 WITH_POINTS = {"colmap", "colmap-text", "ply", "glb"}
 EXPORTED = ("colmap", "nerfstudio", "ply", "glb", "tum", "depth")

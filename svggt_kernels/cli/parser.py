@@ -20,6 +20,7 @@ from .arguments import (
     EXPORTED,
     FORMATS,
     LONG_SIDE,
+    MCP_PORT,
     MODELS,
     MOST_POINTS,
     NEIGHBOURS,
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_layout,
         _add_reconstruct,
         _add_view,
+        _add_mcp,
         _add_compare,
         _add_evaluate,
         _add_sweep,
@@ -109,6 +111,8 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
             )
     if getattr(arguments, "truth_above", None) is not None and arguments.truth is None:
         raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
+    if arguments.command == "mcp" and arguments.port is not None and not arguments.http:
+        raise CommandError("--port is that of --http; give --http too, or leave it out")
     if arguments.command == "sweep" and arguments.depth is not None and arguments.truth is None:
         raise CommandError("--depth belongs to --truth, the cameras of the same photos; give --truth too")
     if arguments.command == "reconstruct" and arguments.export is not None and not set(arguments.export) & WITH_POINTS:
@@ -268,6 +272,21 @@ def _add_view(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--port", type=positive, default=8080, help="port to serve at, or the next that is free (default: 8080)"
     )
+
+
+def _add_mcp(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "mcp",
+        help="serve the same to agents: an MCP server over stdio, or over HTTP on this machine",
+        description="Serves tools to agents by the Model Context Protocol: info, layout, reconstruct, compare, sweep, "
+        "pictures of photos and depth, frames of a video. Only files below the folders that are named can be read and "
+        "written; symbolic links and .. are resolved first.",
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that may be read and written")
+    parser.add_argument(
+        "--http", action="store_true", help="serve streamable HTTP at http://127.0.0.1:PORT/mcp in place of stdio"
+    )
+    parser.add_argument("--port", type=positive, help=f"port of --http (default: {MCP_PORT})")
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

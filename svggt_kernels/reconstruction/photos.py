@@ -18,6 +18,9 @@ from ..measure.wording import count
 from ..packages import optional
 from .cameras import mirrored
 
+IMAGES = "images"
+"""Below an output folder: the frames of a video, as photos."""
+
 RECORD = "video.json"
 """Of the folder of a video's frames: what they were made of. Written last, so it is there when all frames are."""
 

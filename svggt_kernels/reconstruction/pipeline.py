@@ -26,13 +26,10 @@ from ..models.loading import RANDOM, LoadedModel, load_model
 from ..sources import Covisibility, GraphFile, Source
 from .folder import OutputFolder
 from .formats import DEFAULT, FORMATS, Files, Format, Material
-from .photos import Photos, is_video, photos_of, photos_of_video, request_of_video, stamp
+from .photos import IMAGES, Photos, is_video, photos_of, photos_of_video, request_of_video, stamp
 from .points import PointChoice
 from .prediction import predict
 from .scene import Reconstruction, relative_names
-
-IMAGES = "images"
-"""Below the output folder: the frames of a video, as photos."""
 
 TELL_SECONDS = 2.0
 

@@ -15,6 +15,7 @@ from ..measure.wording import count, percent
 from ..packages import optional
 from ..rigid_motions import quaternion_of
 from .diagnosis import SHARED, WEAK, diagnose
+from .pictures import near_is_bright, smaller
 from .points import PointChoice, point_cloud
 from .scene import Reconstruction
 
@@ -157,7 +158,7 @@ class Viewer:
             thickness=1.5,
             thickness_units="screen",
             color=self._colour(photo),
-            image=_smaller(self.scene.colours[photo].numpy(), 64),
+            image=smaller(self.scene.colours[photo].numpy(), 64),
             wxyz=(w, x, y, z),
             position=tuple(pose[:3, 3].tolist()),
         )
@@ -222,13 +223,8 @@ class Viewer:
         )
 
     def _pictures_of(self, photo: int) -> tuple[np.ndarray, np.ndarray]:
-        depth = self.scene.depth[photo].double().clamp(min=1e-9).nan_to_num(posinf=1e9)
-        near = 1 / depth
-        low, high = np.quantile(near.numpy(), (0.02, 0.98))
-        grey = ((near - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().byte()
-        pictures = self.scene.colours[photo], grey[..., None].expand(-1, -1, 3)
-        colours, depths = (_smaller(picture.numpy(), LARGEST_PICTURE) for picture in pictures)
-        return colours, depths
+        colours = smaller(self.scene.colours[photo].numpy(), LARGEST_PICTURE)
+        return colours, smaller(near_is_bright(self.scene.depth[photo]), LARGEST_PICTURE)
 
     def _look_from_above(self) -> None:
         """Begin above and behind the points of the largest part, from the side of the first camera."""
@@ -246,12 +242,6 @@ class Viewer:
         with event.client.atomic():
             event.client.camera.position = pose[:3, 3].numpy()
             event.client.camera.look_at = (pose[:3, 3] + self._reach * pose[:3, 2]).numpy()
-
-
-def _smaller(picture: np.ndarray, longest: int) -> np.ndarray:
-    """Return every n-th pixel of a picture `[H, W, 3]`, so that no side is longer than that."""
-    step = -(-max(picture.shape[:2]) // longest)
-    return np.ascontiguousarray(picture[::step, ::step])
 
 
 def _listed(names: list[str]) -> str:

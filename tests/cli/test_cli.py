@@ -37,7 +37,7 @@ from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import RANDOM_WEIGHTS
 from svggt_kernels.sources.thumbnails import thumbnails
 
-COMMANDS = ("info", "check", "layout", "reconstruct", "view", "compare", "evaluate", "sweep", "demo")
+COMMANDS = ("info", "check", "layout", "reconstruct", "view", "mcp", "compare", "evaluate", "sweep", "demo")
 SEED = 0
 TOY = ("--covisibility", "tokens", "--model", "toy", "--device", "cpu")
 
