@@ -94,21 +94,20 @@ def point_cloud(scene: Reconstruction, choice: PointChoice) -> PointCloud:
     Raises:
         ValueError: If no pixel has a depth that is finite and above 0.
     """
-    usable = _usable(scene, choice)
-    places = usable.flatten().nonzero()[:, 0]
-    places = places[_drawn(len(places), choice.max_points)]
-    frames, height, width = scene.depth.shape
-    frame, within = places // (height * width), places % (height * width)
-    pixels = torch.stack([within % width, within // width], 1) + torch.tensor(0.5, dtype=torch.float64)
-    depth = scene.depth.flatten()[places].double()
-    rays = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
-    points = torch.empty_like(rays)
-    for number in range(frames):
-        mine = frame == number
-        local = rays[mine] @ torch.linalg.inv(scene.intrinsics[number]).mT * depth[mine, None]
-        pose = scene.poses[number]
-        points[mine] = local @ pose[:3, :3].mT + pose[:3, 3]
-    return PointCloud(points, scene.colours.view(-1, 3)[places], frame, pixels)
+    usable = _usable(scene, choice).flatten(1)
+    ends = usable.sum(1).cumsum(0)
+    drawn = _drawn(int(ends[-1]), choice.max_points)
+    width, parts = scene.frame_size[0], []
+    for frame, (pose, intrinsics) in enumerate(zip(scene.poses, scene.intrinsics, strict=True)):
+        end = int(ends[frame])
+        start = end - int(usable[frame].sum())
+        places = usable[frame].nonzero()[:, 0][drawn[(drawn >= start) & (drawn < end)] - start]
+        pixels = torch.stack([places % width, places // width], 1).double() + 0.5
+        rays = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1) @ torch.linalg.inv(intrinsics).mT
+        local = rays * scene.depth[frame].flatten()[places, None].double()
+        points = local @ pose[:3, :3].mT + pose[:3, 3]
+        parts.append((points, scene.colours[frame].flatten(0, 1)[places], torch.full_like(places, frame), pixels))
+    return PointCloud(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def sightings(scene: Reconstruction, cloud: PointCloud) -> Sightings:
@@ -162,5 +161,5 @@ def _drawn(count: int, most: int) -> Tensor:
     """Return `most` of so many places in their order, or all."""
     if count <= most:
         return torch.arange(count)
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randperm(count, generator=generator)[:most].sort().values
+    drawn = np.random.default_rng(SEED).choice(count, most, replace=False, shuffle=False)
+    return torch.from_numpy(np.sort(drawn))

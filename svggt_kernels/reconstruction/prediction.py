@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +62,8 @@ def predict(
     with patch(model.module, covisibility=covisibility, backend=backend, memory_budget=memory_budget) as handle:
         outputs, elapsed_ms = timed(lambda: model(frames), frames.device)
         report, graph = handle.report(), handle.graph.to("cpu")
-    outputs = {name: output.cpu() for name, output in outputs.items()}
-    kind = model.kind
-    poses, intrinsics = kind.cameras(outputs), kind.intrinsics(outputs)
+    kind, read = model.kind, _OnCPU(outputs)
+    poses, intrinsics = kind.cameras(read), kind.intrinsics(read)
     _require_cameras(poses, intrinsics)
     facts = {
         "seconds": elapsed_ms / 1000,
@@ -72,7 +72,23 @@ def predict(
         "token_density": report.token_density,
         "warnings": list(graph.summary().warnings),
     }
-    return Prediction(poses, intrinsics, outputs["depth"].float(), kind.confidence(outputs).float(), graph, facts)
+    return Prediction(poses, intrinsics, read["depth"].float(), kind.confidence(read).float(), graph, facts)
+
+
+class _OnCPU(Mapping[str, Tensor]):
+    """The outputs of a model, each of which is moved to the CPU when it is read: others, such as points, are not."""
+
+    def __init__(self, outputs: Mapping[str, Tensor]) -> None:
+        self._outputs = outputs
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._outputs[name].cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
 
 
 def _require_cameras(poses: Tensor, intrinsics: Tensor) -> None:

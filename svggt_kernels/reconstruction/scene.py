@@ -87,6 +87,18 @@ class Reconstruction:
             for pose, intrinsics, size, orientation in parts
         ]
 
+    @cached_property
+    def typical_depth(self) -> float:
+        """The median of all depth that is known.
+
+        Raises:
+            ValueError: If no pixel has a depth that is finite and above 0.
+        """
+        known = self.depth[self.depth.isfinite() & (self.depth > 0)]
+        if not len(known):
+            raise ValueError("no pixel has a depth that is finite and above 0; check the weights and the photos")
+        return float(known.median())
+
     def depth_maps(self) -> Iterator[Tensor]:
         """Yield for each photo file a depth map `[h, w]` of all it shows, as it is stored; 0 where nothing is known."""
         for depth, size, orientation in zip(self.depth, self.sizes, self.orientations, strict=True):

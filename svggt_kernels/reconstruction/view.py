@@ -55,7 +55,7 @@ class Viewer:
         self.chosen: int | None = None
         self._cloud = point_cloud(scene, PointChoice(max_points=POINTS))
         self._heights = -self._cloud.points[:, 1]
-        self._reach = float(scene.depth[scene.depth.isfinite() & (scene.depth > 0)].median())
+        self._reach = scene.typical_depth
         with redirect_stdout(io.StringIO()):  # it greets on stdout
             self._server = viser.ViserServer(host=host, port=port, label="svggt-kernels", verbose=False)
         # A share button would send the scene to somebody else's server.

@@ -12,6 +12,8 @@ import pytest
 import torch
 from scenes_in_files import FRAMES, PHOTO, Exact, exact_walk, ply_vertices
 
+from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.measure.accuracy import depth_errors
 from svggt_kernels.measure.ground_truth import read_truth
 from svggt_kernels.reconstruction import PointChoice, Reconstruction
 from svggt_kernels.reconstruction.formats import FORMATS, Material
@@ -98,9 +100,20 @@ def test_cameras_are_those_of_the_photos_as_they_are_stored(turned: Exact, tmp_p
     check_model(export(turned.scene, tmp_path, "colmap") / "sparse/0", turned)
 
 
-def test_points_are_off_by_what_the_depth_is_off(exact: Exact, tmp_path: Path):
+def depth_of_the_toy(scene: Reconstruction) -> torch.Tensor:
+    """What the trained toy takes for depth, by one scale, over true depth."""
+    with torch.inference_mode():
+        depth = RoomsModel.trained()(scene.colours.permute(0, 3, 1, 2) / 255)["depth"][0, ..., 0]
+    return depth * depth_errors(depth, scene.depth).scale / scene.depth
+
+
+@pytest.mark.parametrize("depth", ["made", "of the toy"])
+def test_points_are_off_by_what_the_depth_is_off(depth: str, exact: Exact, tmp_path: Path):
     """A point moves along the ray of its pixel as far as its depth is wrong, and nothing else moves it."""
-    wrong = torch.linspace(0.9, 1.1, exact.scene.depth[0].numel()).view_as(exact.scene.depth[0])
+    wrong = depth_of_the_toy(exact.scene)
+    if depth == "made":
+        wrong = torch.linspace(0.9, 1.1, wrong[0].numel()).view_as(wrong[0]).expand_as(wrong)
+    assert (wrong - 1).abs().mean() > 0.03
     scene = dataclasses.replace(exact.scene, depth=exact.scene.depth * wrong)
     written = torch.tensor(ply_vertices((export(scene, tmp_path, "ply") / "points.ply").read_bytes())[0])
     cloud = Material(scene, PointChoice(4000, 0.0), tmp_path, ()).cloud
@@ -109,7 +122,7 @@ def test_points_are_off_by_what_the_depth_is_off(exact: Exact, tmp_path: Path):
         column, row = cloud.pixels[mine].long().unbind(1)
         eye = scene.poses[place, :3, 3]
         in_photo = cloud.pixels[mine] @ camera.of_frame[:, :2].mT + camera.of_frame[:, 2]
-        moved = eye + wrong[row, column].double()[:, None] * (exact.hit(place, in_photo) - eye)
+        moved = eye + wrong[place, row, column].double()[:, None] * (exact.hit(place, in_photo) - eye)
         for other in range(FRAMES):
             seen, depth = scene.cameras[other].pixels(written[mine])
             true = exact.pixels(other, moved)

@@ -39,11 +39,8 @@ class Material:
     @cached_property
     def depth_step(self) -> float:
         """The depth that one level of a 16-bit depth map stands for."""
-        known = self.scene.depth[self.scene.depth.isfinite() & (self.scene.depth > 0)]
-        if not len(known):
-            raise ValueError("no pixel has a depth that is finite and above 0; check the weights and the photos")
-        most = min(float(known.max()), FARTHEST * float(known.median()))
-        return most / LEVELS
+        farthest = FARTHEST * self.scene.typical_depth
+        return min(float(self.scene.depth.nan_to_num(0, 0, 0).max()), farthest) / LEVELS
 
 
 LEVELS = 65535

@@ -42,7 +42,7 @@ def _write(material: Material) -> Iterator[Files]:
 
 def _pyramids(scene: Reconstruction) -> Tensor:
     """Return the corners of a pyramid for each camera: its centre, then the corners of its photo, `[S, 5, 3]`."""
-    reach = CAMERA_SIZE * float(np.median(scene.depth.numpy()))
+    reach = CAMERA_SIZE * scene.typical_depth
     pyramids = []
     for camera in scene.cameras:
         width, height = camera.size
