@@ -106,7 +106,7 @@ class Runner:
             q, k, v, grad = inputs(case, self.device, self.dtype, contender.storage)
             for x in (q, k, v):
                 x.requires_grad_(direction != "fwd")
-            unsupported = contender.unsupported(case, q)
+            unsupported = contender.obstacle(case, q)
             if unsupported is not None:
                 what = self.not_run.setdefault(f"{contender.name}: not run: {unsupported}", [])
                 what.append(f"{case.name}, {direction}")

@@ -15,6 +15,10 @@ Graphs, all with every frame seeing itself, all symmetric but those with a core:
     shuffledR    a band whose frames come in a random order (seed 0): a photo collection
     coreK        every frame sees K frames that lie evenly among all; these see one another alone
     firstK       the same with the first K frames as the core
+    coreK+L@s    K + L frames lie evenly among all; every frame sees K of them, that lie evenly among these, in full,
+                 and the others at a stride s of their patch grid: see `svggt_kernels.CoarseLayout`; with L = all it
+                 sees all others so. Each frame then has 5 special tokens, which are ordinary tokens of it, and the most
+                 square grid of patches that its tokens allow (28 x 37 of 1041)
 """
 
 from __future__ import annotations
@@ -27,12 +31,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from svggt_kernels import BlockLayout, CovisibilityGraph
+from svggt_kernels import BlockLayout, CoarseGraph, CoarseLayout, CovisibilityGraph
 from svggt_kernels.graph.core import spread_evenly
 
-GRAPH = r"dense|(?:band|loop|star|scattered|shuffled|core|first)\d+"
+GRAPH = r"dense|(?:band|loop|star|scattered|shuffled|core|first)\d+|core\d+\+(?:\d+|all)@[1-9]\d*"
 NAME = re.compile(rf"s(\d+)-p(\d+)-({GRAPH})((?:-(?:special|hd|h|b)\d+)*)(-log2)?")
 SUFFIX = re.compile(r"-(special|hd|h|b)(\d+)")
+
+SPECIAL = 5
+"""Special tokens of a frame where frames are seen at a stride: VGGT's camera token and registers."""
 
 WORK = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
 """Useful work of each direction in units of the forward's: two products forward, five backward."""
@@ -69,6 +76,11 @@ class Case:
             raise ValueError(f"{self.name}: {self.special} special tokens do not fit into {self.tokens} tokens a frame")
         if not re.fullmatch(GRAPH, self.graph):
             raise ValueError(f"graph must be one of the table in benchmarks/cases.py, as band2, got {self.graph!r}")
+        if self.stride and (self.special or self.tokens <= SPECIAL):
+            raise ValueError(
+                f"{self.name}: frames that are seen at a stride have {SPECIAL} special tokens, which are not dense, "
+                "and patches; leave special out, and give more tokens than that"
+            )
 
     @classmethod
     def parse(cls, name: str) -> Case:
@@ -81,8 +93,8 @@ class Case:
         if match is None:
             raise ValueError(
                 f"a case is called like s64-p1374-band2 or s8-p64-dense-special5-hd128-h4-b2, got {name!r}; graphs are "
-                "dense, bandR, loopR, starR, scatteredK, shuffledR, coreK and firstK; -log2 at the end stands for q in "
-                "units of log2"
+                "dense, bandR, loopR, starR, scatteredK, shuffledR, coreK, firstK and coreK+L@s; -log2 at the end "
+                "stands for q in units of log2"
             )
         frames, tokens, graph, rest, log2 = match.groups()
         fields = {"special": "special", "hd": "head_size", "h": "heads", "b": "batch"}
@@ -122,11 +134,49 @@ class Case:
         """Whether every token sees every token."""
         return self.visible_pairs == self.dense_pairs
 
+    @property
+    def stride(self) -> int:
+        """The stride at which some frames are seen; 0 if all are seen in full."""
+        return int(self.graph.partition("@")[2] or 0)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a frame, where frames are seen at a stride."""
+        patches = self.tokens - SPECIAL
+        rows = next(rows for rows in range(math.isqrt(patches), 0, -1) if patches % rows == 0)
+        return rows, patches // rows
+
+    @cached_property
+    def visible_coarsely(self) -> Tensor:
+        """Which frames see which at a stride, bool `[S, S]`."""
+        if not self.stride:
+            return torch.zeros_like(self.visible)
+        return torch.isin(torch.arange(self.frames), self._cores[1]) & ~self.visible
+
+    @property
+    def _cores(self) -> tuple[Tensor, Tensor]:
+        """The frames that all see in full, and those that all see at least at a stride."""
+        in_full, _, coarsely = self.graph.removeprefix("core").partition("@")[0].partition("+")
+        further = self.frames if coarsely == "all" else int(coarsely or 0)
+        both = spread_evenly(self.frames, int(in_full) + further)
+        return both[spread_evenly(len(both), int(in_full))], both
+
+    @cached_property
+    def weights_of_frame(self) -> Tensor:
+        """How many tokens each token of a frame stands for that is seen at a stride, 0 if it is not seen, `[P]`."""
+        rows, columns = self.patch_grid
+        seen = torch.zeros(rows, columns, dtype=torch.float64)
+        first = [min(self.stride // 2, side // 2) for side in (rows, columns)]
+        seen[first[0] :: self.stride, first[1] :: self.stride] = 1
+        seen *= rows * columns / seen.sum()
+        return torch.cat([torch.ones(SPECIAL, dtype=torch.float64), seen.flatten()])
+
     @cached_property
     def visible(self) -> Tensor:
-        """Which frames see which, bool `[S, S]`."""
-        kind = self.graph.rstrip("0123456789")
-        number = int(self.graph.removeprefix(kind) or 0)
+        """Which frames see which in full, bool `[S, S]`."""
+        full = self.graph.partition("+")[0]
+        kind = full.rstrip("0123456789")
+        number = int(full.removeprefix(kind) or 0)
         frame = torch.arange(self.frames)
         distance = (frame[:, None] - frame[None]).abs()
         if kind == "dense":
@@ -140,7 +190,7 @@ class Case:
                 row[torch.randperm(self.frames, generator=generator)[:number]] = True
             return seen | seen.T
         if kind in ("core", "first"):
-            core = spread_evenly(self.frames, number) if kind == "core" else frame[:number]
+            core = self._cores[0] if kind == "core" else frame[:number]
             return CovisibilityGraph.core(self.frames, core).to_dense()
         band = distance <= number
         if kind == "shuffled":
@@ -152,8 +202,8 @@ class Case:
 
     @cached_property
     def edges(self) -> int:
-        """Pairs of frames of which the first sees the second."""
-        return int(self.visible.sum())
+        """Pairs of frames of which the first sees the second, in full or at a stride."""
+        return int(self.visible.sum() + self.visible_coarsely.sum())
 
     @property
     def dense_pairs(self) -> int:
@@ -163,6 +213,10 @@ class Case:
     @cached_property
     def visible_pairs(self) -> int:
         """Pairs of a query token and a key token that it sees; counted here, not asked of the layout."""
+        if self.stride:
+            seen = int((self.weights_of_frame > 0).sum())
+            of_frames = int(self.visible.sum()) * self.tokens + int(self.visible_coarsely.sum()) * seen
+            return self.tokens * of_frames
         patches = self.tokens - self.special
         patch_patch = self.edges * patches**2
         special_any = self.frames * self.special * self.frames * self.tokens
@@ -187,14 +241,20 @@ class Case:
         """
         return WORK[direction] * 4 * self.head_size * self.heads * self.batch * self.visible_pairs
 
-    def layout(self, device: torch.device | str = "cpu") -> BlockLayout:
+    def layout(self, device: torch.device | str = "cpu") -> BlockLayout | CoarseLayout:
         """Return the layout of the case on `device`.
 
         Raises:
             RuntimeError: If the layout's own count of visible pairs is not the case's: no number could be trusted.
         """
-        graph = CovisibilityGraph.from_dense(self.visible)
-        layout = BlockLayout.from_graph(graph, self.tokens, special_tokens=self.special).to(device)
+        graph = CovisibilityGraph.from_dense(self.visible, square=True)
+        layout: BlockLayout | CoarseLayout
+        if self.visible_coarsely.any():
+            coarse = CovisibilityGraph.from_dense(self.visible_coarsely, square=True)
+            both = CoarseGraph.from_graphs(graph, coarse, stride=self.stride)
+            layout = CoarseLayout.from_graph(both, self.patch_grid, special_tokens=SPECIAL).to(device)
+        else:
+            layout = BlockLayout.from_graph(graph, self.tokens, special_tokens=self.special).to(device)
         if layout.visible_pairs != self.visible_pairs:
             raise RuntimeError(f"{self.name} has {self.visible_pairs} visible pairs, its layout {layout.visible_pairs}")
         return layout
@@ -222,6 +282,8 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     ),
     # A core of the first frames has its keys in one place, one of frames among all has not.
     "core": _cases(*(f"s64-p{tokens}-{graph}" for tokens in (1374, 1041) for graph in ("core16", "first16"))),
+    # A few frames in full, and as many keys again at a stride; and the same number of pairs in full.
+    "coarse": _cases(*(f"s{frames}-p1041-core{core}" for frames in (64, 100, 1000) for core in ("16+48@3", "21"))),
     "log2": _cases("s64-p1374-dense-log2", "s64-p1374-band2-log2", "s64-p1374-scattered6-log2"),
     "backward": _cases("s16-p1374-dense", "s16-p1374-band2", "s16-p1374-scattered3"),
     # 2.25e9 elements in each of q, k, v and the output: offsets do not fit into 32 bits.

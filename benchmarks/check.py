@@ -32,11 +32,12 @@ MAX_SCORES = 2**26
 
 
 class Rows(NamedTuple):
-    """Successive query tokens of one frame and the key tokens that all of them see."""
+    """Successive query tokens of one frame and the key tokens that all of them see, with what is added to scores."""
 
     frame: int
     rows: slice
     keys: Tensor  # [n] int64, ascending
+    added: Tensor | None = None  # [n], log of how many tokens each key stands for, where that may differ from 1
 
 
 def check_forward(contender: Contender, case: Case, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -52,11 +53,11 @@ def check_forward(contender: Contender, case: Case, q: Tensor, k: Tensor, v: Ten
         budgets = {name: Budget(name) for name in outputs}
         q_, k_, v_ = (_sampled_heads(x) for x in (q, k, v))
         actual = {name: _sampled_heads(x) for name, x in outputs.items()}
-        for frame, rows, keys in _groups(case, q.device):
+        for frame, rows, keys, added in _groups(case, q.device):
             if frame not in sampled:
                 continue
             part = q_[:, rows], k_[:, keys], v_[:, keys]
-            plain, exact = explicit(*part, case.scale), explicit(*(x.double() for x in part), case.scale)
+            plain, exact = explicit(*part, case.scale, added), explicit(*(x.double() for x in part), case.scale, added)
             budgets["out"].add(actual["out"][:, rows], plain[0], exact[0])
             if "LSE" in actual:
                 budgets["LSE"].add(actual["LSE"][:, rows, None], plain[1][..., None], exact[1][..., None])
@@ -90,13 +91,13 @@ def check_gradients(contender: Contender, case: Case, q: Tensor, k: Tensor, v: T
         budgets = [Budget(name) for name in ("dQ", "dK", "dV")]
         plain_sums = [torch.zeros_like(x[:, wanted], dtype=_accumulator(x)) for x in (k_, v_)]
         exact_sums = [torch.zeros_like(x[:, wanted], dtype=torch.float64) for x in (k_, v_)]
-        for frame, rows, keys in _groups(case, q.device):
+        for frame, rows, keys, added in _groups(case, q.device):
             columns = wanted[keys].nonzero()[:, 0]
             if frame not in sampled and len(columns) == 0:
                 continue
             part = q_[:, rows], k_[:, keys], v_[:, keys], grad_[:, rows]
-            plain = explicit_gradients(*part, columns, case.scale)
-            exact = explicit_gradients(*(x.double() for x in part), columns, case.scale)
+            plain = explicit_gradients(*part, columns, case.scale, added)
+            exact = explicit_gradients(*(x.double() for x in part), columns, case.scale, added)
             if frame in sampled:
                 dq = _sampled_heads(actual[0])[:, rows]
                 budgets[0].add(dq.flatten(1), plain[0].flatten(1), exact[0].flatten(1))
@@ -114,11 +115,12 @@ def explicit(
     k: Tensor,  # [h, n, D]
     v: Tensor,  # [h, n, D]
     scale: float,
+    added: Tensor | None = None,  # [n]
 ) -> tuple[Tensor, Tensor]:
     """Return output `[h, m, D]` and LSE `[h, m]` of every row on every key, each intermediate in the inputs' dtype."""
     outs, lses = [], []
     for rows in _chunks(q, k):
-        scores = q[:, rows] @ k.mT * scale
+        scores = _scores(q[:, rows], k, scale, added)
         outs.append(scores.softmax(-1) @ v)
         lses.append(scores.to(_accumulator(q)).logsumexp(-1))
     return torch.cat(outs, 1), torch.cat(lses, 1)
@@ -131,6 +133,7 @@ def explicit_gradients(
     grad: Tensor,  # [h, m, D]
     columns: Tensor,  # [c]
     scale: float,
+    added: Tensor | None = None,  # [n]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what these rows give to the gradients: dQ `[h, m, D]`, dK and dV `[h, c, D]` of the keys `columns`.
 
@@ -139,7 +142,7 @@ def explicit_gradients(
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x[:, columns], dtype=_accumulator(q)) for x in (k, v))
     for rows in _chunks(q, k):
-        scores = q[:, rows] @ k.mT * scale
+        scores = _scores(q[:, rows], k, scale, added)
         p = (scores - scores.to(_accumulator(q)).logsumexp(-1, keepdim=True)).exp().to(q.dtype)
         inner = (grad[:, rows] * (scores.softmax(-1) @ v)).sum(-1, keepdim=True)
         ds = p * (grad[:, rows] @ v.mT - inner) * scale
@@ -147,6 +150,11 @@ def explicit_gradients(
         dk += ds[:, :, columns].mT @ q[:, rows]
         dv += p[:, :, columns].mT @ grad[:, rows]
     return dq, dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, added: Tensor | None) -> Tensor:
+    scores = q @ k.mT * scale
+    return scores if added is None else scores + added.to(scores.dtype)
 
 
 class Budget:
@@ -187,11 +195,13 @@ def _check_every_row(contender: Contender, case: Case, q: Tensor, k: Tensor, v: 
     out = contender.prepare(case, q, keys_zero, v)().flatten(0, 1)
     v = v.flatten(0, 1)
     budget = Budget("out of every row, keys zero")
-    for _, rows, keys in _groups(case, q.device):
+    for _, rows, keys, added in _groups(case, q.device):
         values = v[:, keys]
         zero = torch.zeros_like(values[:, :1])
-        plain, _ = explicit(zero, torch.zeros_like(values), values, 1.0)
+        plain, _ = explicit(zero, torch.zeros_like(values), values, 1.0, added)
         exact = values.mean(1, keepdim=True, dtype=torch.float64)
+        if added is not None:
+            exact = (added.softmax(0)[:, None] * values).sum(1, keepdim=True)
         budget.add(out[:, rows], plain, exact)
     return budget.exceeded()
 
@@ -203,6 +213,12 @@ def _groups(case: Case, device: torch.device) -> Iterator[Rows]:
     visible = case.visible.to(device)
     for frame in range(case.frames):
         first = frame * case.tokens
+        if case.stride:
+            in_full, coarsely = (x[frame].to(device).double() for x in (case.visible, case.visible_coarsely))
+            weights = (in_full[:, None] + coarsely[:, None] * case.weights_of_frame.to(device)).flatten()
+            keys = weights.nonzero()[:, 0]
+            yield Rows(frame, slice(first, first + case.tokens), keys, weights[keys].log())
+            continue
         if case.special:
             yield Rows(frame, slice(first, first + case.special), token)
         if case.special < case.tokens:

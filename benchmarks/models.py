@@ -5,6 +5,10 @@ neighbours are the five frames before and after; with the suffix `-random` each 
 sees those and the frames that drew it, ten on average. With `-8a` behind the neighbours all frames also see 8 anchors,
 evenly spread.
 
+In `vggt-1b-1000f-core32` each frame sees a closed core of 32 frames in place of neighbours, and in `-core16+48@3` 16 in
+full and 48 more at a stride of 3 patches, as `Core(by=None)` chooses them; special tokens are then ordinary tokens of
+their frames.
+
 Models have random weights: time and memory do not depend on them. `vggt-1b` is the model `vggt` of the package's table,
 at 518 x 392 pixels (1041 tokens a frame); `toy` is the package's own small model, at 154 x 112 pixels (93 tokens).
 """
@@ -24,15 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svggt_kernels import CovisibilityGraph, patch
+from svggt_kernels import Core, CovisibilityGraph, patch
+from svggt_kernels.graph import AnyGraph
 from svggt_kernels.measure.cost import PeakMemory, timed
 from svggt_kernels.measure.machine import dtype_name
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import build
+from svggt_kernels.sources import Scene
 
 from .record import Line
 
-NAME = re.compile(r"(toy|vggt-1b)-(\d+)f-(\d+)n(?:-(\d+)a)?(-random)?")
+CORE = r"core([1-9]\d*)(?:\+([1-9]\d*|all)@([1-9]\d*))?"
+NAME = re.compile(rf"(toy|vggt-1b)-(\d+)f-(?:(\d+)n(?:-(\d+)a)?(-random)?|({CORE}))")
 PIXELS = {"toy": (112, 154), "vggt-1b": (392, 518)}
 """Height and width of the images of each model."""
 
@@ -103,6 +110,7 @@ class ModelCase:
         neighbours: Frames that each frame sees besides itself and frame 0; even.
         anchors: Frames that all frames see, besides frame 0.
         random: Whether neighbours are drawn at random; by default they are the nearest in order.
+        core: A core in place of all of these, as in its name; empty for none.
     """
 
     model: str
@@ -110,6 +118,7 @@ class ModelCase:
     neighbours: int
     anchors: int = 0
     random: bool = False
+    core: str = ""
 
     @classmethod
     def parse(cls, name: str) -> ModelCase:
@@ -119,16 +128,21 @@ class ModelCase:
             ValueError: If the name does not follow the grammar in the module's docstring.
         """
         match = NAME.fullmatch(name)
-        if match is None or int(match[2]) < 1 or int(match[3]) % 2 or int(match[4] or 0) >= int(match[2]):
+        if match is None or int(match[2]) < 1 or int(match[3] or 0) % 2 or int(match[4] or 0) >= int(match[2]):
             raise ValueError(
                 "a case of a model is called like toy-16f-4n or vggt-1b-100f-10n-4a-random, with an even number of "
-                f"neighbours and fewer anchors than frames, got {name!r}"
+                "neighbours and fewer anchors than frames, or like toy-16f-core4 or vggt-1b-1000f-core16+48@3, got "
+                f"{name!r}"
             )
-        return cls(match[1], int(match[2]), int(match[3]), int(match[4] or 0), match[5] is not None)
+        return cls(
+            match[1], int(match[2]), int(match[3] or 0), int(match[4] or 0), match[5] is not None, match[6] or ""
+        )
 
     @property
     def name(self) -> str:
         """The name of the case; `parse` reads it back."""
+        if self.core:
+            return f"{self.model}-{self.frames}f-{self.core}"
         anchors = f"-{self.anchors}a" if self.anchors else ""
         return f"{self.model}-{self.frames}f-{self.neighbours}n{anchors}{'-random' if self.random else ''}"
 
@@ -136,12 +150,22 @@ class ModelCase:
     def about(self) -> str:
         """One line on the case."""
         height, width = PIXELS[self.model]
+        if self.core:
+            return f"{self.frames} images of {width} x {height}, {self._source.label}"
         kind = "random" if self.random else "nearest"
         anchors = f", {self.anchors} anchors" if self.anchors else ""
         return f"{self.frames} images of {width} x {height}, {self.neighbours} {kind} neighbours{anchors} and frame 0"
 
-    def graph(self) -> CovisibilityGraph:
+    @property
+    def _source(self) -> Core:
+        size, coarse, stride = re.fullmatch(CORE, self.core).groups()  # type: ignore[union-attr]
+        seen = "all" if coarse == "all" else int(coarse or 0)
+        return Core(int(size), by=None, coarse=seen, stride=int(stride or 1))
+
+    def graph(self) -> AnyGraph:
         """Return which frames see which."""
+        if self.core:
+            return self._source.graph(Scene(self.frames, reference_frame=0))
         half = self.neighbours // 2
         frame = torch.arange(self.frames)
         visible = torch.eye(self.frames, dtype=torch.bool)
@@ -231,7 +255,8 @@ class ModelRunner:
                 if system == "upstream" or system in FASTVGGT:
                     self._measure(case, model, line)
                 else:
-                    self._measure_patched(case, model, line, options | SYSTEMS[system])
+                    ordinary = {"special_tokens": None} if case.core else {}
+                    self._measure_patched(case, model, line, options | SYSTEMS[system] | ordinary)
             except torch.OutOfMemoryError:
                 line["reason"] = "out of memory"
             except Exception as error:  # the line says what it was, the other systems still run
@@ -260,7 +285,7 @@ class ModelRunner:
         if peak is not None and budget is not None and peak > budget:
             plan = None if report.inference is None else report.inference.memory
             raise RuntimeError(f"the peak must be within the budget of {budget} GiB, got {peak:.2f}; {plan}")
-        edges = sum(summary.edges for summary in report.graphs)
+        edges = sum(summary.edges + (summary.coarse_edges or 0) for summary in report.graphs)
         if report.calls_last_forward != len(report.modules) or edges != graph.num_edges:
             raise RuntimeError(
                 f"each of {len(report.modules)} patched modules must have attended over {graph.num_edges} edges once, "

@@ -68,7 +68,7 @@ def repeat(
             q, k, v, grad = inputs(case, device, dtype, contender.storage)
             for x in (q, k, v):
                 x.requires_grad_(direction == "bwd")
-            if reason := contender.unsupported(case, q):
+            if reason := contender.obstacle(case, q):
                 not_run.append(f"{contender.name} on {case.name}, {direction}: not run: {reason}")
                 continue
             with contender.chosen():

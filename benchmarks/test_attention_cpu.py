@@ -20,7 +20,7 @@ CONTENDERS = [*map(backend, BACKENDS), PEERS["sdpa-dense-flash"], PEERS["sdpa-ga
 @pytest.mark.parametrize("case", GROUPS["cpu"], ids=lambda case: case.name)
 def test_forward(benchmark, case, contender):
     q, k, v, _ = inputs(case, CPU, torch.float32, contender.storage)
-    if reason := contender.unsupported(case, q):
+    if reason := contender.obstacle(case, q):
         pytest.skip(reason)
     assert check_forward(contender, case, q, k, v) is None
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_backward(benchmark, case, contender):
     q, k, v, grad = inputs(case, CPU, torch.float32, contender.storage)
     for x in (q, k, v):
         x.requires_grad_()
-    if reason := contender.unsupported(case, q):
+    if reason := contender.obstacle(case, q):
         pytest.skip(reason)
     assert check_gradients(contender, case, q, k, v, grad) is None
     out = contender.prepare(case, q, k, v)()

@@ -1,4 +1,4 @@
-"""The command line: `python -m evaluation train`, `curve`, `table` and `figure`."""
+"""The command line: `python -m evaluation train`, `curve`, `study`, `table` and `figure`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import curve, figure, table, train
+from . import curve, figure, study, table, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m evaluation", description="Accuracy on rendered flats.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (train, curve, table, figure):
+    for command in (train, curve, study, table, figure):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     options.arguments = arguments

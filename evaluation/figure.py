@@ -12,8 +12,9 @@ import numpy as np
 
 from svggt_kernels.measure.pictures import require_matplotlib
 
+from .groups import lines_of
 from .results import DENSE, ENOUGH_SCENES, METRICS, Section, read_results, sections
-from .table import add_metrics, chosen_metrics
+from .table import add_choice, chosen_metrics
 
 AXES = {"pairs": "share of token pairs", "seconds": "seconds of a forward"}
 
@@ -22,20 +23,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "figure",
-        help="draw result lines of curve",
+        help="draw result lines",
         description="Draws each metric against counted pairs and against seconds, for each kind of scene.",
     )
-    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve wrote")
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve or study wrote")
     parser.add_argument("--output", type=Path, default=Path("curve.png"), help="the picture (default: curve.png)")
     parser.add_argument("--against", nargs="+", choices=AXES, default=list(AXES), help="a row for each (default: both)")
-    add_metrics(parser)
+    add_choice(parser)
     parser.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw; return the exit code."""
     require_matplotlib()
-    lines = [line for file in options.results for line in read_results(file)]
+    lines = lines_of(options.group, (line for file in options.results for line in read_results(file)))
     draw(sections(lines), chosen_metrics(options), options.against, options.output)
     print(options.output)
     return 0
@@ -92,7 +93,8 @@ def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: 
         panel.errorbar(x, y, yerr=bars, fmt="o", color=colour, markersize=4, linewidth=1, label=kind)
         for layout, at, mean in zip(layouts, x, y, strict=True):
             number = re.search(r"\d+", layout)
-            if number and (number[0], round(at, 2)) not in labelled:  # kinds of the same size stand above one another
+            # Kinds of the same size stand above one another.
+            if number and kind != layout and (number[0], round(at, 2)) not in labelled:
                 labelled.add((number[0], round(at, 2)))
                 panel.annotate(number[0], (at, mean), xytext=(3, 3), textcoords="offset points", fontsize=7)
     if DENSE in section.layouts:
@@ -104,5 +106,5 @@ def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: 
 
 
 def _kind(layout: str) -> str:
-    """Return the name of a layout without its size: `core-K` for `core-24`."""
-    return re.sub(r"\d+", "K", layout, count=1)
+    """Return the name of a layout without its size: `core-K` for `core-24`; layers of their own are a kind each."""
+    return layout if layout.startswith("layers(") else re.sub(r"\d+", "K", layout, count=1)

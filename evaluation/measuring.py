@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels.demo.model.poses import decode_poses
-from svggt_kernels.demo.scenes import Draws, Scenes, make_scenes
+from svggt_kernels.demo.scenes import HELD_OUT, Draws, Scenes, make_scenes
 from svggt_kernels.measure.accuracy import align, point_errors
 from svggt_kernels.measure.scores import scene_scores
 
 DIFFICULTY = 0.7
+ROOMS = {"walk": 8, "room": 1, "photos": 4, "revisit": 8, "forward": 8, "rotation": 2, HELD_OUT: 7}
+"""Rooms of a flat where none are named."""
+
 POINTS = 10_000
 """About how many points of a scene are compared."""
 
@@ -77,7 +80,8 @@ class Views:
     @property
     def is_finite(self) -> bool:
         """Whether no number is infinite or NaN."""
-        return all(bool(x.isfinite().all()) for x in (self.poses, self.intrinsics, self.depth))
+        parts = (self.poses, self.intrinsics, self.depth)
+        return bool(torch.stack([part.isfinite().all() for part in parts]).all())
 
     def __getitem__(self, scene: int) -> Views:
         return Views(self.poses[scene], self.intrinsics[scene], self.depth[scene])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ SHOWN = ("auc3", "auc5", "auc30", "ate", "absrel")
 
 
 def read_results(file: Path) -> list[Line]:
-    """Return the lines of a file that `curve` wrote.
+    """Return the lines of a file that `curve` wrote; one whose name ends in .gz is unpacked.
 
     Raises:
         ValueError: If there is no such file, or a line is something else.
@@ -79,7 +80,8 @@ def read_results(file: Path) -> list[Line]:
     if not file.is_file():
         raise ValueError(f"{file} must be a file of result lines, and there is none; `curve --output {file}` makes it")
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    for number, text in enumerate(content.decode().splitlines(), start=1):
         try:
             line = json.loads(text)
             missing = [key for key in (*IDENTITY, *SECTION, "pairs", "dense_pairs", "metrics") if key not in line]

@@ -10,6 +10,7 @@ import numpy as np
 
 from svggt_kernels.measure.accuracy import Interval
 
+from .groups import STUDY, lines_of
 from .results import DENSE, ENOUGH_SCENES, METRICS, SHOWN, Section, read_results, sections
 
 
@@ -17,11 +18,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "table",
-        help="show result lines of curve as Markdown",
+        help="show result lines as Markdown",
         description="Prints a table for each kind of scene, and one of the differences from a layout.",
     )
-    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve wrote")
-    add_metrics(parser)
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what curve or study wrote")
+    add_choice(parser)
     parser.add_argument(
         "--base", default=DENSE, metavar="NAME", help=f"what layouts are compared with (default: {DENSE})"
     )
@@ -30,8 +31,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run_command=run)
 
 
-def add_metrics(parser: argparse.ArgumentParser) -> None:
-    """Add the option that chooses metrics."""
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose metrics and lines."""
+    parser.add_argument("--group", choices=STUDY, help="only what belongs to this group of the study")
     parser.add_argument(
         "--metrics",
         nargs="+",
@@ -49,7 +51,7 @@ def chosen_metrics(options: argparse.Namespace) -> Sequence[str]:
 
 def run(options: argparse.Namespace) -> int:
     """Print the tables; return the exit code."""
-    lines = [line for file in options.results for line in read_results(file)]
+    lines = lines_of(options.group, (line for file in options.results for line in read_results(file)))
     statistic = np.median if options.median else np.mean
     for section in sections(lines):
         print(markdown(section, chosen_metrics(options), statistic, options.ratio, options.base))

@@ -13,27 +13,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import block_sparse_attention, prepare
-    from .graph import CovisibilityGraph
+    from .coarse import CoarseLayout
+    from .graph import CoarseGraph, CovisibilityGraph
     from .layout import BlockLayout
     from .measure.dense import compare_dense
+    from .merging import merge
     from .patching import Patch, PatchReport, patch
     from .reconstruction import Reconstruction, reconstruct
-    from .sources import Core, MegaLoc, MegaLocSimilarity, TokenSimilarity
+    from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, PerLayer, TokenSimilarity
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockLayout": "layout",
+    "CoarseGraph": "graph",
+    "CoarseLayout": "coarse",
     "Core": "sources",
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
     "MegaLocSimilarity": "sources",
     "Patch": "patching",
     "PatchReport": "patching",
+    "PatchSimilarity": "sources",
+    "PerLayer": "sources",
     "Reconstruction": "reconstruction",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
+    "merge": "merging",
     "patch": "patching",
     "prepare": "attention",
     "reconstruct": "reconstruction",
@@ -41,16 +48,21 @@ _HOMES = {
 
 __all__ = [
     "BlockLayout",
+    "CoarseGraph",
+    "CoarseLayout",
     "Core",
     "CovisibilityGraph",
     "MegaLoc",
     "MegaLocSimilarity",
     "Patch",
     "PatchReport",
+    "PatchSimilarity",
+    "PerLayer",
     "Reconstruction",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
+    "merge",
     "patch",
     "prepare",
     "reconstruct",

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .coarse import CoarseLayout
 from .compiling import uncompiled
 from .layout import BlockLayout
+from .merging import merge
 from .streams import is_capturing
 
 LOG2_E = math.log2(math.e)
@@ -20,7 +22,7 @@ def block_sparse_attention(
     q: Tensor,  # [B, H, N, D]
     k: Tensor,  # [B, H, N', D]
     v: Tensor,  # [B, H, N', D]
-    layout: BlockLayout,
+    layout: BlockLayout | CoarseLayout,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -38,7 +40,8 @@ def block_sparse_attention(
         q: Queries `[B, H, N, D]`; any strides. float16, bfloat16 or float32, with the reference backend also float64.
         k: Keys `[B, H, N', D]`, same dtype and device; N' = N unless the layout is rectangular.
         v: Values `[B, H, N', D]`, likewise.
-        layout: Who sees whom, on the device of q.
+        layout: Who sees whom, on the device of q. A `CoarseLayout` also lets queries see frames at a stride of their
+            patches; its LSE then counts a key for as many as it stands for.
         scale: Factor on the scores, by default `D ** -0.5`. With ln 2, q.k comes in units of log2, which saves the
             hopper backend a multiplication for each in the forward pass of bfloat16 with the bounded softmax: worth it
             where q is computed anyway and can be multiplied by `D ** -0.5 * log2(e)` before it is rounded. The LSE
@@ -68,11 +71,35 @@ def block_sparse_attention(
     else:
         q, scale = _with_normal_scale(q, scale)
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    tables, backward_tables = _tables(layout, name, q.dtype, q.shape[-1], training)
-    need_lse = return_lse or (training and backends.load(name).TRAITS.saves_lse)
-    out, lse = torch.ops.svggt_kernels.attention(q, k, v, tables, backward_tables, float(scale), need_lse, name)
+    if isinstance(layout, CoarseLayout):
+        out, lse = _attend_to_parts(q, k, v, layout, scale, name)
+    else:
+        out, lse = _attend(q, k, v, layout, scale, return_lse, name)
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and the LSE if it is asked for."""
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    tables, backward_tables = _tables(layout, backend, q.dtype, q.shape[-1], training)
+    need_lse = return_lse or (training and backends.load(backend).TRAITS.saves_lse)
+    return torch.ops.svggt_kernels.attention(q, k, v, tables, backward_tables, float(scale), need_lse, backend)
+
+
+def _attend_to_parts(
+    q: Tensor, k: Tensor, v: Tensor, layout: CoarseLayout, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the LSE over the keys of all parts of a layout."""
+    if not torch.compiler.is_compiling():
+        layout.order.before_use(layout.device, layout.kept)
+    outs, lses = [], []
+    for part in layout.parts:
+        out, lse = _attend(q, part.packed(k), part.packed(v), part.layout, scale, True, backend)
+        outs.append(out)
+        lses.append(lse if part.weight == 1 else lse + part.added_score)
+    return merge(outs, lses)
 
 
 def _with_normal_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -100,7 +127,12 @@ def _with_normal_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def prepare(
-    layout: BlockLayout, dtype: torch.dtype, head_size: int, *, backend: str | None = None, training: bool = False
+    layout: BlockLayout | CoarseLayout,
+    dtype: torch.dtype,
+    head_size: int,
+    *,
+    backend: str | None = None,
+    training: bool = False,
 ) -> str:
     """Make the tables of a layout that a backend walks, and return the name of the backend.
 
@@ -117,21 +149,21 @@ def prepare(
         head_size: D.
         backend: As in `block_sparse_attention`.
         training: If True also make the tables of the backward pass; needed too where a CUDA graph captures the hopper
-            backend with `return_lse`, which has kernels of its own.
+            backend with `return_lse` or a `CoarseLayout`, whose parts need the LSE: that has kernels of its own.
 
     Raises:
         ValueError: If `backend` is unknown or cannot run such inputs.
         TypeError: If no backend can, or an argument is of another type.
     """
-    for name, value, kind in (
-        ("layout", layout, BlockLayout),
-        ("dtype", dtype, torch.dtype),
-        ("head_size", head_size, int),
-    ):
+    _require_layout(layout)
+    for name, value, kind in (("dtype", dtype, torch.dtype), ("head_size", head_size, int)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})")
     name = choose_backend(layout.device, dtype, head_size, backend)
-    _tables(layout, name, dtype, head_size, training)
+    if isinstance(layout, CoarseLayout):
+        layout.order.before_use(layout.device, layout.kept)
+    for each in [part.layout for part in layout.parts] if isinstance(layout, CoarseLayout) else [layout]:
+        _tables(each, name, dtype, head_size, training)
     return name
 
 
@@ -222,9 +254,15 @@ def _require_reverse_mode(*tensors: Tensor) -> None:
         )
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
-    if not isinstance(layout, BlockLayout):
-        raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}; build one with from_graph")
+def _require_layout(layout: object) -> None:
+    if not isinstance(layout, BlockLayout | CoarseLayout):
+        raise TypeError(
+            f"layout must be a BlockLayout or a CoarseLayout, got {type(layout).__name__}; build one with from_graph"
+        )
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout | CoarseLayout) -> None:
+    _require_layout(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .attention import block_sparse_attention
+from .coarse import CoarseLayout
 from .layout import BlockLayout
 from .proof import error_ratios_of
 
 
 def error_ratios(
-    layout: BlockLayout,
+    layout: BlockLayout | CoarseLayout,
     dtype: torch.dtype,
     *,
     scale: float | None = None,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def installed(package: str) -> str:
@@ -32,3 +37,13 @@ def optional(module: str, purpose: str, package: str, install: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(f"{purpose} needs {package}, which is not installed: pip install {install}") from error
+
+
+@functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and runs on a CUDA device: on NVIDIA's since Ampere; on AMD's none was tried."""
+    import torch
+
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

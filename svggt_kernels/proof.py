@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .coarse import CoarseLayout
 from .layout import BlockLayout
 
 BUDGET = 2.0
@@ -22,19 +23,18 @@ def plain_attention(
     q: Tensor,  # [B, H, N, D]
     k: Tensor,  # [B, H, N', D]
     v: Tensor,  # [B, H, N', D]
-    mask: Tensor,  # [N, N'] bool
+    mask: Tensor,  # [N, N'] bool or floating
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute masked attention by its formula, every step in the dtype of q; differentiable.
 
-    `scale` is `D ** -0.5` by default.
+    `scale` is `D ** -0.5` by default. A floating mask says how many keys each stands for, 0 where it is not seen.
 
     Returns:
         Output `[B, H, N, D]` and log-sum-exp `[B, H, N]`; 0 and -inf for a row that sees nothing.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
-    blind = ~mask.any(-1, keepdim=True)
+    scores = _scores(q, k, mask, scale)
+    blind = ~mask.bool().any(-1, keepdim=True)
     p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     return p @ v, scores.logsumexp(-1)
 
@@ -43,7 +43,7 @@ def plain_gradients(
     q: Tensor,  # [B, H, N, D]
     k: Tensor,  # [B, H, N', D]
     v: Tensor,  # [B, H, N', D]
-    mask: Tensor,  # [N, N'] bool
+    mask: Tensor,  # [N, N'] bool or floating, as in `plain_attention`
     grad_out: Tensor,  # [B, H, N, D]
     grad_lse: Tensor,  # [B, H, N]
     scale: float | None = None,
@@ -54,14 +54,22 @@ def plain_gradients(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = plain_attention(q, k, v, mask, scale)
-    p = torch.where(mask, torch.exp(q @ k.mT * scale - lse[..., None]), 0)
+    p = torch.where(mask.bool(), torch.exp(_scores(q, k, mask, scale) - lse[..., None]), 0)
     ds = p * (grad_out @ v.mT + (grad_lse - (grad_out * out).sum(-1))[..., None]) * scale
     return out, lse, ds @ k, ds.mT @ q, p.mT @ grad_out
 
 
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Return the scores, with log of what each key stands for added, -inf where it is not seen."""
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask.log().to(scores.dtype)
+
+
 def error_ratios_of(
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]],
-    layout: BlockLayout,
+    layout: BlockLayout | CoarseLayout,
     dtype: torch.dtype,
     *,
     head_size: int,
@@ -93,9 +101,10 @@ def error_ratios_of(
     inputs = _inputs(layout, dtype, head_size, batch, heads, seed)
     # Without float64 there, the rest happens on the CPU.
     device = torch.device("cpu") if layout.device.type == "mps" else layout.device
-    mask = layout.to(device).to_dense()
+    on_device = layout.to(device)
+    mask = on_device.to_weights() if isinstance(on_device, CoarseLayout) else on_device.to_dense()
     # A row that sees nothing has LSE -inf, which has no gradient.
-    inputs[4].masked_fill_(~mask.any(-1).to(layout.device), 0)
+    inputs[4].masked_fill_(~mask.bool().any(-1).to(layout.device), 0)
 
     results = [x.detach().to(device) for x in attend(*inputs)]
     q, k, v, grad_out, grad_lse = (x.to(device) for x in inputs)
@@ -140,7 +149,7 @@ def within_budget(ratios: dict[str, float]) -> bool:
 
 
 def _inputs(
-    layout: BlockLayout, dtype: torch.dtype, head_size: int, batch: int, heads: int, seed: int
+    layout: BlockLayout | CoarseLayout, dtype: torch.dtype, head_size: int, batch: int, heads: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -161,7 +170,7 @@ def _cancellation(
 ) -> dict[str, float]:
     """Return one float32 rounding of the terms that cancel in the gradients of q and k, p (dO.v) and p (dO.out)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    p = torch.where(mask, torch.exp(q @ k.mT * scale - lse[..., None]), 0.0)
+    p = torch.where(mask.bool(), torch.exp(_scores(q, k, mask, scale) - lse[..., None]), 0.0)
     terms = p * ((grad_out @ v.mT).abs() + (grad_out * out).abs().sum(-1, keepdim=True)) * abs(scale)
     epsilon = torch.finfo(torch.float32).eps
     return {"grad q": epsilon * _rms(terms @ k.abs()), "grad k": epsilon * _rms(terms.mT @ q.abs())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from svggt_kernels import BlockLayout, CovisibilityGraph
+from svggt_kernels import BlockLayout, CoarseGraph, CoarseLayout, CovisibilityGraph
 
 
 def random_layout(seed: int, *, max_frames: int = 5, max_tokens: int = 140, device: str = "cpu") -> BlockLayout:
@@ -36,4 +36,30 @@ def random_layout(seed: int, *, max_frames: int = 5, max_tokens: int = 140, devi
         dense_special=dense_special and not graph.is_causal(),
         trailing_tokens=draw(0, 2) * draw(0, 1),
         key_tokens_per_frame=lengths(key_frames) if rectangular else None,
+    )
+
+
+def random_coarse_layout(seed: int, *, max_frames: int = 5, max_side: int = 9, device: str = "cpu") -> CoarseLayout:
+    """Draw a grid of patches, a stride, special and trailing tokens, and two graphs that may meet, one with a core."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    frames, stride = draw(2, max_frames), draw(1, 5)
+    some = torch.rand(frames, frames, generator=generator) < draw(1, 10) / 10
+    some[0, 1] = True
+    coarse = CovisibilityGraph.from_dense(some, square=True)
+    if draw(0, 1):
+        full = CovisibilityGraph.core(frames, torch.randperm(frames, generator=generator)[: draw(1, frames)])
+    else:
+        full = CovisibilityGraph.from_dense(torch.rand(frames, frames, generator=generator) < 0.3, square=True)
+    full_is_all = bool((full.to_dense() | ~coarse.to_dense()).all())
+    if full_is_all:  # nothing would be left that is seen coarsely
+        full = CovisibilityGraph.sequential(frames, 0)
+    return CoarseLayout.from_graph(
+        CoarseGraph.from_graphs(full.to(device), coarse.to(device), stride=stride),
+        (draw(1, max_side), draw(1, max_side)),
+        special_tokens=(draw(0, 3) * draw(0, 1), draw(0, 2) * draw(0, 1)),
+        trailing_tokens=draw(0, 2) * draw(0, 1),
     )

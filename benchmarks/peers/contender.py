@@ -31,6 +31,7 @@ class Contender:
         variant_of: What the results call it, where that is not its name.
         choices: `choices(dtype)` returns which "softmax" and "gradients" it computes, where its backend has several;
             called inside `chosen()`.
+        strides: Whether it can let frames be seen at a stride of their patch grid.
         context: `context()` makes its choice among what its backend has; whoever runs it, forward or backward, does so
             inside `chosen()`, which enters it.
     """
@@ -43,7 +44,14 @@ class Contender:
     lse: Callable[[Case, Tensor, Tensor, Tensor], Tensor] | None = None
     variant_of: str | None = None
     choices: Callable[[torch.dtype], Mapping[str, str]] = lambda dtype: {}
+    strides: bool = False
     context: Callable[[], AbstractContextManager[None]] | None = None
+
+    def obstacle(self, case: Case, q: Tensor) -> str | None:
+        """Return why it cannot run a case, or None if it can."""
+        if case.stride and not self.strides:
+            return "it has no frames that are seen at a stride"
+        return self.unsupported(case, q)
 
     def labels(self, dtype: torch.dtype, direction: str) -> dict[str, str | None]:
         """Return what the results say about it: `backend`, and `softmax` and `gradients` where its backend has several.

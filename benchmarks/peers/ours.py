@@ -37,7 +37,9 @@ def backend(name: str) -> Contender:
         return block_sparse_attention(q, k, v, layout, scale=case.scale, backend=kernels.NAME, return_lse=True)[1]
 
     about = f"svggt_kernels, backend {kernels.NAME}"
-    contender = Contender(kernels.NAME, about, unsupported, prepare, lse=lse, choices=kernels.TRAITS.choices)
+    contender = Contender(
+        kernels.NAME, about, unsupported, prepare, lse=lse, strides=True, choices=kernels.TRAITS.choices
+    )
     return _varied(contender, variant, kernels.TRAITS.variants[variant]) if variant else contender
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svggt_kernels.demo.scenes import Draws
 
+from ..layouts import Known
 from .curriculum import draw_batch, vary_exposure
 from .truth import Truth
 
@@ -25,11 +26,13 @@ class Batch:
         images: `[B, S, 3, H, W]` in [0, 1].
         truth: Of the same scenes.
         draws: Random numbers for the loss.
+        known: What a layout may know of the scenes.
     """
 
     images: Tensor
     truth: Truth
     draws: Draws
+    known: Known
 
 
 class Batches:
@@ -38,22 +41,28 @@ class Batches:
     Args:
         seed: Of all batches.
         frames: Frames of a batch.
-        longest: Frames of a scene at most.
+        lengths: Frames of a scene at least and at most.
         size: Height and width in pixels.
         patch_size: Of the model.
         device: Where the batches are.
     """
 
     def __init__(
-        self, seed: int, frames: int, longest: int, size: tuple[int, int], patch_size: int, device: torch.device
+        self,
+        seed: int,
+        frames: int,
+        lengths: tuple[int, int],
+        size: tuple[int, int],
+        patch_size: int,
+        device: torch.device,
     ) -> None:
-        self.seed, self.frames, self.longest = seed, frames, longest
+        self.seed, self.frames, self.lengths = seed, frames, lengths
         self.size, self.patch_size, self.device = size, patch_size, device
         self._thread = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[Batch]] | None = None
 
     def draw(self, step: int, share: float) -> Batch:
-        """Return the batch of a step, which is a share of the training away from its start."""
+        """Return the batch of a step, at a share of the curriculum."""
         if self._ahead is not None and self._ahead[0] == step:
             return self._ahead[1].result()
         return self._draw(step, share)
@@ -64,6 +73,8 @@ class Batches:
 
     def _draw(self, step: int, share: float) -> Batch:
         host = random.Random(f"{self.seed} {step}")
-        draws = Draws(self.seed * STEPS_OF_A_SEED + step, self.device)
-        scenes = draw_batch(share, self.frames, self.longest, self.size, host, draws)
-        return Batch(vary_exposure(scenes.images, draws), Truth.of(scenes, self.patch_size), draws)
+        seed = self.seed * STEPS_OF_A_SEED + step
+        draws = Draws(seed, self.device)
+        scenes = draw_batch(share, self.frames, self.lengths, self.size, host, draws)
+        images = vary_exposure(scenes.images, draws)
+        return Batch(images, Truth.of(scenes, self.patch_size), draws, Known(scenes, seed))

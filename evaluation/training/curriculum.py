@@ -38,14 +38,19 @@ STAGES = (
 
 
 def draw_batch(
-    progress: float, frames: int, longest: int, size: tuple[int, int], host: random.Random, draws: Draws
+    progress: float,
+    frames: int,
+    between: tuple[int, int],
+    size: tuple[int, int],
+    host: random.Random,
+    draws: Draws,
 ) -> Scenes:
     """Draw the scenes of a training step, all of one length.
 
     Args:
         progress: Share of the training that is done.
         frames: Frames of all scenes together; lengths that do not divide it are left out.
-        longest: Frames of a scene at most.
+        between: Frames of a scene at least and at most.
         size: Height and width in pixels.
         host: Random numbers for what decides shapes.
         draws: Random numbers for the scenes.
@@ -54,9 +59,18 @@ def draw_batch(
         ValueError: If no length of the stage fits.
     """
     stage = next(stage for stage in STAGES if progress <= stage.until or stage is STAGES[-1])
-    lengths = {length: weight for length, weight in stage.lengths.items() if length <= longest and frames % length == 0}
+    shortest, longest = between
+    lengths = {
+        length: weight
+        for length, weight in stage.lengths.items()
+        if shortest <= length <= longest and frames % length == 0
+    }
     if not lengths:
-        raise ValueError(f"no length of {', '.join(map(str, stage.lengths))} is at most {longest} and divides {frames}")
+        raise ValueError(
+            f"a scene has {', '.join(map(str, stage.lengths))} frames in this part of a training, and none of these is "
+            f"from {shortest} to {longest} and divides the {frames} frames of a step; change --shortest, --longest or "
+            "--frames"
+        )
     (length,) = host.choices(list(lengths), list(lengths.values()))
     (rooms,) = host.choices(list(stage.rooms), list(stage.rooms.values()))
     return make_scenes(

@@ -10,6 +10,8 @@ WARM_UP_STEPS = 300
 WARM_UP_SHARE = 0.02
 CONSTANT_UNTIL = 0.4
 MATCH_FADES = (0.5, 0.75)
+TUNING_RATE = 0.2
+TUNING_WARM_UP_STEPS = 100
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Progress:
         step: Steps done.
         frames: Frames seen.
         elapsed: Seconds of earlier sessions.
-        begin: When this session began.
+        begin: When this session began; see `begin_session`.
     """
 
     seconds: float | None
@@ -35,6 +37,10 @@ class Progress:
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
             raise ValueError(f"a training takes seconds or steps, got seconds={self.seconds} and steps={self.steps}")
+
+    def begin_session(self) -> None:
+        """Begin the session now: what came before does not count."""
+        self.begin = time.monotonic()
 
     def session(self) -> float:
         """Return the seconds of this session."""
@@ -64,6 +70,14 @@ def rate_factor(share: float, step: int, warm_up_steps: int = WARM_UP_STEPS) -> 
         return warm
     rest = min(1.0, (share - CONSTANT_UNTIL) / (1 - CONSTANT_UNTIL))
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * rest)))
+
+
+def tuning_factor(share: float, step: int) -> float:
+    """Return the same for weights that are trained already: a small share of the rates, which falls to 0 by a line.
+
+    The further heads of the training begin at random, and what they teach at first means little: hence a warm-up.
+    """
+    return TUNING_RATE * min(1.0, (step + 1) / TUNING_WARM_UP_STEPS) * max(0.0, 1 - share)
 
 
 def match_factor(share: float) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 from svggt_kernels.demo.scenes import Draws, Scenes
 from svggt_kernels.measure.accuracy import Interval, mean_interval
 
+from ..layouts import Known, Layout
 from ..measuring import SceneSet, metrics_of, predict
 
 FIRST_SEED = 10_000_019
@@ -45,8 +46,9 @@ def validate(
     scenes: int,
     device: torch.device,
     size: tuple[int, int],
+    layout: Layout,
 ) -> Results:
-    """Return the metrics of a model on sets of scenes, each a mean over scenes with its interval.
+    """Return the metrics of a model with a layout on sets of scenes, each a mean over scenes with its interval.
 
     Args:
         model: A model with VGGT's outputs, in eval mode, on `device`.
@@ -54,11 +56,15 @@ def validate(
         scenes: Scenes of each set.
         device: Where scenes are drawn; another kind of device draws other scenes.
         size: Height and width in pixels.
+        layout: By what the model attends.
     """
     results: Results = {}
     for chosen in sets:
-        parts = _parts(chosen, scenes, device, size)
-        rows = [row for part in parts for row in metrics_of(predict(model, part.images), part)]
+        rows = []
+        for seed, part in enumerate(_parts(chosen, scenes, device, size)):
+            for known in Known(part, seed).each:
+                with layout.put_into(model, known):
+                    rows += metrics_of(predict(model, known.scenes.images), known.scenes)
         results[chosen.name] = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
     return results
 

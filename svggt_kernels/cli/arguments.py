@@ -9,13 +9,13 @@ from pathlib import Path
 from .values import above_zero, natural, positive
 
 MODELS = ("toy", "da3-small", "vggt", "pi3")
-COVISIBILITY = ("core", "megaloc", "tokens", "thumbnails", "sequential", "all")
-COMPARING = ("megaloc", "tokens", "thumbnails")
+COVISIBILITY = ("core", "patches", "megaloc", "tokens", "thumbnails", "sequential", "all")
+COMPARING = ("megaloc", "patches", "tokens", "thumbnails")
 SEQUENTIAL_WINDOW = 10
 NEIGHBOURS = 10
-DEFAULT_GRAPH, CORE_SIZE = "core", 48
-SWEPT_CORES = (16, 32, 48, 64)
-DEMO_FRAMES, DEMO_CORE = 192, 48
+DEFAULT_GRAPH, CORE_SIZE = "core", 52
+SWEPT_CORES = (16, 32, 52, 64)
+DEMO_FRAMES = 192
 FPS = 2.0
 MCP_PORT = 8000
 FORMATS = ("colmap", "colmap-text", "nerfstudio", "ply", "glb", "tum", "depth", "depth-npy")
@@ -86,7 +86,8 @@ def add_graph(parser: argparse.ArgumentParser) -> None:
         "--covisibility",
         choices=COVISIBILITY,
         help="how to tell which frames see each other. core: all see a few frames that represent all, chosen by "
-        "MegaLoc; megaloc: similar images by MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
+        "MegaLoc; patches: the same, chosen by patches of the model, without other weights; megaloc: similar images by "
+        "MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
         "small, crude but without any weights; sequential: neighbours in the order of the names, for video; all: every "
         "frame sees every other (default: core)",
     )
@@ -101,9 +102,9 @@ def add_graph(parser: argparse.ArgumentParser) -> None:
         "--core",
         type=positive,
         metavar="K",
-        help="let each frame see itself and a core of K frames in place of neighbours: those that differ most by what "
-        "--covisibility compares, with sequential those at equal distances; frames of the core see the core alone "
-        f"(default with core: {CORE_SIZE})",
+        help="let each frame see itself and a core of K frames in place of neighbours: those that resemble most others "
+        "by what --covisibility compares, with sequential those at equal distances; frames of the core see the core "
+        f"alone (default with core and patches: {CORE_SIZE})",
     )
     parser.add_argument(
         "--window",

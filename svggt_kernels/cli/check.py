@@ -12,7 +12,8 @@ import torch
 
 from .. import backends
 from ..backend_errors import error_ratios
-from ..graph import CovisibilityGraph
+from ..coarse import CoarseLayout
+from ..graph import CoarseGraph, CovisibilityGraph
 from ..layout import BlockLayout
 from ..measure.machine import DTYPES, backend_answers, by_reason, device_name, dtype_name, versions
 from ..proof import BUDGET, QUANTITIES, within_budget
@@ -100,7 +101,7 @@ def report_for_issue(
     }
 
 
-def layouts() -> dict[str, BlockLayout]:
+def layouts() -> dict[str, BlockLayout | CoarseLayout]:
     """Return small layouts, on the CPU, that differ in everything a layout can differ in."""
     generator = torch.Generator().manual_seed(0)
     some = CovisibilityGraph.from_dense(torch.rand(7, 7, generator=generator) < 0.3, square=True)
@@ -114,6 +115,7 @@ def layouts() -> dict[str, BlockLayout]:
         "full": BlockLayout.from_graph(CovisibilityGraph.all_visible(4), 50),
         "alone": BlockLayout.from_graph(CovisibilityGraph.sequential(4, 0), 50),
         "rectangular": BlockLayout.from_graph(wide, 36),
+        "coarse": CoarseLayout.from_graph(CoarseGraph.core(7, [0, 4], [2, 5], stride=3), (6, 7), special_tokens=3),
     }
 
 

@@ -16,7 +16,7 @@ from ..measure.machine import device_name
 from ..measure.pictures import Cameras, draw_depths, draw_floor_plan, require_matplotlib
 from ..measure.wording import count, mebibytes, milliseconds, percent, times
 from ..models.loading import LoadedModel
-from ..sources import TokenSimilarity
+from ..sources import PatchSimilarity
 from .device import pick_device
 from .errors import refusals
 from .files import write_files
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     frames = arguments.frames
     with stage(f"rendering {count(frames, 'frame')}"):
         scene = make_scenes(1, frames, Draws(SEED), rooms=ROOMS, difficulty=DIFFICULTY, size=SIZE)
-    layouts = layouts_named(("dense", f"core-{min(arguments.core, frames)}", "nearest-10"), TokenSimilarity)
+    layouts = layouts_named(("dense", f"core-{min(arguments.core, frames)}-covering", "nearest-10"), PatchSimilarity)
     truth = Reference(scene.poses[0].cpu(), scene.depth[0].cpu())
     with refusals():
         outcomes = run_layouts(model, scene.images[0].to(device), layouts, truth, stage=stage)

@@ -21,7 +21,7 @@ from ..measure.truth import read_pairs
 from ..measure.wording import count, percent, times
 from ..models import RUNNABLE
 from ..patching import patch
-from ..sources import SOURCES, Scene, Source, graph_bytes, hloc_pairs
+from ..sources import Scene, Source, graph_bytes, hloc_pairs
 from .arguments import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
 from .device import pick_device
 from .errors import CommandError, refusals
@@ -29,14 +29,14 @@ from .files import write_files
 from .footage import Footage
 from .models import load_model
 from .options import source
+from .parser import READ_BY_IN_LAYOUT
 from .results import against_truth, as_json
 from .text import stage
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
-    word = arguments.covisibility
-    kind = RUNNABLE[arguments.model or "toy"] if arguments.graph is None and SOURCES[word].needs == "tokens" else None
+    kind = RUNNABLE[arguments.model or "toy"] if arguments.covisibility in READ_BY_IN_LAYOUT["--model"] else None
     if not arguments.json:
         with refusals():
             require_matplotlib()
@@ -140,6 +140,7 @@ def _from_photos(arguments: argparse.Namespace, frames: Tensor, covisibility: So
     scene = Scene(len(frames), images=frames, reference_frame=0, progress=sys.stderr.isatty())
     with refusals(), stage(covisibility.label):
         graph = covisibility.graph(scene).to("cpu")
+    assert isinstance(graph, CovisibilityGraph)  # no word on the command line makes another
     patch_size = arguments.patch_size or PATCH_SIZE
     patches = (frames.shape[-2] // patch_size) * (frames.shape[-1] // patch_size)
     special = SPECIAL_TOKENS if arguments.special_tokens is None else arguments.special_tokens
@@ -159,4 +160,5 @@ def _from_model(
     note = None
     if model.warning:
         note = f"The model {model.name} has not learned from photos, so its tokens are a poor guide to who sees whom."
+    assert isinstance(graph, CovisibilityGraph) and isinstance(inside, BlockLayout)  # as above
     return BlockLayout(graph, inside.queries, inside.keys).to("cpu"), note

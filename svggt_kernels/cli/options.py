@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..sources import GraphFile, MegaLoc, Similarity, Source
+from ..sources import GraphFile, MegaLoc, PatchSimilarity, Similarity, Source
 from ..sources.megaloc.weights import PUBLISHED
 from ..sources.named import named_similarity, named_source
 from .device import pick_device
@@ -36,7 +36,7 @@ def source(arguments: argparse.Namespace, photos: Sequence[Path] | None) -> Sour
     return named_source(arguments.covisibility, **given, megaloc=partial(_megaloc, arguments))
 
 
-def similarity(arguments: argparse.Namespace) -> Similarity:
+def similarity(arguments: argparse.Namespace) -> Similarity | PatchSimilarity:
     """Return the similarity that `--covisibility` names, with MegaLoc's weights loaded if needed.
 
     Raises:

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..packages import installed
 from .arguments import (
     COMPARING,
+    CORE_SIZE,
     DEFAULT_GRAPH,
-    DEMO_CORE,
     DEMO_FRAMES,
     DOUBTED,
     EXPORTED,
@@ -47,14 +47,14 @@ READ_BY = {
     "--neighbours": ("megaloc", "tokens", "thumbnails"),
     "--window": ("megaloc", "tokens", "thumbnails", "sequential"),
     "--megaloc": ("core", "megaloc"),
-    "--core": ("core", "megaloc", "tokens", "thumbnails", "sequential"),
+    "--core": ("core", "patches", "megaloc", "tokens", "thumbnails", "sequential"),
 }
 READ_BY_IN_SWEEP = {"--megaloc": ("megaloc",)}
 READ_BY_IN_LAYOUT = {
     **READ_BY,
-    "--model": ("tokens",),
-    "--weights": ("tokens",),
-    "--device": ("core", "megaloc", "tokens"),
+    "--model": ("patches", "tokens"),
+    "--weights": ("patches", "tokens"),
+    "--device": ("core", "patches", "megaloc", "tokens"),
     "--patch-size": ("core", "megaloc", "thumbnails", "sequential", "all", BESIDE_A_GRAPH),
     "--special-tokens": ("core", "megaloc", "thumbnails", "sequential", "all", BESIDE_A_GRAPH),
 }
@@ -168,7 +168,9 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
     )
     add_photos(parser, videos=True)
     add_graph(parser)
-    parser.add_argument("--model", choices=MODELS, help="whose tokens --covisibility tokens takes (default: toy)")
+    parser.add_argument(
+        "--model", choices=MODELS, help="whose tokens --covisibility patches and tokens take (default: toy)"
+    )
     parser.add_argument(
         "--weights",
         metavar="FILE",
@@ -337,16 +339,16 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="NAME",
         help="core-K, core-K-covering, core-K-evenly (a core of K frames far apart, resembling many, or at equal "
-        f"distances) and nearest-K (the K most similar frames) (default: cores of {', '.join(map(str, SWEPT_CORES))} "
-        f"as far as there are more photos, one evenly, and nearest-{NEIGHBOURS})",
+        f"distances) and nearest-K (the K most similar frames) (default: covering ones of "
+        f"{', '.join(map(str, SWEPT_CORES))} as far as there are more photos, one evenly, and nearest-{NEIGHBOURS})",
     )
     add_truth(parser, "compare with dense")
     parser.add_argument(
         "--covisibility",
         choices=COMPARING,
         default="megaloc",
-        help="what frames are compared by, to choose cores and neighbours: MegaLoc, tokens of the model, or thumbnails "
-        "(default: megaloc)",
+        help="what frames are compared by, to choose cores and neighbours: MegaLoc, patches of the model (for cores "
+        "alone: neighbours then by its tokens), the mean of its tokens, or thumbnails (default: megaloc)",
     )
     add_megaloc(parser)
     add_run(parser)
@@ -366,7 +368,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--frames", type=positive, default=DEMO_FRAMES, metavar="S", help=f"frames of the walk (default: {DEMO_FRAMES})"
     )
     parser.add_argument(
-        "--core", type=positive, default=DEMO_CORE, metavar="K", help=f"frames that all see (default: {DEMO_CORE})"
+        "--core", type=positive, default=CORE_SIZE, metavar="K", help=f"frames that all see (default: {CORE_SIZE})"
     )
     add_device(parser)
     add_output(parser, "demo-output", ["floor-plan.png", "depth.png", "report.json"])

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MAX_EDGES = 2**31 - 1
+
 
 def integer(name: str, value: int, least: int, most: int | None = None) -> int:
     """Return an argument as an int.
@@ -134,3 +136,9 @@ def _pairs_to_array(pairs: list[Sequence[int]]) -> np.ndarray:
         return np.array(pairs, dtype=np.int64)
     except OverflowError:
         raise ValueError("pairs hold an integer beyond 64 bits; frames are counted from 0") from None
+
+
+def check_edge_count(edges: int) -> None:
+    """Raise ValueError if a graph cannot hold so many edges."""
+    if edges > MAX_EDGES:
+        raise ValueError(f"a graph holds at most {MAX_EDGES} edges (int32 offsets), got {edges}; make it sparser")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,47 +11,48 @@ from torch import Tensor
 
 from .arguments import descriptors_tensor, first_true, frames_tensor, integer
 from .neighbours import FrameSimilarity
+from .pair_scores import PairScores
 
 CHUNK = 2048
-Choice = Literal["farthest", "covering"]
+Choice = Literal["covering", "farthest"]
 
 
 def choose_core(
-    descriptors: Tensor | np.ndarray,  # [S, C] floating point
+    compared: Tensor | np.ndarray | PairScores,  # [S, C] floating point
     size: int,
     *,
-    choice: Choice = "farthest",
+    choice: Choice = "covering",
     first: int = 0,
 ) -> Tensor:
-    """Choose frames that represent all, one after another, from one descriptor per frame.
+    """Choose frames that represent all, one after another.
 
     Args:
-        descriptors: `[S, C]` floating point, none of them zero.
+        compared: A descriptor of each frame, `[S, C]` floating point, none of them zero; their similarity is the
+            cosine. Or the similarity of each pair of frames.
         size: Frames to choose; S or more choose all.
-        choice: "farthest": the frame least similar to all that are chosen (farthest-point sampling, Gonzalez 1985);
-            "covering": the frame that most raises the sum over all frames of the similarity to the most similar
-            chosen one (facility location, greedily: Nemhauser et al. 1978), which takes no frame that nobody resembles.
+        choice: "covering": the frame that most raises the sum over all frames of the similarity to the most similar
+            chosen one (facility location, greedily: Nemhauser et al. 1978), which takes no frame that nobody resembles;
+            "farthest": the frame least similar to all that are chosen (farthest-point sampling, Gonzalez 1985).
         first: The frame chosen first.
 
     Returns:
-        `[min(size, S)]` int64 in the order of choice, on the device of the descriptors.
+        `[min(size, S)]` int64 in the order of choice, on the device of what is compared.
 
     Raises:
         TypeError: If the descriptors are not floating point, or a count is not an integer.
         ValueError: If they are not `[S, C]`, hold NaN, infinity or a zero row, or an argument is out of range.
     """
-    if choice not in ("farthest", "covering"):
-        raise ValueError(f'choice must be "farthest" or "covering", got {choice!r}')
-    descriptors = descriptors_tensor(descriptors)
-    frames = len(descriptors)
+    if choice not in get_args(Choice):
+        raise ValueError(f'choice must be "covering" or "farthest", got {choice!r}')
+    scores, device = _pair_scores(compared)
+    frames = scores.num_frames
     size, first = min(integer("size", size, 1), frames), integer("first", first, 0, frames - 1)
-    similarity = FrameSimilarity.from_descriptors(descriptors, CHUNK)
-    chosen = similarity.farthest_points if choice == "farthest" else similarity.covering_points
-    return chosen(first, size).to(descriptors.device)
+    chosen = scores.farthest_points if choice == "farthest" else scores.covering_points
+    return chosen(first, size).to(device)
 
 
 def nearest_frames(
-    descriptors: Tensor | np.ndarray,  # [S, C] floating point
+    compared: Tensor | np.ndarray | PairScores,  # [S, C] floating point
     count: int,
 ) -> Tensor:
     """Return the frames most similar to each frame, the most similar first, `[S, min(count, S - 1)]` int64.
@@ -60,9 +61,16 @@ def nearest_frames(
         TypeError: If the descriptors are not floating point.
         ValueError: If they are not `[S, C]`, or hold NaN, infinity or a zero row.
     """
-    descriptors = descriptors_tensor(descriptors)
-    similarity = FrameSimilarity.from_descriptors(descriptors, CHUNK)
-    return similarity.nearest(min(integer("count", count, 0), len(descriptors) - 1)).to(descriptors.device)
+    scores, device = _pair_scores(compared)
+    return scores.nearest(min(integer("count", count, 0), scores.num_frames - 1)).to(device)
+
+
+def _pair_scores(compared: Tensor | np.ndarray | PairScores) -> tuple[PairScores, torch.device]:
+    """Return how alike frames are, and the device of what is compared."""
+    if isinstance(compared, PairScores):
+        return compared, compared.device
+    descriptors = descriptors_tensor(compared)
+    return FrameSimilarity.from_descriptors(descriptors, CHUNK), descriptors.device
 
 
 def spread_evenly(num_frames: int, size: int) -> Tensor:

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import descriptors_tensor, first_true, frames_tensor, integer, moved, pairs_tensor
+from .arguments import check_edge_count, descriptors_tensor, first_true, frames_tensor, integer, moved, pairs_tensor
 from .connectivity import connected_components
 from .core import checked_core, core_edges
 from .descriptors import GraphOrigin, edges_from_descriptors
 from .summary import GraphSummary
-
-MAX_EDGES = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +69,7 @@ class CovisibilityGraph:
             raise ValueError(
                 f"indptr and indices must be on one device, got {self.indptr.device} and {self.indices.device}"
             )
-        _check_edge_count(self.indices.numel())
+        check_edge_count(self.indices.numel())
         arrays = {"indptr": self.indptr.contiguous(), "indices": self.indices.contiguous()}
         self.__dict__.update(arrays, num_frames=frames, num_key_frames=key_frames)
         if self.device.type == "cpu":
@@ -162,7 +160,7 @@ class CovisibilityGraph:
     def all_visible(cls, num_frames: int, num_key_frames: int | None = None) -> CovisibilityGraph:
         """Build the full graph, in which attention over the graph is dense attention."""
         num_frames, key_frames = _frame_counts(num_frames, num_key_frames)
-        _check_edge_count(num_frames * key_frames)
+        check_edge_count(num_frames * key_frames)
         indptr = torch.arange(num_frames + 1, dtype=torch.int32, device="cpu") * key_frames
         row = torch.arange(key_frames, dtype=torch.int32, device="cpu")
         return cls(indptr, row.repeat(num_frames), num_frames, key_frames)
@@ -285,7 +283,7 @@ class CovisibilityGraph:
     def _from_codes(cls, codes: Tensor, num_frames: int, num_key_frames: int) -> CovisibilityGraph:
         """Build the graph from edge codes i * num_key_frames + j (`[n]` int64) in any order, repeats allowed."""
         codes = torch.unique(codes)
-        _check_edge_count(codes.numel())
+        check_edge_count(codes.numel())
         row_starts = torch.arange(num_frames + 1, device=codes.device) * num_key_frames
         indptr = torch.searchsorted(codes, row_starts, out_int32=True)
         return cls(indptr, (codes % num_key_frames).to(torch.int32), num_frames, num_key_frames)
@@ -442,8 +440,3 @@ class CovisibilityGraph:
 def _frame_counts(num_frames: int, num_key_frames: int | None) -> tuple[int, int]:
     frames = integer("num_frames", num_frames, 1)
     return frames, frames if num_key_frames is None else integer("num_key_frames", num_key_frames, 1)
-
-
-def _check_edge_count(edges: int) -> None:
-    if edges > MAX_EDGES:
-        raise ValueError(f"a graph holds at most {MAX_EDGES} edges (int32 offsets), got {edges}; make it sparser")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .arguments import first_true
 from .connectivity import connected_components
+from .pair_scores import COVER_BITS, PairScores
 
 FRACTION_BITS = 26  # a product of two unit vectors is at most 2^52, which float64 holds exactly
 ROUNDING_ROWS = 1024
-COVER_BITS = 20
 
 
 @dataclass(frozen=True, eq=False)
-class FrameSimilarity:
+class FrameSimilarity(PairScores):
     """Cosine similarity of frames, computed in tiles; a score is the cosine times 2^52.
 
     Args:
@@ -94,40 +94,15 @@ class FrameSimilarity:
                 _keep_largest(scores[rows], frames[rows], tile, column_start)
         return frames
 
-    def farthest_points(self, start: int, count: int) -> Tensor:
-        """Return `start` and then, `count - 1` times, the frame least similar to all before it, `[count]` int64."""
-        points = [start]
-        nearest = self.fixed_point.new_full((self.num_frames,), -torch.inf, dtype=torch.float64)
-        while len(points) < count:
-            point = self.fixed_point[points[-1]].to(torch.float64)
-            parts = [part.to(torch.float64) @ point for part in self.fixed_point.split(ROUNDING_ROWS)]
-            nearest = torch.maximum(nearest, torch.cat(parts))
-            nearest[points[-1]] = torch.inf
-            points.append(int(nearest.argmin()))
-        return torch.tensor(points[:count], dtype=torch.int64, device=self.device)
+    def row(self, frame: int) -> Tensor:
+        """See `PairScores`."""
+        point = self.fixed_point[frame].to(torch.float64)
+        return torch.cat([part.to(torch.float64) @ point for part in self.fixed_point.split(ROUNDING_ROWS)])
 
-    def covering_points(self, start: int, count: int) -> Tensor:
-        """Return `start` and then, `count - 1` times, the frame that adds most to the cover, `[count]` int64.
-
-        The cover is the sum over all frames of the score of the most similar point. Scores are rounded to 20 bits, so
-        that each sum is exact; of frames that add the same the first is taken. Memory is that of all S x S scores in
-        float32.
-        """
+    def rounded(self) -> Tensor:
+        """See `PairScores`."""
         points = self.fixed_point.to(torch.float64) * 2.0 ** (COVER_BITS / 2 - FRACTION_BITS)
-        scores = torch.cat([(part @ points.T).round_().float() for part in points.split(ROUNDING_ROWS)])
-        chosen, covered = [start], scores[:, start].clone()
-        # What a frame adds only falls as points are chosen, so that what it added before is a bound (Minoux 1978).
-        parts = zip(scores.split(ROUNDING_ROWS), covered.split(ROUNDING_ROWS), strict=True)
-        bounds = sum((part - known[:, None]).clamp_(min=0).sum(dim=0, dtype=torch.float64) for part, known in parts)
-        while len(chosen) < count:
-            bounds[chosen] = -1
-            best = int(bounds.argmax())
-            gain = (scores[:, best] - covered).clamp_(min=0).sum(dtype=torch.float64)
-            if gain == bounds[best]:
-                chosen.append(best)
-                covered = torch.maximum(covered, scores[:, best])
-            bounds[best] = gain
-        return torch.tensor(chosen[:count], dtype=torch.int64, device=self.device)
+        return torch.cat([(part @ points.T).round_().float() for part in points.split(ROUNDING_ROWS)])
 
     def bridges(self, labels: Tensor) -> Tensor:
         """Return the maximum spanning tree over components, `[components - 1, 2]` int64.

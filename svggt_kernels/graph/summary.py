@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .connectivity import EXACT_DIAMETER_FRAMES, hop_diameter
 from .descriptors import REAL_NEIGHBOURS
@@ -31,7 +32,7 @@ class GraphSummary:
         edges: Visible (query frame, key frame) pairs.
         density: Edges over all such pairs.
         core: Frames of the core that all see; None if the graph has none.
-        components: Connected components, edges taken both ways; None for a rectangular graph.
+        components: Connected components, edges taken both ways, coarse ones too; None for a rectangular graph.
         hop_diameter: Hops between the two frames farthest apart in one component, edges taken both ways; None for a
             rectangular graph.
         hop_diameter_is_exact: False where `hop_diameter` is a lower bound (above 2000 frames).
@@ -43,6 +44,9 @@ class GraphSummary:
         lonely: Frames with fewer than 2 real neighbours: frames of which each is among the most similar of the other.
             None if the graph does not come from descriptors.
         warnings: What will cost time or accuracy, one sentence each.
+        coarse_frames: Frames that are seen coarsely too; None, as the next two, if there are no such.
+        coarse_edges: (query frame, key frame) pairs that are seen coarsely.
+        stride: The stride at which they are seen.
     """
 
     frames: int
@@ -59,20 +63,28 @@ class GraphSummary:
     bridges: int | None
     lonely: tuple[int, ...] | None
     warnings: tuple[str, ...]
+    coarse_frames: int | None = None
+    coarse_edges: int | None = None
+    stride: int | None = None
 
     @classmethod
-    def of(cls, graph: CovisibilityGraph) -> GraphSummary:
-        """Measure a graph, on the CPU; see `CovisibilityGraph.summary`."""
+    def of(cls, graph: CovisibilityGraph, also: CovisibilityGraph | None = None) -> GraphSummary:
+        """Measure a graph, on the CPU; see `CovisibilityGraph.summary`.
+
+        Args:
+            graph: The graph.
+            also: A graph over the same frames that holds it, whose other edges join frames too but are not counted.
+        """
         graph = graph.to("cpu")
+        joined = graph if also is None else also.to("cpu")
         frames, square, origin = graph.num_frames, graph.is_square, graph.origin
-        degrees = graph.indptr.diff().to(torch.int64)
+        degrees = _others_seen(graph)
         components = diameter = None
         core = None if graph.core_frames is None else len(graph.core_frames)
         if square:
-            degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=frames)
-            both_ways = graph.symmetrized()
-            components, diameter = graph.num_components, hop_diameter(both_ways.indptr, both_ways.indices)
-        blind = int((degrees == 0).sum())
+            both_ways = joined.symmetrized()
+            components, diameter = joined.num_components, hop_diameter(both_ways.indptr, both_ways.indices)
+        blind = int((_others_seen(joined) == 0).sum())
         bridges = None if origin is None else len(origin.bridges)
         lonely = () if origin is None else origin.lonely()
         useless = graph.density > USELESS_DENSITY and core != frames
@@ -117,8 +129,21 @@ class GraphSummary:
             f"other frames seen by a frame: {self.degree_min} to {self.degree_max}, median {self.degree_median:g}",
         ]
         if self.core is not None:
-            lines.append(f"a core of {self.core} frames, which all see and which see one another alone")
+            alone = "" if self.coarse_frames else " and which see one another alone"
+            lines.append(f"a core of {self.core} frames, which all see{alone}")
+        if self.coarse_frames:
+            lines.append(
+                f"coarsely: {self.coarse_frames} frames at stride {self.stride}, {self.coarse_edges} edges besides"
+            )
         if self.components is not None:
             bound = "" if self.hop_diameter_is_exact else "at least "
             lines.append(f"components: {self.components}, hop diameter: {bound}{self.hop_diameter}")
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+def _others_seen(graph: CovisibilityGraph) -> Tensor:
+    """Return how many frames each frame sees, itself not counted in a square graph, `[S]` int64."""
+    degrees = graph.indptr.diff().to(torch.int64)
+    if graph.is_square:
+        degrees -= torch.bincount(graph.indices[graph.rows == graph.indices], minlength=graph.num_frames)
+    return degrees

@@ -7,14 +7,13 @@ formulas in float32, the result rounded once.
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_HAS_TRITON = find_spec("triton") is not None
+from ..packages import runs_triton
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
@@ -187,7 +186,7 @@ def _rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 def set_up(device: torch.device) -> None:
     """Let Triton prepare itself to compile, once; it must not do so in several threads at a time."""
-    if _runs_triton(device):
+    if runs_triton(device):
         from . import ops_triton
 
         ops_triton.set_up()
@@ -203,13 +202,7 @@ def _kernels(x: Tensor) -> Any:
 
 
 def _by_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device)
-
-
-@functools.cache
-def _runs_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a CUDA device: on NVIDIA's since Ampere; on AMD's none was tried."""
-    return _HAS_TRITON and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return x.is_cuda and x.dtype != torch.float64 and runs_triton(x.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -39,7 +39,8 @@ __all__ = [
     "trajectory_error",
 ]
 
-DISTANCES_AT_ONCE = 2**20
+DISTANCES_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
+"""So that a CPU's cache holds them, and a GPU is busy; what is not named is as a CPU."""
 
 
 class PairErrors(NamedTuple):
@@ -153,10 +154,12 @@ def align(source: Tensor, target: Tensor) -> Similarity:
         raise ValueError(f"points must be [N, 3] and as many, got {list(source.shape)} and {list(target.shape)}")
     x, y = source.double(), target.double()
     mean_x, mean_y = x.mean(0), y.mean(0)
-    left, singular, right = torch.linalg.svd((y - mean_y).mT @ (x - mean_x) / len(x))
+    # What is left are a few numbers, which a CPU decomposes sooner than a GPU begins.
+    covariance = ((y - mean_y).mT @ (x - mean_x) / len(x)).cpu()
+    left, singular, right = torch.linalg.svd(covariance)
     sign = torch.ones_like(singular)
     sign[2] = torch.linalg.det(left).sign() * torch.linalg.det(right).sign()
-    rotation = left @ torch.diag(sign) @ right
+    rotation = (left @ torch.diag(sign) @ right).to(x.device)
     variance = float((x - mean_x).square().sum(1).mean())
     scale = float((singular * sign).sum()) / variance if variance > 0 else 1.0
     return Similarity(scale, rotation, mean_y - scale * rotation @ mean_x)
@@ -237,7 +240,7 @@ def depth_errors(predicted: Tensor, true: Tensor, *, alignment: Literal["median"
     truth, guess = true[known].double(), predicted[known].double()
     sound = (guess > 0) & guess.isfinite()
     ratio = truth[sound] / guess[sound]
-    scale = float(ratio.median()) if alignment == "median" and len(ratio) else 1.0
+    scale = float(_median(ratio)) if alignment == "median" and len(ratio) else 1.0
     relative = torch.where(sound, scale * guess / truth, torch.inf)
     return DepthErrors(
         absrel=float((relative - 1).abs().mean()),
@@ -382,14 +385,20 @@ def rotation_angle(rotation: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(sine, cosine))
 
 
+def _median(values: Tensor) -> Tensor:
+    """Return the lower median of `[N]` finite values; on CUDA, where one multiprocessor searches it, by sorting."""
+    return values.sort().values[(len(values) - 1) // 2] if values.is_cuda else values.median()
+
+
 def _nearest(points: Tensor, others: Tensor) -> Tensor:
     """Return the distance from each point to the nearest of the others, `[N]` float64.
 
-    |x - y|^2 = |x|^2 - 2 x y + |y|^2 as one product, some rows at a time, so that distances stay in the cache.
+    |x - y|^2 = |x|^2 - 2 x y + |y|^2 as one product, some rows at a time.
     """
     middle = others.mean(0)
     points, others = points - middle, others - middle
     rows = torch.cat([points.square().sum(1, keepdim=True), -2 * points, torch.ones_like(points[:, :1])], 1)
     columns = torch.cat([torch.ones_like(others[:, :1]), others, others.square().sum(1, keepdim=True)], 1).mT
-    block = max(64, DISTANCES_AT_ONCE // len(others))
+    at_once = DISTANCES_AT_ONCE.get(points.device.type, DISTANCES_AT_ONCE["cpu"])
+    block = max(64, at_once // len(others))
     return torch.cat([(part @ columns).amin(1) for part in rows.split(block)]).clamp(min=0).sqrt()

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import block_sparse_attention
-from ..graph import CovisibilityGraph
+from ..coarse import CoarseLayout
+from ..graph import CovisibilityGraph, united
 from ..layout import BlockLayout
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
@@ -165,7 +166,7 @@ class Outputs:
     Attributes:
         dense: Outputs of the model as it is, by name; None if it did not run.
         sparse: Outputs of the patched model.
-        graph: Who sees whom in the patched model, frames in the order given.
+        graph: Who sees whom in the patched model, in full or coarsely, frames in the order given.
     """
 
     dense: dict[str, Tensor] | None
@@ -223,7 +224,7 @@ def compare(
         attention=attention,
         deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
         rotation_degrees=camera_rotation(model.kind.cameras(dense), model.kind.cameras(sparse)),
-    ), Outputs(dense, sparse, twin.handle.graph)
+    ), Outputs(dense, sparse, united(twin.handle.graph))
 
 
 def run_sparse(
@@ -244,7 +245,9 @@ def run_sparse(
     with stage("sparse") as tell:
         [(outputs, cost)] = in_turn([twin.run], frames.device, repeats, tell)
     sparse = {name: output.cpu() for name, output in outputs.items()}
-    return SparseRun(**twin.facts(model, frames, described), sparse=cost), Outputs(None, sparse, twin.handle.graph)
+    return SparseRun(**twin.facts(model, frames, described), sparse=cost), Outputs(
+        None, sparse, united(twin.handle.graph)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +342,7 @@ class _AttentionShapes(TorchFunctionMode):
 
 def _attention_cost(
     call: tuple[tuple[int, ...], torch.dtype],
-    layout: BlockLayout,
+    layout: BlockLayout | CoarseLayout,
     autocast: torch.dtype | None,
     backend: str | None,
     repeats: int,

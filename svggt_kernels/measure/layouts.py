@@ -7,6 +7,8 @@
 | `core-K-covering` | the same, but the frames of the core resemble as many others as they can |
 | `core-K-evenly` | the same, but the frames of the core are spread over the order of the frames |
 | `nearest-K` | the K frames most like it, the reference frame, anchors, and all special tokens |
+
+Where cores are by patches of the model, which choose cores alone, neighbours are by its tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, CoarseGraph
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
-from ..sources import Core, Similarity, Source
+from ..sources import Core, PatchSimilarity, Similarity, Source, TokenSimilarity
 from .accuracy import align
 from .compare import Stage, silent
 from .cost import Cost, Meter
@@ -57,7 +59,7 @@ class Layout:
 DENSE = Layout("dense", "every frame sees every frame")
 
 
-def layouts_named(names: Sequence[str], similarity: Callable[[], Similarity]) -> list[Layout]:
+def layouts_named(names: Sequence[str], similarity: Callable[[], Similarity | PatchSimilarity]) -> list[Layout]:
     """Return the layouts of these names.
 
     Args:
@@ -76,10 +78,12 @@ def layouts_named(names: Sequence[str], similarity: Callable[[], Similarity]) ->
     return [DENSE if form is None else _layout(form, similarity) for form in forms]
 
 
-def _layout(form: re.Match[str], similarity: Callable[[], Similarity]) -> Layout:
+def _layout(form: re.Match[str], similarity: Callable[[], Similarity | PatchSimilarity]) -> Layout:
     source: Source
     if form["nearest"]:
-        source = replace(similarity(), neighbours=int(form["nearest"]))
+        compared = similarity()
+        neighbours = TokenSimilarity() if isinstance(compared, PatchSimilarity) else compared
+        source = replace(neighbours, neighbours=int(form["nearest"]))
         return Layout(form[0], f"every frame sees {source.label}", source)
     size, choice = int(form["core"]), form["choice"]
     if choice == "-evenly":
@@ -167,15 +171,16 @@ class Outcome:
     cost: Cost
     pairs: float
     backend: str | None
-    graph: CovisibilityGraph | None
+    graph: AnyGraph | None
     poses: Tensor
     depth: Tensor
     scores: dict[str, float]
 
     @property
     def core(self) -> list[int]:
-        """The frames that every frame sees, if not all frames do."""
-        return [] if self.graph is None else self.graph.to_dense().all(0).nonzero()[:, 0].tolist()
+        """The frames that every frame sees in full, if not all frames do."""
+        full = self.graph.full if isinstance(self.graph, CoarseGraph) else self.graph
+        return [] if full is None else full.to_dense().all(0).nonzero()[:, 0].tolist()
 
     @property
     def auc30(self) -> float:

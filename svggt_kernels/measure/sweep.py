@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..models.loading import LoadedModel
-from ..sources import Similarity
+from ..sources import PatchSimilarity, Similarity
 from ..sources.core import CORE_SIZE
 from .compare import Stage, silent
 from .cost import is_out_of_memory
 from .layouts import DENSE, Outcome, Reference, layouts_named, run_layouts
 from .wording import count, milliseconds, percent
 
-CORES = (16, 32, 48, 64)
+CORES = (16, 32, 52, 64)
 KEEPS_AUC, KEEPS_ABSREL = 0.95, 1.15
 LEAST_AUC = 0.1
 """Of dense against the truth; below, there is no accuracy to keep."""
@@ -116,16 +116,16 @@ def default_names(frames: int) -> list[str]:
     if not sizes:
         raise ValueError(
             f"the least core that a sweep tries has {CORES[0]} frames, so it needs more photos than that, got "
-            f"{frames}; give more, or --layouts with smaller cores, such as core-{max(1, frames // 3)}"
+            f"{frames}; give more, or --layouts with smaller cores, such as core-{max(1, frames // 3)}-covering"
         )
-    return [*(f"core-{size}" for size in sizes), f"core-{min(CORE_SIZE, sizes[-1])}-evenly", "nearest-10"]
+    return [*(f"core-{size}-covering" for size in sizes), f"core-{min(CORE_SIZE, sizes[-1])}-evenly", "nearest-10"]
 
 
 def sweep(
     model: LoadedModel,
     frames: Tensor,  # [S, 3, H, W]
     names: Sequence[str] | None,
-    similarity: Callable[[], Similarity],
+    similarity: Callable[[], Similarity | PatchSimilarity],
     truth: Reference | None = None,
     *,
     backend: str | None = None,

@@ -24,6 +24,7 @@ class ForwardInputs:
         tokens_per_frame: Tokens P of each frame, special ones included; None if the number of frames tells.
         special_tokens: The first R tokens of each frame, or (a, b) for the first a and the last b.
         trailing_tokens: Tokens after the last frame that belong to no frame.
+        patch_grid: Rows and columns of the patches of each frame, which lie row after row; None if that is not known.
     """
 
     images: Any
@@ -31,6 +32,7 @@ class ForwardInputs:
     tokens_per_frame: int | None = None
     special_tokens: int | tuple[int, int] = 0
     trailing_tokens: int = 0
+    patch_grid: tuple[int, int] | None = None
 
 
 def one_batch(
@@ -191,12 +193,13 @@ def inputs_from_images(
         raise TypeError(f"a patched model must be given images [B, S, 3, H, W] or [S, 3, H, W], got {description}")
     batch = images if images.dim() == 5 else images[None]
     height, width = images.shape[-2:]
-    patches = (height // patch_size) * (width // patch_size) if isinstance(patch_size, int) else None
+    grid = (height // patch_size, width // patch_size) if isinstance(patch_size, int) else None
     return ForwardInputs(
         images=batch,
         frames=batch.shape[1],
-        tokens_per_frame=None if patches is None else special_tokens + patches,
+        tokens_per_frame=None if grid is None else special_tokens + grid[0] * grid[1],
         special_tokens=special_tokens,
+        patch_grid=grid,
     )
 
 

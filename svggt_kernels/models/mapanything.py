@@ -26,12 +26,14 @@ def _read(module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
     views = argument(module, arguments, "model_input", "a MultiViewTransformerInput", _has_features)
     per_view, trailing = views.additional_input_tokens_per_view, views.additional_input_tokens
     last = 0 if per_view is None else per_view[0].shape[-1]
+    rows, columns = views.features[0].shape[-2:]
     return ForwardInputs(
         images=views.features,
         frames=len(views.features),
-        tokens_per_frame=views.features[0].shape[-2:].numel() + last,
+        tokens_per_frame=rows * columns + last,
         special_tokens=(0, last),
         trailing_tokens=0 if trailing is None else trailing.shape[-1],
+        patch_grid=(rows, columns),
     )
 
 

@@ -13,6 +13,7 @@ from ..inference import memory
 from ..inference.fused_forward import FusedForward, Outputs, Precision
 from ..models import find_model, stated_record
 from ..models.wrappers import each_once, named_modules
+from ..sources import PerLayer
 from .handle import Patch
 from .plan import Covisibility, Planner
 
@@ -20,7 +21,7 @@ from .plan import Covisibility, Planner
 def patch(
     model: nn.Module,
     *,
-    covisibility: Covisibility = "core",
+    covisibility: Covisibility | PerLayer = "core",
     special_tokens: Literal["dense", "masked"] | None = None,
     backend: str | None = None,
     fused: bool | None = None,
@@ -49,8 +50,10 @@ def patch(
     Args:
         model: The model, or any module that holds it.
         covisibility: Which frames see which:
-            "core", or a `Core` with other options: each sees itself and 48 frames that represent all, chosen by
-            MegaLoc's descriptors; up to 48 frames see everything;
+            "core", or a `Core` with other options: each sees itself and 52 frames that represent all, chosen by
+            MegaLoc's descriptors; up to 52 frames see everything;
+            "patches": the same, chosen by patches of the model itself, without other weights: what was measured to keep
+            a model best (docs/accuracy.md);
             "megaloc", or a `MegaLocSimilarity` with other options: the frames most like it by MegaLoc's descriptors;
             "tokens", or a `TokenSimilarity` with other options: likewise by the model's own tokens;
             "thumbnails", or a `ThumbnailSimilarity`: likewise by images made small, crude but without weights; these
@@ -58,7 +61,9 @@ def patch(
             "sequential": the 10 frames before and after, and the model's reference frame;
             "all": everything, which is dense attention;
             a `CovisibilityGraph` over the frames in the order of the images, or a list with one graph per sample;
+            a `CoarseGraph`, likewise, or a `Core` with `coarse`: some frames are seen at a stride of their patch grid;
             a function of the images `[B, S, 3, H, W]` that returns either;
+            `PerLayer`, with any of these for each global layer;
             any other `svggt_kernels.sources.Source` (docs/covisibility.md).
         special_tokens: "dense": camera, register and other special tokens see everything and are seen by everything;
             "masked": they are ordinary tokens of their frame. None: masked where the graph has a core, as they would
@@ -138,7 +143,10 @@ def patch(
             'use patch(model, special_tokens="masked"), or leave it out'
         )
     dense_special = False if record.causal else None if special_tokens is None else special_tokens == "dense"
-    planner = Planner(record, covisibility, dense_special)
+    frames_in_full = None
+    if memory_budget is not None:
+        frames_in_full = "no plan of memory_budget counts what that needs; leave memory_budget out"
+    planner = Planner(record, covisibility, dense_special, len(attention), frames_in_full)
     own = None
     if fused is not False:
         own = FusedForward(

@@ -16,14 +16,36 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..coarse import CoarseLayout
 from ..compiling import uncompiled
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs
 from .masks import CheckedMasks
 
 FORWARDS_KEPT = 16
 """Forwards that activation checkpointing can run again in their backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedLayers:
+    """What some global layers of one forward attend over.
+
+    Attributes:
+        layers: Their numbers, from 0, in the order in which the model runs them.
+        covisibility: How their graphs were made, in words.
+        graphs: Who sees whom, frames in the order of the images; one per sample or one for all.
+        layouts: The same over tokens, frames in the order of the model.
+    """
+
+    layers: tuple[int, ...]
+    covisibility: str
+    graphs: tuple[AnyGraph, ...]
+    layouts: tuple[BlockLayout | CoarseLayout, ...]
+
+    def over_graphs(self, of_layouts: list[int]) -> int:
+        """Return the sum over graphs of what is told for each layout; samples may share their graph or their layout."""
+        return sum(of_layouts) * len(self.graphs) // len(of_layouts)
 
 
 @dataclass(eq=False)
@@ -34,8 +56,7 @@ class Forward:
         inputs: What the record read from its arguments.
         recomputable: Whether gradients were on, so that checkpointing may run parts of it again.
         reorders: Whether the model reorders its frames inside.
-        graphs: Who sees whom, frames in the order of the images; one per sample or one for all.
-        layouts: The same over tokens, frames in the order of the model; empty until the first global attention.
+        planned: What its global layers attend over, those that agree together; empty until the first global attention.
         seconds: Time spent on each step towards both, on the host.
         answered: Calls answered, by module.
         dense: Names of modules that are not patched and read tokens of several frames.
@@ -45,7 +66,7 @@ class Forward:
         before: Some values of each frame's tokens before the model reordered its frames.
         after: The same values after.
         word_sums: Sums that tell the content of each sample's images, where a graph is kept for it.
-        masks: The masks of its attention that were checked.
+        masks: The masks of its attention that were checked, by the layouts that they were checked for.
         awaiting: Names of modules that ran without gradients though these were on: backward will run them again.
         nodes: Numbers of the autograd nodes made in it.
         caller: The thread and the backward that run it.
@@ -54,8 +75,7 @@ class Forward:
     inputs: ForwardInputs
     recomputable: bool = False
     reorders: bool = False
-    graphs: tuple[CovisibilityGraph, ...] = ()
-    layouts: tuple[BlockLayout, ...] = ()
+    planned: tuple[PlannedLayers, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     answered: Counter[str] = field(default_factory=Counter)
     dense: set[str] = field(default_factory=set)
@@ -65,7 +85,7 @@ class Forward:
     before: Tensor | None = None
     after: Tensor | None = None
     word_sums: list[Tensor] = field(default_factory=list)
-    masks: CheckedMasks = field(default_factory=dict)
+    masks: dict[PlannedLayers, CheckedMasks] = field(default_factory=dict)
     awaiting: set[str] = field(default_factory=set)
     nodes: range = range(0)
     caller: tuple[int, int] = (0, -1)
@@ -79,9 +99,14 @@ class Forward:
         """Whether so many sequences, of so many tokens each, hold several frames each."""
         return self.num_images is not None and sequences < self.num_images and tokens > self.tokens_per_frame
 
-    def over_graphs(self, of_layouts: list[int]) -> int:
-        """Return the sum over graphs of what is told for each layout; samples may share their graph or their layout."""
-        return sum(of_layouts) * len(self.graphs) // max(1, len(of_layouts))
+    @property
+    def layouts(self) -> tuple[BlockLayout | CoarseLayout, ...]:
+        """The layouts of all layers, each once."""
+        return tuple(layout for planned in self.planned for layout in planned.layouts)
+
+    def of_layer(self, layer: int) -> PlannedLayers:
+        """Return what a global layer attends over."""
+        return next(planned for planned in self.planned if layer in planned.layers)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

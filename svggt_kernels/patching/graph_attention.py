@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import block_sparse_attention, prepare
+from ..coarse import CoarseLayout
 from ..compiling import uncompiled
 from ..layout import BlockLayout
 from .forwards import Forward, Forwards
@@ -36,6 +37,7 @@ class GraphAttention:
         self, planner: Planner, forwards: Forwards, modules: Mapping[str, nn.Module], backend: str | None
     ) -> None:
         self.planner, self.forwards, self.modules, self.backend = planner, forwards, dict(modules), backend
+        self._layer_of = {name: layer for layer, name in enumerate(self.modules)}
         self.calls = 0
 
     def sites(self) -> Iterable[tuple[nn.Module, str, Around]]:
@@ -116,12 +118,13 @@ class GraphAttention:
             )
         running = self.forwards.running
         forward = running or self.forwards.recomputed(name)
-        if not forward.layouts:
+        if not forward.planned:
             self.planner.plan(forward, name, query, module_inputs)
             forward.inputs = replace(forward.inputs, images=None)
             with forward.step("tables"):
                 self._prepare(forward, query)
-        layouts = forward.layouts
+        planned = forward.of_layer(self._layer_of[name])
+        layouts = planned.layouts
         if query.shape[2] != layouts[0].num_tokens or len(layouts) not in (1, len(query)):
             raise ValueError(
                 f"{name} attends in {len(query)} samples of {query.shape[2]} tokens, but the first global attention of "
@@ -129,7 +132,7 @@ class GraphAttention:
                 "agree; turn off what merges tokens (FastVGGT, ToMe) and stochastic depth over samples"
             )
         if attn_mask is not None and running is not None:  # what runs again was checked in its first run
-            require_redundant(name, attn_mask, layouts, running.masks)
+            require_redundant(name, attn_mask, layouts, running.masks.setdefault(planned, {}))
         if len(layouts) == 1:
             out = self._run(query, key, value, layouts[0], scale)
         else:
@@ -151,7 +154,9 @@ class GraphAttention:
         for layout in forward.layouts:
             prepare(layout, dtype, query.shape[-1], backend=self.backend, training=training)
 
-    def _run(self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float | None) -> Tensor:
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout | CoarseLayout, scale: float | None
+    ) -> Tensor:
         out = block_sparse_attention(query, key, value, layout, scale=scale, backend=self.backend)
         assert isinstance(out, Tensor)
         return out

@@ -10,18 +10,19 @@ from torch import nn
 
 from .. import backends
 from ..attention import choose_backend
+from ..coarse import CoarseLayout
 from ..compiling import uncompiled
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph
 from ..inference.fused_forward import FusedForward
 from ..layout import BlockLayout
 from ..models import ForwardInputs
 from ..models.wrappers import arguments_of
-from .forwards import Forward, Forwards
+from .forwards import Forward, Forwards, PlannedLayers
 from .graph_attention import GraphAttention
 from .interception import StandIn
 from .parts import FrameOrder, Part, UnknownAttention
 from .plan import Planner
-from .report import PatchReport
+from .report import LayersReport, PatchReport
 
 
 class Patch:
@@ -117,22 +118,28 @@ class Patch:
             self._planner.forget()
 
     @property
-    def graphs(self) -> tuple[CovisibilityGraph, ...]:
+    def layers(self) -> tuple[PlannedLayers, ...]:
+        """What each global layer attended over in the last forward, in the order in which they run."""
+        forward = self._finished()
+        return tuple(forward.of_layer(layer) for layer in range(len(self.modules)))
+
+    @property
+    def graphs(self) -> tuple[AnyGraph, ...]:
         """The graphs of the last forward, frames in the order of the images: one per sample, or one for all."""
-        return self._finished().graphs
+        return self._of_all_layers().graphs
 
     @property
-    def layouts(self) -> tuple[BlockLayout, ...]:
+    def layouts(self) -> tuple[BlockLayout | CoarseLayout, ...]:
         """The layouts of the last forward, frames in the order of the model: one per sample, or one for all."""
-        return self._finished().layouts
+        return self._of_all_layers().layouts
 
     @property
-    def graph(self) -> CovisibilityGraph:
+    def graph(self) -> AnyGraph:
         """The graph of the last forward, if all samples had the same."""
         return _only(self.graphs, "graphs")
 
     @property
-    def layout(self) -> BlockLayout:
+    def layout(self) -> BlockLayout | CoarseLayout:
         """The layout of the last forward, if all samples had the same."""
         return _only(self.layouts, "layouts")
 
@@ -154,9 +161,7 @@ class Patch:
                 special_tokens=self._planner.special_tokens(forward.layouts),
                 calls_last_forward=sum(forward.answered.values()),
                 calls_total=self._attention.calls,
-                graphs=tuple(graph.summary() for graph in forward.graphs),
-                visible_pairs=forward.over_graphs([layout.visible_pairs for layout in forward.layouts]),
-                dense_pairs=forward.over_graphs([x.num_tokens * x.num_key_tokens for x in forward.layouts]),
+                layers=tuple(LayersReport.of(planned) for planned in forward.planned),
                 dense_modules=tuple(sorted(forward.dense)),
                 backend=chosen,
                 passed_over=passed_over,
@@ -184,6 +189,12 @@ class Patch:
                 "there is no graph or layout before the first forward of the patched model, nor after one that raised"
             )
         return self._last
+
+    def _of_all_layers(self) -> PlannedLayers:
+        planned = self._finished().planned
+        if len(planned) != 1:
+            raise ValueError("the global layers of the last forward had different graphs; use handle.layers")
+        return planned[0]
 
     @uncompiled(recursive=False)
     def _run_model(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..coarse import CoarseLayout
 from ..layout import BlockLayout
 
 PAIRS_AT_ONCE = 2**24
@@ -16,7 +17,9 @@ CheckedMasks = dict[tuple[Any, ...], Tensor]
 """Masks that were checked, each by what changes where another takes its memory or it is written to."""
 
 
-def require_redundant(name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, ...], checked: CheckedMasks) -> None:
+def require_redundant(
+    name: str, attn_mask: Tensor, layouts: tuple[BlockLayout | CoarseLayout, ...], checked: CheckedMasks
+) -> None:
     """Raise unless an attention mask leaves alone every pair of tokens that the layouts show; waits for the device.
 
     Args:
@@ -52,7 +55,7 @@ def require_redundant(name: str, attn_mask: Tensor, layouts: tuple[BlockLayout, 
         checked[key] = attn_mask
 
 
-def _hides(mask: Tensor, layout: BlockLayout) -> bool:
+def _hides(mask: Tensor, layout: BlockLayout | CoarseLayout) -> bool:
     """Whether a mask `[B or 1, H or 1, N or 1, N or 1]` hides or weighs a pair that the layout shows."""
     if mask.shape[-2] > 1 and mask.stride(-2) == 0:
         mask = mask[..., :1, :]

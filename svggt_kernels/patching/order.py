@@ -7,16 +7,16 @@ from collections import defaultdict, deque
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 
 Order = tuple[int, ...] | None
 """Which image lies at each place inside the model; None if it keeps the order of the images."""
 
 
 def in_order(
-    graph: CovisibilityGraph,
+    graph: AnyGraph,
     order: Order,
-) -> CovisibilityGraph:
+) -> AnyGraph:
     """Return the graph over frames in another order, in which place p holds frame `order[p]`.
 
     None stands for the order that the graph has, and returns the graph itself.
@@ -25,12 +25,25 @@ def in_order(
         return graph
     place = inverse(order)
     places = torch.tensor(place, device=graph.device)
+    if isinstance(graph, CoarseGraph):
+        full, coarse = _moved(graph.full, places, places), _moved(graph.coarse, places, None)
+        return CoarseGraph(full, coarse, places[graph.frames], graph.stride)
+    return _moved(graph, places, places)
+
+
+def _moved(
+    graph: CovisibilityGraph,
+    rows: Tensor,  # [S]
+    columns: Tensor | None,  # [Sk]
+) -> CovisibilityGraph:
+    """Return the graph with its rows, and its columns if they move, at other places."""
+    indices = graph.indices.long()
     moved = CovisibilityGraph.from_pairs(
         graph.num_frames,
-        torch.stack([places[graph.rows.long()], places[graph.indices.long()]], dim=1),
+        torch.stack([rows[graph.rows.long()], indices if columns is None else columns[indices]], dim=1),
         num_key_frames=graph.num_key_frames,
     )
-    return moved.with_core(None if graph.core_frames is None else places[graph.core_frames])
+    return moved.with_core(None if graph.core_frames is None else rows[graph.core_frames])
 
 
 def as_images_lie(
@@ -46,8 +59,17 @@ def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-def earlier_frames_only(graph: CovisibilityGraph) -> CovisibilityGraph:
-    """Return the graph without the edges from a frame to a later one."""
+def earlier_frames_only(graph: AnyGraph) -> CovisibilityGraph:
+    """Return the graph without the edges from a frame to a later one.
+
+    Raises:
+        ValueError: If frames are seen coarsely.
+    """
+    if isinstance(graph, CoarseGraph):
+        raise ValueError(
+            "frames of a causal model must be seen in full, got a CoarseGraph; use a CovisibilityGraph, such as its "
+            "`full`, or a Core without `coarse`"
+        )
     keep = graph.indices <= graph.rows
     pairs = torch.stack([graph.rows[keep], graph.indices[keep]], dim=1)
     return CovisibilityGraph.from_pairs(graph.num_frames, pairs, num_key_frames=graph.num_key_frames)
@@ -76,7 +98,7 @@ def frame_order(
         raise RuntimeError(
             "the order of the frames inside the model could not be read: the tokens after it reorders its frames are "
             "not the tokens before in another order. This version of the model does more there than is known; "
-            'use covisibility=Core(by="tokens"), which needs no order'
+            'use covisibility="patches", which needs no order'
         ) from None
     return None if order == tuple(range(len(order))) else order
 

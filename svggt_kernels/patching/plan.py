@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..coarse import CoarseLayout
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs, ModelRecord
-from ..sources import SOURCES, Covisibility, GivenGraphs, Scene, Source, as_source
+from ..sources import SOURCES, Covisibility, GivenGraphs, PerLayer, Scene, Source, as_source
 from ..sources.cache import LRUCache
 from ..sources.fingerprint import word_sums
 from ..streams import is_capturing
-from .forwards import Forward
+from .forwards import Forward, PlannedLayers
 from .order import Order, as_images_lie, earlier_frames_only, frame_order, in_order
 
 # Layouts kept for graphs that come again.
 LAYOUTS_KEPT = 16
+
+AnyLayout = BlockLayout | CoarseLayout
+
+
+@dataclass
+class _Origin:
+    """Where the graphs of some global layers come from.
+
+    Attributes:
+        layers: The layers.
+        source: The source; of a function, the graphs of the last forward that it was asked for.
+        function: A function of the images that returns graphs, or None.
+    """
+
+    layers: tuple[int, ...]
+    source: Source
+    function: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(cls, covisibility: Covisibility, layers: tuple[int, ...]) -> _Origin:
+        if callable(covisibility) and not isinstance(covisibility, Source):
+            return cls(layers, GivenGraphs(()), covisibility)
+        return cls(layers, as_source(covisibility))
 
 
 class Planner:
@@ -31,26 +56,37 @@ class Planner:
         record: What is known about the model.
         covisibility: As given to `patch`.
         dense_special: Whether special tokens see everything and are seen by everything; None: where there is no core.
+        num_layers: Global layers of the model.
+        frames_in_full: Why frames must not be seen coarsely, or None if they may.
 
     Raises:
-        ValueError: If `covisibility` is an unknown word, or MegaLoc's weights are not what they must be.
+        ValueError: If `covisibility` is an unknown word or not one for each layer, or MegaLoc's weights are not what
+            they must be.
         TypeError: If it is none of the types that it may be.
         FileNotFoundError: If MegaLoc's weights are asked for and cannot be had.
         ImportError: If a package is missing that fetches or reads them.
     """
 
-    def __init__(self, record: ModelRecord, covisibility: Covisibility, dense_special: bool | None) -> None:
+    def __init__(
+        self,
+        record: ModelRecord,
+        covisibility: Covisibility | PerLayer,
+        dense_special: bool | None,
+        num_layers: int = 1,
+        frames_in_full: str | None = None,
+    ) -> None:
         self.record = record
         self.dense_special = dense_special
-        self._function: Callable[[Any], Any] | None = None
-        self._source: Source = GivenGraphs(())
-        if callable(covisibility) and not isinstance(covisibility, Source):
-            self._function = covisibility
+        self.frames_in_full = frames_in_full
+        of_layers: Sequence[tuple[Covisibility, tuple[int, ...]]]
+        if isinstance(covisibility, PerLayer):
+            of_layers = covisibility.by_layers(num_layers)
         else:
-            self._source = as_source(covisibility)
-        self._layouts: LRUCache[tuple[CovisibilityGraph, BlockLayout]] = LRUCache(LAYOUTS_KEPT)
+            of_layers = [(covisibility, tuple(range(num_layers)))]
+        self._origins = [_Origin.of(one, layers) for one, layers in of_layers]
+        self._layouts: LRUCache[tuple[AnyGraph, AnyLayout]] = LRUCache(max(LAYOUTS_KEPT, 2 * len(self._origins)))
         # CUDA graphs read the tables of these wherever they are replayed.
-        self._captured: set[BlockLayout] = set()
+        self._captured: set[AnyLayout] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_captured": set()}
@@ -58,32 +94,35 @@ class Planner:
     @property
     def describes_tokens(self) -> bool:
         """Whether graphs are made of the tokens that enter the first global attention."""
-        return self._source.needs == "tokens"
+        return any(origin.source.needs == "tokens" for origin in self._origins)
 
     def forget(self) -> None:
         """Drop what is kept, the source among it, but for what CUDA graphs read; nothing can be planned after that."""
         self._layouts.clear()
-        self._source = GivenGraphs(())
+        for origin in self._origins:
+            origin.source = GivenGraphs(())
 
     def begin(self, forward: Forward) -> None:
-        """Ask a covisibility function for its graphs, and see that there are images if the source needs them.
+        """Ask covisibility functions for their graphs, and see that there are images if a source needs them.
 
         Raises:
             ValueError: If there are none.
         """
         images = forward.inputs.images
-        if self._function is not None:
-            with forward.step("graph"):
-                self._source = GivenGraphs.of("what the covisibility function returns", self._function(images))
-        elif self._source.needs == "images" and _images(forward.inputs) is None:
-            given = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
-            raise ValueError(
-                f"covisibility by images ({self._source.label}) needs images [B, S, 3, H, W], but the forward of "
-                f'{self.record.name} that is patched is given {given}; use Core(by="tokens"), or describe the '
-                "images beforehand and give CovisibilityGraph.from_descriptors(MegaLoc.from_pretrained().describe("
-                "images))"
-            )
-        elif getattr(self._source, "reads_fingerprints", False):
+        for origin in self._origins:
+            if origin.function is not None:
+                with forward.step("graph"):
+                    given = origin.function(images)
+                    origin.source = GivenGraphs.of("what the covisibility function returns", given)
+            elif origin.source.needs == "images" and _images(forward.inputs) is None:
+                given = list(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+                raise ValueError(
+                    f"covisibility by images ({origin.source.label}) needs images [B, S, 3, H, W], but the forward of "
+                    f'{self.record.name} that is patched is given {given}; use covisibility="patches", or describe the '
+                    "images beforehand and give CovisibilityGraph.from_descriptors(MegaLoc.from_pretrained().describe("
+                    "images))"
+                )
+        if any(getattr(origin.source, "reads_fingerprints", False) for origin in self._origins):
             # Begun before the model runs, it is there when the first global attention asks for it.
             with forward.step("look-up"):
                 forward.word_sums = [word_sums(sample) for sample in images]
@@ -98,7 +137,8 @@ class Planner:
             module_inputs: Returns its arguments, its tokens `[B, N, C]` among them.
         """
         inputs, batch, num_tokens = forward.inputs, query.shape[0], query.shape[2]
-        frames = _num_frames(inputs, getattr(self._source, "num_frames", None), name, num_tokens)
+        of_graphs = (getattr(origin.source, "num_frames", None) for origin in self._origins)
+        frames = _num_frames(inputs, next(filter(None, of_graphs), None), name, num_tokens)
         per_frame = (num_tokens - inputs.trailing_tokens) // frames
         forward.num_images, forward.tokens_per_frame = batch * frames, per_frame
         # The device is waited for only by sources that look at what is read from it.
@@ -118,31 +158,63 @@ class Planner:
                 step=forward.step,
             )
 
-        graphs = _one_if_same([self._source.graph(scene(sample)) for sample in range(batch)])
-        for graph in graphs:
-            self._check(graph, frames)
-        is_full = all(graph.num_edges == frames * frames for graph in graphs)  # and so the same in every order
-        of_samples = zip(
-            graphs if len(graphs) == batch else graphs * batch,
-            [None] * batch if is_full else orders(),
-            strict=True,
-        )
-        with forward.step("layout"):
-            planned = [self._layout(graph, order, per_frame, inputs, query.device) for graph, order in of_samples]
-        forward.graphs = tuple(graph for graph, _ in planned[: len(graphs)])
-        forward.layouts = _one_if_same([layout for _, layout in planned])
+        planned = []
+        for origin in self._origins:
+            graphs = _one_if_same([origin.source.graph(scene(sample)) for sample in range(batch)])
+            for graph in graphs:
+                self._check(graph, frames, per_frame, origin.source.label, inputs)
+            # Full graphs are the same in every order.
+            is_full = all(isinstance(graph, CovisibilityGraph) and graph.num_edges == frames**2 for graph in graphs)
+            of_samples = zip(
+                graphs if len(graphs) == batch else graphs * batch,
+                [None] * batch if is_full else orders(),
+                strict=True,
+            )
+            with forward.step("layout"):
+                pairs = [
+                    self._layout(graph, order, per_frame, inputs, query.device, origin.source)
+                    for graph, order in of_samples
+                ]
+            used = tuple(graph for graph, _ in pairs[: len(graphs)])
+            layouts = _one_if_same([layout for _, layout in pairs])
+            planned.append(PlannedLayers(origin.layers, origin.source.label, used, layouts))
+        forward.planned = tuple(planned)
         if is_capturing(query.device):
             self._captured.update(forward.layouts)
 
-    def _check(self, graph: object, frames: int) -> None:
-        if not isinstance(graph, CovisibilityGraph):
+    def _check(self, graph: object, frames: int, per_frame: int, label: str, inputs: ForwardInputs) -> None:
+        if not isinstance(graph, CovisibilityGraph | CoarseGraph):
             raise TypeError(
-                f"a source must give a CovisibilityGraph, but {self._source.label} gave a {type(graph).__name__}"
+                f"a source must give a CovisibilityGraph or a CoarseGraph, but {label} gave a {type(graph).__name__}"
             )
         if graph.num_frames != frames or graph.num_key_frames != frames:
             raise ValueError(
                 f"the covisibility graph must be over the {frames} frames of this forward, got "
                 f"{graph.num_frames} x {graph.num_key_frames} frames"
+            )
+        if isinstance(graph, CoarseGraph):
+            self._check_coarse(per_frame, label, inputs)
+
+    def _check_coarse(self, per_frame: int, label: str, inputs: ForwardInputs) -> None:
+        """Raise unless frames can be seen at a stride of their patch grid."""
+        if self.frames_in_full is not None:
+            raise ValueError(f"{label} shows frames coarsely, but {self.frames_in_full}")
+        if self.dense_special:
+            raise ValueError(
+                f"{label} shows frames coarsely, and special tokens are then ordinary tokens of their frames; leave "
+                'special_tokens="dense" out'
+            )
+        grid, special = inputs.patch_grid, inputs.special_tokens
+        if grid is None:
+            raise ValueError(
+                f"{label} shows frames at a stride of their patch grid, which is not known of {self.record.name}; give "
+                "a CovisibilityGraph, or a Core without `coarse`"
+            )
+        expected = grid[0] * grid[1] + (sum(special) if isinstance(special, tuple) else special)
+        if per_frame != expected:
+            raise ValueError(
+                f"{label} shows frames at a stride of their patch grid, so a frame must have {grid[0]} x {grid[1]} "
+                f"patches and its special tokens, {expected} tokens, got {per_frame}"
             )
 
     def _reference_image(self, order: Order) -> int | None:
@@ -165,39 +237,53 @@ class Planner:
         ]
 
     def _layout(
-        self, graph: CovisibilityGraph, order: Order, per_frame: int, inputs: ForwardInputs, device: torch.device
-    ) -> tuple[CovisibilityGraph, BlockLayout]:
+        self,
+        graph: AnyGraph,
+        order: Order,
+        per_frame: int,
+        inputs: ForwardInputs,
+        device: torch.device,
+        source: Source,
+    ) -> tuple[AnyGraph, AnyLayout]:
         """Return the part of a graph that the model can use, frames in the order of the images, and its layout."""
 
-        def new_layout() -> tuple[CovisibilityGraph, BlockLayout]:
+        def new_layout() -> tuple[AnyGraph, AnyLayout]:
             usable = earlier_frames_only(graph) if self.record.causal else graph
-            if not isinstance(self._source, tuple(SOURCES.values())):  # those do what their settings say
+            if not isinstance(source, tuple(SOURCES.values())):  # those do what their settings say
                 self._warn(usable, self._reference_image(order))
-            layout = BlockLayout.from_graph(
-                in_order(usable, order),
-                per_frame,
-                special_tokens=inputs.special_tokens,
-                dense_special=self.dense_special,
-                trailing_tokens=inputs.trailing_tokens,
-            )
+            layout = self._over_tokens(in_order(usable, order), per_frame, inputs)
             return usable, layout if layout.device == device else layout.to(device)
 
-        if self.describes_tokens:  # its graphs are new in every forward
+        if source.needs == "tokens":  # its graphs are new in every forward
             return new_layout()
         key = (graph, order, per_frame, inputs.special_tokens, inputs.trailing_tokens, device)
         return self._layouts.get(key, new_layout)
 
-    def special_tokens(self, layouts: Sequence[BlockLayout]) -> str:
+    def _over_tokens(self, graph: AnyGraph, per_frame: int, inputs: ForwardInputs) -> AnyLayout:
+        special, trailing = inputs.special_tokens, inputs.trailing_tokens
+        if isinstance(graph, CoarseGraph):
+            assert inputs.patch_grid is not None
+            return CoarseLayout.from_graph(graph, inputs.patch_grid, special_tokens=special, trailing_tokens=trailing)
+        return BlockLayout.from_graph(
+            graph,
+            per_frame,
+            special_tokens=special,
+            dense_special=self.dense_special,
+            trailing_tokens=trailing,
+        )
+
+    def special_tokens(self, layouts: Sequence[AnyLayout]) -> str:
         """Say how special tokens attend in the layouts of a forward, or of forwards to come where there are none."""
         dense: set[bool | None] = {layout.queries.dense_special for layout in layouts}
         words = {True: "dense", False: "masked", None: "masked where there is a core, else dense"}
         return ", ".join(words[each] for each in sorted(dense or {self.dense_special}, key=str))
 
-    def _warn(self, graph: CovisibilityGraph, reference: int | None) -> None:
+    def _warn(self, graph: AnyGraph, reference: int | None) -> None:
         """Say what is probably no intention of whoever made a graph by hand; reads it from its device."""
         facts, frames = [], graph.num_frames
+        full, any_way = (graph.full, graph.united()) if isinstance(graph, CoarseGraph) else (graph, graph)
         if reference is not None:
-            seeing = graph.rows[graph.indices == reference].tolist()
+            seeing = full.rows[full.indices == reference].tolist()
             blind = sorted(set(range(frames)) - set(seeing))
             if blind:
                 listed = ", ".join(map(str, blind[:8])) + (", ..." if len(blind) > 8 else "")
@@ -205,7 +291,7 @@ class Planner:
                     f"hides frame {reference}, the reference frame of {self.record.name}, from {len(blind)} of "
                     f"{frames} frames ({listed})"
                 )
-        if (parts := graph.num_components) > 1:
+        if (parts := any_way.num_components) > 1:
             facts.append(f"is in {parts} parts that cannot see one another")
         if facts:
             warnings.warn(
@@ -260,14 +346,14 @@ def _patch_tokens(
             break
     else:
         raise ValueError(
-            f'covisibility="tokens" needs the tokens [B, N, C] = [{batch}, {num_tokens}, C] among the arguments of '
+            f"covisibility by tokens needs the tokens [B, N, C] = [{batch}, {num_tokens}, C] among the arguments of "
             f"{name}, and there are none; give a graph, or a function of the images, as covisibility"
         )
     special = inputs.special_tokens
     first, last = special if isinstance(special, tuple) else (special, 0)
     if first + last >= per_frame:
         raise ValueError(
-            f'covisibility="tokens" needs patch tokens, but all {per_frame} tokens of a frame are special ones; '
+            f"covisibility by tokens needs patch tokens, but all {per_frame} tokens of a frame are special ones; "
             "give a graph as covisibility"
         )
     return tokens[:, : frames * per_frame].unflatten(1, (frames, per_frame))[:, :, first : per_frame - last]

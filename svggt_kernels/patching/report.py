@@ -4,8 +4,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..coarse import CoarseLayout
 from ..graph import GraphSummary
 from ..inference.report import InferenceReport
+from .forwards import PlannedLayers
+
+
+@dataclass(frozen=True)
+class LayersReport:
+    """What some global layers of the last forward attended over, all the same.
+
+    Attributes:
+        layers: Their numbers, from 0, in the order in which the model runs them.
+        covisibility: How their graphs were made, in words.
+        graphs: Summary of each graph: one per sample, or one for all.
+        visible_pairs: (query token, key token) pairs that attend in one such layer, summed over `graphs`.
+        coarse_pairs: How many of them are with keys of frames that are seen at a stride.
+        dense_pairs: Those under dense attention.
+    """
+
+    layers: tuple[int, ...]
+    covisibility: str
+    graphs: tuple[GraphSummary, ...]
+    visible_pairs: int
+    coarse_pairs: int
+    dense_pairs: int
+
+    @classmethod
+    def of(cls, planned: PlannedLayers) -> LayersReport:
+        """Measure what some layers attended over; reads graphs from their device."""
+        layouts = planned.layouts
+        coarse = [layout.coarse_pairs if isinstance(layout, CoarseLayout) else 0 for layout in layouts]
+        return cls(
+            planned.layers,
+            planned.covisibility,
+            tuple(graph.summary() for graph in planned.graphs),
+            planned.over_graphs([layout.visible_pairs for layout in layouts]),
+            planned.over_graphs(coarse),
+            planned.over_graphs([layout.num_tokens * layout.num_key_tokens for layout in layouts]),
+        )
+
+    def __str__(self) -> str:
+        lines = ["graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs]
+        density, at_a_stride = self.visible_pairs / self.dense_pairs, self.coarse_pairs / self.dense_pairs
+        coarse = f" ({density - at_a_stride:.3g} in full, {at_a_stride:.3g} at a stride)" if self.coarse_pairs else ""
+        return "\n".join([*lines, f"tokens: density {density:.3g}{coarse}, ideal speed-up {1 / density:.3g}x"])
 
 
 @dataclass(frozen=True)
@@ -18,9 +61,7 @@ class PatchReport:
         special_tokens: "dense" or "masked".
         calls_last_forward: Attention calls answered in the last forward; of one that raised nothing is told.
         calls_total: Attention calls answered since the patch, those that checkpointing ran again included.
-        graphs: Summary of each graph of the last forward: one per sample, or one for all.
-        visible_pairs: (query token, key token) pairs that attend, summed over `graphs`.
-        dense_pairs: The same under dense attention.
+        layers: What global layers of the last forward attended over, those together that agree; empty before the first.
         dense_modules: Names of attention modules that are not patched and read tokens of several frames, for others
             than tokens of frames: what they compute depends on all frames.
         backend: The backend that ran; None before the first forward.
@@ -35,9 +76,7 @@ class PatchReport:
     special_tokens: str
     calls_last_forward: int
     calls_total: int
-    graphs: tuple[GraphSummary, ...]
-    visible_pairs: int
-    dense_pairs: int
+    layers: tuple[LayersReport, ...]
     dense_modules: tuple[str, ...]
     backend: str | None
     passed_over: dict[str, str]
@@ -48,6 +87,26 @@ class PatchReport:
     def planning_seconds(self) -> float:
         """Time spent on all of these steps."""
         return sum(self.step_seconds.values())
+
+    @property
+    def graphs(self) -> tuple[GraphSummary, ...]:
+        """Summary of each graph of the last forward: one per sample, or one for all; where layers differ, of each."""
+        return tuple(graph for layers in self.layers for graph in layers.graphs)
+
+    @property
+    def visible_pairs(self) -> int:
+        """(query token, key token) pairs that attend, summed over graphs; where layers differ, over layers too."""
+        return self._over_layers([layers.visible_pairs for layers in self.layers])
+
+    @property
+    def dense_pairs(self) -> int:
+        """The same under dense attention."""
+        return self._over_layers([layers.dense_pairs for layers in self.layers])
+
+    def _over_layers(self, pairs: list[int]) -> int:
+        if len(pairs) == 1:
+            return pairs[0]
+        return sum(len(layers.layers) * count for layers, count in zip(self.layers, pairs, strict=True))
 
     @property
     def token_density(self) -> float | None:
@@ -68,8 +127,13 @@ class PatchReport:
         if self.backend is None:
             return "\n".join([*lines, "no forward yet, or the last one raised"])
         lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
-        lines.extend("graph: " + str(graph).replace("\n", "\n  ") for graph in self.graphs)
-        lines.append(f"tokens: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
+        if len(self.layers) == 1:
+            lines.append(str(self.layers[0]))
+        else:
+            for layers in self.layers:
+                lines.append(f"layers {_ranges(layers.layers)}: {layers.covisibility}")
+                lines.append("  " + str(layers).replace("\n", "\n  "))
+            lines.append(f"all layers: density {self.token_density:.3g}, ideal speed-up {self.ideal_speedup:.3g}x")
         if self.dense_modules:
             lines.append(f"dense over all frames, not patched: {', '.join(self.dense_modules)}")
         steps = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.step_seconds.items())
@@ -79,3 +143,10 @@ class PatchReport:
         lines.append(f"backend: {self.backend}")
         lines.extend(f"  not {name}: {reason}" for name, reason in self.passed_over.items())
         return "\n".join(lines)
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Return rising numbers as ranges: "0-3, 7"."""
+    first = [layer for layer in layers if layer - 1 not in layers]
+    last = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..graph import CovisibilityGraph, united
 from ..inference.memory import MemoryBudget
 from ..measure.cost import timed
 from ..models.loading import LoadedModel
@@ -26,7 +26,7 @@ class Prediction:
         intrinsics: Of the frames `[S, 3, 3]`, float64; the centre of the first pixel is (0.5, 0.5).
         depth: Along the optical axis `[S, H, W]`, float32, in the unit of the poses.
         confidence: Of each pixel's depth `[S, H, W]`, float32; its scale is the model's own.
-        graph: Which frame saw which.
+        graph: Which frame saw which, in full or coarsely.
         facts: What ran: seconds, backend, densities.
     """
 
@@ -62,17 +62,18 @@ def predict(
     with patch(model.module, covisibility=covisibility, backend=backend, memory_budget=memory_budget) as handle:
         outputs, elapsed_ms = timed(lambda: model(frames), frames.device)
         report, graph = handle.report(), handle.graph.to("cpu")
+        summary = graph.summary()
     kind, read = model.kind, _OnCPU(outputs)
     poses, intrinsics = kind.cameras(read), kind.intrinsics(read)
     _require_cameras(poses, intrinsics)
     facts = {
         "seconds": elapsed_ms / 1000,
         "backend": report.backend,
-        "frame_density": graph.density,
+        "frame_density": summary.density,
         "token_density": report.token_density,
-        "warnings": list(graph.summary().warnings),
+        "warnings": list(summary.warnings),
     }
-    return Prediction(poses, intrinsics, read["depth"].float(), kind.confidence(read).float(), graph, facts)
+    return Prediction(poses, intrinsics, read["depth"].float(), kind.confidence(read).float(), united(graph), facts)
 
 
 class _OnCPU(Mapping[str, Tensor]):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-Word = Literal["core", "megaloc", "tokens", "thumbnails", "sequential", "all"]
+Word = Literal["core", "patches", "megaloc", "tokens", "thumbnails", "sequential", "all"]
 
 
 class Sparse(BaseModel):
@@ -15,11 +15,12 @@ class Sparse(BaseModel):
     covisibility: Word | None = Field(
         default=None,
         description="How to tell which photos see each other: core (all see a few that represent all, chosen by "
-        "MegaLoc; the default), megaloc, tokens (of the model) or thumbnails (the most similar; only megaloc needs a "
-        "download), sequential (neighbours in order), all (dense).",
+        "MegaLoc; the default), patches (the same, chosen by patches of the model), megaloc, tokens (of the model) or "
+        "thumbnails (the most similar), sequential (neighbours in order), all (dense). Only core and megaloc need a "
+        "download.",
     )
     core: int | None = Field(
-        default=None, ge=1, description="Photos of a closed core in place of neighbours (default 48)."
+        default=None, ge=1, description="Photos of a closed core in place of neighbours (default 52)."
     )
     neighbours: int | None = Field(
         default=None, ge=0, description="Most similar photos that each sees, without a core."

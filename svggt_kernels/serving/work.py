@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..graph import CovisibilityGraph
+from ..graph import CovisibilityGraph, united
 from ..io.hub import is_repository
 from ..io.photos import find_photos, load_photos
 from ..io.video import load_video
@@ -32,7 +32,7 @@ from ..reconstruction.folder import REPORT, RUN
 from ..reconstruction.formats import DEFAULT, FORMATS
 from ..reconstruction.photos import IMAGES, is_video, photos_of_video, request_of_video
 from ..reconstruction.pictures import near_is_bright, smaller
-from ..sources import GraphFile, MegaLoc, Scene, Similarity, Source, graph_bytes, hloc_pairs
+from ..sources import GraphFile, MegaLoc, PatchSimilarity, Scene, Similarity, Source, graph_bytes, hloc_pairs
 from ..sources.named import named_similarity, named_source
 from .answers import Compared, Export, Frames, Info, Layout, LayoutOutcome, Reconstructed, Run, Sparse, Swept
 from .folders import Folders
@@ -68,16 +68,16 @@ class Workshop:
         source = self._source(photos, sparse)
         folder = None if output is None else self.folders.output(output, GRAPHS)
         if run is None and source.needs == "tokens":
-            raise ValueError("tokens are those of a model; say which runs, or compare by thumbnails")
+            raise ValueError("patches and tokens are those of a model; say which runs, or compare by thumbnails")
         frames, names, kind = self._frames(photos, run)
         if run is not None:
             model = self._model(run)
             with stage(f"running {model.name}"), patch(model.module, covisibility=source) as handle:
                 model(frames.to(self._device(run)))
-                layout, graph = handle.layout.to("cpu"), handle.graph.to("cpu")
+                layout, graph = handle.layout.to("cpu"), united(handle.graph.to("cpu"))
         else:
             with stage(source.label):
-                graph = source.graph(Scene(len(frames), images=frames, reference_frame=0)).to("cpu")
+                graph = united(source.graph(Scene(len(frames), images=frames, reference_frame=0)).to("cpu"))
             tokens = (frames.shape[-2] // kind) * (frames.shape[-1] // kind) + SPECIAL_TOKENS
             layout = BlockLayout.from_graph(graph, tokens, special_tokens=SPECIAL_TOKENS)
         return Layout(
@@ -160,7 +160,7 @@ class Workshop:
         self._require(run)
         (frames, _, _), model = self._frames(photos, run), self._model(run)
 
-        def similarity() -> Similarity:
+        def similarity() -> Similarity | PatchSimilarity:
             return named_similarity(by, megaloc=lambda: self._megaloc)
 
         swept = sweep(

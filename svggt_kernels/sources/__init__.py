@@ -6,12 +6,13 @@ from .core import Core
 from .files import GraphFile, graph_bytes, hloc_pairs, read_graph
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
+from .per_layer import PerLayer
 from .poses import from_poses
 from .registry import SOURCES, Covisibility, as_source
 from .sequence import AllFrames, Sequential
 from .similarity import Similarity
 from .thumbnails import ThumbnailSimilarity
-from .tokens import TokenSimilarity
+from .tokens import PatchSimilarity, TokenSimilarity
 
 __all__ = [
     "SOURCES",
@@ -23,6 +24,8 @@ __all__ = [
     "MegaLoc",
     "MegaLocConfig",
     "MegaLocSimilarity",
+    "PatchSimilarity",
+    "PerLayer",
     "Scene",
     "Sequential",
     "Similarity",

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, CovisibilityGraph
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -107,7 +107,7 @@ class Source(Protocol):
     def needs(self) -> Literal["nothing", "images", "tokens"]:
         """What a scene must have."""
 
-    def graph(self, scene: Scene) -> CovisibilityGraph:
+    def graph(self, scene: Scene) -> AnyGraph:
         """Return the graph over the frames of one scene, in the order of its images.
 
         A source that returns the same object for equal scenes spares the layout over tokens.

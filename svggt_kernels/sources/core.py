@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from ..graph import CovisibilityGraph
+import torch
+from torch import Tensor
+
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ..graph.arguments import integer
 from ..graph.core import Choice, choose_core, nearest_frames, spread_evenly
 from .base import Scene
@@ -13,12 +16,15 @@ from .cache import LRUCache
 from .megaloc import MegaLocSimilarity
 from .similarity import Similarity, content_of
 from .thumbnails import ThumbnailSimilarity
-from .tokens import TokenSimilarity
+from .tokens import PatchSimilarity, TokenSimilarity
 
-CORE_SIZE = 48
-By = Literal["megaloc", "tokens", "thumbnails"]
-SIMILARITIES: dict[By, type[Similarity]] = {
+CORE_SIZE = 52
+"""Frames of a core, however many photos there are; docs/accuracy.md has the study."""
+
+By = Literal["megaloc", "patches", "tokens", "thumbnails"]
+SIMILARITIES: dict[By, type[Similarity] | type[PatchSimilarity]] = {
     "megaloc": MegaLocSimilarity,
+    "patches": PatchSimilarity,
     "tokens": TokenSimilarity,
     "thumbnails": ThumbnailSimilarity,
 }
@@ -32,25 +38,36 @@ class Core:
     cost is linear in the number of frames. Up to `size` frames everything sees everything. Special tokens are ordinary
     tokens of their frames unless `patch` is told otherwise.
 
+    With `coarse`, all frames also see further ones at a stride of their patch grid (`CoarseGraph`); the core and these
+    are closed together, unless all frames are seen so.
+
     Attributes:
         size: Frames of the core.
-        by: Whose descriptors choose them: "megaloc", "tokens", "thumbnails", or a similarity of which nothing else is
-            used; None takes frames at equal distances in their order.
+        by: What frames are compared by: "megaloc", "patches" or "tokens" of the model, "thumbnails", or a similarity of
+            which nothing else is used; None takes frames at equal distances in their order.
         choice: How they are chosen; see `graph.core.choose_core`.
         nearest: Most similar frames that each frame outside the core sees besides.
+        coarse: Further frames that all see coarsely, "all" for all others. Both are chosen together as a core of so
+            many would be; those that come first are seen in full, or without descriptors an even spread of them.
+        stride: The stride at which they are seen; without `coarse` it means nothing.
     """
 
     size: int = CORE_SIZE
-    by: Similarity | By | None = "megaloc"
-    choice: Choice = "farthest"
+    by: Similarity | PatchSimilarity | By | None = "megaloc"
+    choice: Choice = "covering"
     nearest: int = 0
-    _similarity: Similarity | None = field(init=False, repr=False, compare=False)
-    _graphs: LRUCache[CovisibilityGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
+    coarse: int | Literal["all"] = 0
+    stride: int = 3
+    _similarity: Similarity | PatchSimilarity | None = field(init=False, repr=False, compare=False)
+    _graphs: LRUCache[AnyGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         integer("size", self.size, 1)
         integer("nearest", self.nearest, 0)
-        if not (self.by is None or isinstance(self.by, Similarity) or self.by in SIMILARITIES):
+        integer("stride", self.stride, 1)
+        if self.coarse != "all":
+            integer("coarse", self.coarse, 0)
+        if not (self.by is None or isinstance(self.by, Similarity | PatchSimilarity) or self.by in SIMILARITIES):
             words = ", ".join(f'"{word}"' for word in SIMILARITIES)
             raise ValueError(f"by must be {words}, a similarity or None, got {self.by!r}")
         if self.choice not in get_args(Choice):
@@ -58,17 +75,21 @@ class Core:
         if self.by is None and self.nearest:
             raise ValueError(f"nearest={self.nearest} frames need descriptors; give `by`, or leave nearest=0")
         similarity = SIMILARITIES[self.by]() if isinstance(self.by, str) else self.by
-        if similarity is not None and (similarity.also is not None or similarity.window):
+        if isinstance(similarity, Similarity) and (similarity.also is not None or similarity.window):
             raise ValueError("a core has no window and no pairs that are known; leave `window` and `also` of `by` out")
         object.__setattr__(self, "_similarity", similarity)
 
     @property
     def label(self) -> str:
         """How the graph is made, in words."""
-        words = {"farthest": "that differ most by", "covering": "that resemble most others by"}
+        words = {"covering": "that resemble most others by", "farthest": "that differ most by"}
         how = "at equal distances" if self._similarity is None else f"{words[self.choice]} {self._similarity.by}"
         beside = f", and {self.nearest} nearest frames" if self.nearest else ""
-        return f"a core of {self.size} frame{'s' * (self.size != 1)} {how}{beside}"
+        core = f"a core of {self.size} frame{'s' * (self.size != 1)} {how}{beside}"
+        if self.coarse == 0:
+            return core
+        others = "all others" if self.coarse == "all" else f"{self.coarse} more"
+        return f"{core}, and {others} at stride {self.stride}"
 
     @property
     def needs(self) -> Literal["nothing", "images", "tokens"]:
@@ -85,7 +106,7 @@ class Core:
         opened = getattr(self._similarity, "opened", None)
         return replace(self, by=self._similarity if opened is None else opened())
 
-    def graph(self, scene: Scene) -> CovisibilityGraph:
+    def graph(self, scene: Scene) -> AnyGraph:
         """Return the graph of a scene; the same object for the same images, or without descriptors for as many frames.
 
         Raises:
@@ -97,17 +118,34 @@ class Core:
             return self._graphs.get(content_of(scene, self._similarity.by), lambda: self._chosen(scene))
         return self._chosen(scene)
 
-    def _chosen(self, scene: Scene) -> CovisibilityGraph:
+    def _chosen(self, scene: Scene) -> AnyGraph:
         assert self._similarity is not None
         with scene.step("descriptors"):
-            descriptors = self._similarity.descriptors(scene)
+            compared = self._similarity.compared(scene)
         with scene.step("graph"):
-            core = choose_core(descriptors, self.size, choice=self.choice, first=scene.reference_frame or 0)
-            nearest = nearest_frames(descriptors, self.nearest) if self.nearest else None
-            return CovisibilityGraph.core(scene.num_frames, core, nearest=nearest)
+            size = self.size + (0 if self.coarse == "all" else self.coarse)
+            chosen = choose_core(compared, size, choice=self.choice, first=scene.reference_frame or 0)
+            nearest = nearest_frames(compared, self.nearest) if self.nearest else None
+            return self._core(scene.num_frames, chosen[: self.size], chosen[self.size :], nearest)
 
-    def _spread_evenly(self, scene: Scene) -> CovisibilityGraph:
-        core, reference_frame = spread_evenly(scene.num_frames, self.size), scene.reference_frame
-        if reference_frame is not None:
-            core[(core - reference_frame).abs().argmin()] = reference_frame
-        return CovisibilityGraph.core(scene.num_frames, core)
+    def _spread_evenly(self, scene: Scene) -> AnyGraph:
+        both = spread_evenly(scene.num_frames, self.size + (0 if self.coarse == "all" else self.coarse))
+        core = both[spread_evenly(len(both), self.size)]
+        if (reference_frame := scene.reference_frame) is not None:
+            for frames in (both, core):
+                frames[(frames - reference_frame).abs().argmin()] = reference_frame
+        return self._core(scene.num_frames, core, both[~torch.isin(both, core)])
+
+    def _core(self, frames: int, core: Tensor, others: Tensor, nearest: Tensor | None = None) -> AnyGraph:
+        """Return the graph of a core, and of others that are seen coarsely if there are any besides."""
+        if self.coarse == 0 or len(core) == frames:
+            return CovisibilityGraph.core(frames, core, nearest=nearest)
+        seen: Tensor | Literal["all"] = "all" if self.coarse == "all" else others
+        return CoarseGraph.core(frames, core, seen, stride=self.stride, nearest=nearest)
+
+
+@dataclass(frozen=True)
+class PatchCore(Core):
+    """A core chosen by patches of the model unless told otherwise: the word "patches" of `patch`."""
+
+    by: Similarity | PatchSimilarity | By | None = "patches"

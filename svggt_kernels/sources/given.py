@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from .base import Scene
 
 
@@ -18,7 +18,7 @@ class GivenGraphs:
         graphs: Over the frames in the order of the images.
     """
 
-    graphs: tuple[CovisibilityGraph, ...]
+    graphs: tuple[AnyGraph, ...]
 
     needs: ClassVar[Literal["nothing"]] = "nothing"
 
@@ -33,13 +33,14 @@ class GivenGraphs:
         Raises:
             TypeError: If they are anything else.
         """
-        if isinstance(graphs, CovisibilityGraph):
+        if isinstance(graphs, CovisibilityGraph | CoarseGraph):
             return cls((graphs,))
-        if isinstance(graphs, Sequence) and graphs and all(isinstance(graph, CovisibilityGraph) for graph in graphs):
+        kinds = (CovisibilityGraph, CoarseGraph)
+        if isinstance(graphs, Sequence) and graphs and all(isinstance(graph, kinds) for graph in graphs):
             return cls(tuple(graphs))
         raise TypeError(
-            f"{what} must be a CovisibilityGraph or a list of one per sample, got {type(graphs).__name__}; a boolean "
-            "matrix becomes a graph with CovisibilityGraph.from_dense"
+            f"{what} must be a CovisibilityGraph, a CoarseGraph or a list of one per sample, got "
+            f"{type(graphs).__name__}; a boolean matrix becomes a graph with CovisibilityGraph.from_dense"
         )
 
     @property
@@ -52,7 +53,7 @@ class GivenGraphs:
         """Frames of each graph."""
         return self.graphs[0].num_frames
 
-    def graph(self, scene: Scene) -> CovisibilityGraph:
+    def graph(self, scene: Scene) -> AnyGraph:
         """Return the graph of a scene.
 
         Raises:

@@ -10,6 +10,7 @@ from .core import CORE_SIZE, SIMILARITIES, Core
 from .megaloc import MegaLoc, MegaLocSimilarity
 from .registry import SOURCES
 from .similarity import Similarity
+from .tokens import PatchSimilarity
 
 
 def named_source(
@@ -36,15 +37,17 @@ def named_source(
     options = {name: value for name, value in (("neighbours", neighbours), ("window", window)) if value is not None}
     if core is not None and options:
         raise ValueError(f"core and {next(iter(options))} say both what each frame sees; give one of them")
-    if word == "core" or core is not None:
+    if word in ("core", "patches") or core is not None:
         by = None if word == "sequential" else named_similarity(word, megaloc=megaloc, **options)
         return Core(CORE_SIZE if core is None else core, by=by)
     if word in ("sequential", "all"):
         return SOURCES[word](**options)  # type: ignore[index]
-    return named_similarity(word, megaloc=megaloc, **options)
+    similarity = named_similarity(word, megaloc=megaloc, **options)
+    assert isinstance(similarity, Similarity)  # "patches" is a core
+    return similarity
 
 
-def named_similarity(word: str, *, megaloc: Callable[[], MegaLoc], **options: Any) -> Similarity:
+def named_similarity(word: str, *, megaloc: Callable[[], MegaLoc], **options: Any) -> Similarity | PatchSimilarity:
     """Return the similarity by which a word of `SOURCES` compares frames, with these options."""
     if word in ("core", "megaloc"):
         return MegaLocSimilarity(weights=megaloc(), **options)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph
 from .base import Source
-from .core import Core
+from .core import Core, PatchCore
 from .given import GivenGraphs
 from .megaloc import MegaLocSimilarity
 from .sequence import AllFrames, Sequential
 from .thumbnails import ThumbnailSimilarity
 from .tokens import TokenSimilarity
 
-Word = Literal["core", "megaloc", "tokens", "thumbnails", "sequential", "all"]
-Graphs = CovisibilityGraph | Sequence[CovisibilityGraph]
+Word = Literal["core", "patches", "megaloc", "tokens", "thumbnails", "sequential", "all"]
+Graphs = AnyGraph | Sequence[AnyGraph]
 Covisibility = Word | Source | Graphs | Callable[[Any], Graphs]
 
 SOURCES: dict[Word, type[Source]] = {
     "core": Core,
+    "patches": PatchCore,
     "megaloc": MegaLocSimilarity,
     "tokens": TokenSimilarity,
     "thumbnails": ThumbnailSimilarity,

@@ -52,6 +52,10 @@ class Similarity:
         """Return one descriptor per frame, `[S, C]` floating point."""
         raise NotImplementedError
 
+    def compared(self, scene: Scene) -> Tensor:
+        """Return what a core is chosen by: the descriptors."""
+        return self.descriptors(scene)
+
     def graph(self, scene: Scene) -> CovisibilityGraph:
         """Return the graph of a scene, on the device of its descriptors.
 

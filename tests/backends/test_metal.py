@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import random_layout
+from layouts import random_coarse_layout, random_layout
 from metal import emulator
 from tiers import every
 
@@ -98,6 +98,14 @@ class TestNumbers:
             layout = random_layout(seed, max_frames=4, max_tokens=50)
             ratios = error_ratios(layout, dtype, head_size=64, backend="metal", batch=1 + seed % 2, heads=2, seed=seed)
             assert within_budget(ratios), (seed, ratios)
+
+    @pytest.mark.parametrize("seed", every(3, range(6)))
+    def test_keys_at_a_stride(self, seed: int, emulated):
+        emulated(one_schedule)
+        layout = random_coarse_layout(seed, max_side=6)
+        dtype = DTYPES[seed % 3]
+        ratios = error_ratios(layout, dtype, backend="metal", heads=2, seed=seed)
+        assert within_budget(ratios), ratios
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=name)
     def test_frames_of_one_token_and_blind_rows(self, dtype: torch.dtype, emulated):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from layouts import random_layout
+from layouts import random_coarse_layout, random_layout
 from tiers import every
 
 import svggt_kernels.backends.triton as backend
@@ -51,6 +51,14 @@ def test_fuzz_against_float64(
             seed=seed,
         )
         assert within_budget(ratios), (seed, ratios)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", every(4, range(100 if ON_GPU else 8)))
+def test_keys_at_a_stride(seed: int, dtype: torch.dtype, device: str):
+    layout = random_coarse_layout(seed, max_side=30 if ON_GPU else 6, device=device)
+    ratios = error_ratios(layout, dtype, backend="triton", heads=HEADS, seed=seed)
+    assert within_budget(ratios), ratios
 
 
 @pytest.mark.parametrize("tail", every(3, range(1, 128, 1 if ON_GPU else 21)))

@@ -49,9 +49,10 @@ import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from svggt_kernels.inference import ops_triton as triton_kernels
+from svggt_kernels.merging import kernel as merging
 
-def compiled(name, warps, **arguments):
-    kernel = getattr(triton_kernels, name)
+def compiled(name, warps, module=triton_kernels, **arguments):
+    kernel = getattr(module, name)
     typed = {argument: given for argument, given in arguments.items() if isinstance(given, str)}
     signature = {argument: typed.get(argument, "constexpr") for argument in kernel.arg_names}
     places = {argument: (place,) for place, argument in enumerate(kernel.arg_names)}
@@ -86,18 +87,21 @@ for channels, added in ((256, ("plus",)), (256, ()), (128, ("columns", "rows")))
 arrays = dict.fromkeys(("x", "weight", "bias", "values", "confidence"), "*fp32")
 for signed, values in ((False, 1), (True, 3)):
     compiled("_predict", 8, **arrays, n="i32", SIGNED=signed, VALUES=values, C=32, BLOCK=32, PIXELS=128)
+outs = dict.fromkeys(("out", *(f"out{i}" for i in range(4))), "*bf16")
+lses = dict.fromkeys(("lse", *(f"lse{i}" for i in range(4))), "*fp32")
+compiled("_merge", 4, merging, **outs, **lses, tokens="i32", PARTS=3, HEADS=16, D=64, BLOCK_D=64, ROWS=merging.ROWS)
 """
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=full)])
-def test_kernels_of_fused_blocks_and_heads_compile(capability: int):
+def test_kernels_of_blocks_heads_and_merges_compile(capability: int):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", LEAN, str(capability)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 14
+    assert len(kernels) == 15
     # A prediction of one value is stored by itself; what matters there is what is read.
     assert all(used["wide_loads"] > 0 for used in kernels), kernels
     assert all(used["wide_stores"] > 0 for used in kernels if used["kernel"] != "_predict"), kernels

@@ -37,6 +37,27 @@ def test_all_frames_see_the_anchors():
     assert visible[10].nonzero().flatten().tolist() == [0, 9, 10, 11, 20]
 
 
+def test_cores_in_place_of_neighbours():
+    case = models.ModelCase.parse("toy-9f-core2+3@2")
+    assert case.name == "toy-9f-core2+3@2" and "a core of 2 frames" in case.about
+    graph = case.graph()
+    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [2, 4, 6] and graph.stride == 2
+    assert models.ModelCase.parse("toy-9f-core3").graph().core_frames.tolist() == [0, 4, 8]
+    assert models.ModelCase.parse("vggt-1b-9f-core3+all@4").graph().num_edges == 81
+    for name in ("toy-9f-core0", "toy-9f-core2+3", "toy-9f-core2-random", "toy-9f-4n-core2"):
+        with pytest.raises(ValueError, match="is called like"):
+            models.ModelCase.parse(name)
+
+
+def test_frames_at_a_stride_are_measured(tmp_path):
+    file = tmp_path / "out.jsonl"
+    words = "model --cases toy-7f-core2+3@3 --systems svggt --device cpu --repeats 1 --output".split()
+    assert main([*words, str(file)]) == 0
+    line = json.loads(file.read_text())
+    assert (line["check"], line["measured"], line["special_tokens"]) == ("passed", True, "masked")
+    assert 0 < line["density"] < 1
+
+
 def test_model_lines_are_complete(tmp_path):
     file = tmp_path / "out.jsonl"
     assert main([*"model --cases toy-5f-2n --device cpu --repeats 1 --output".split(), str(file)]) == 0

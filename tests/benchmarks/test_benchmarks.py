@@ -13,11 +13,13 @@ import torch
 
 from benchmarks import attention, attention_report, covisibility, models, record, repeat
 from benchmarks.__main__ import main
+from benchmarks.attention import inputs
 from benchmarks.cases import GROUPS, Case, select
 from benchmarks.check import Budget, check_forward, check_gradients, explicit, explicit_gradients
 from benchmarks.peers import PEERS, Contender, backend
 from svggt_kernels import block_sparse_attention
 from svggt_kernels.measure.cost import Cost
+from svggt_kernels.sources import Core, Scene
 
 CPU = torch.device("cpu")
 BAND = Case.parse("s8-p9-band1-h3")
@@ -34,6 +36,8 @@ BAND = Case.parse("s8-p9-band1-h3")
         ("s8-p64-scattered3-special5", Case(8, 64, "scattered3", special=5)),
         ("s8-p64-loop1-hd128-h4", Case(8, 64, "loop1", head_size=128, heads=4)),
         ("s8-p64-dense-h4-log2", Case(8, 64, "dense", heads=4, log2=True)),
+        ("s12-p29-core2+6@3-h4", Case(12, 29, "core2+6@3", heads=4)),
+        ("s12-p29-core2+all@2-hd32", Case(12, 29, "core2+all@2", head_size=32)),
         ("s1-p1-star0-special1-hd32-h2-b3", Case(1, 1, "star0", 1, 32, 2, 3)),
     ],
 )
@@ -45,6 +49,7 @@ def test_name_gives_the_case_and_the_case_its_name(name, expected):
 @pytest.mark.parametrize(
     "name",
     ["", "s64", "s64-p1374", "s64-p1374-band", "s64-p1374-dense2", "s0-p4-dense", "s4-p0-dense", "s4-p4-ring1",
+     "s4-p5-core1+2@2", "s4-p9-core1+2@0", "s4-p9-core1+2", "s4-p9-band1+2@2", "s4-p9-core1+2@2-special1",
      "s4-p4-dense-special5", "s4-p4-dense-h0", "s4-p4-dense-h2-h3", "x-s4-p4-dense", "s4-p4-dense-q7"],
 )  # fmt: skip
 def test_bad_name_is_refused(name):
@@ -118,16 +123,37 @@ def test_visible_pairs_are_those_of_the_mask(name):
     assert torch.equal(case.layout().to_dense(), mask)
 
 
+@pytest.mark.parametrize("name", ["s9-p17-core2+3@2", "s7-p10-core1+all@3", "s3-p29-core3+2@2", "s5-p6-core1+2@4"])
+def test_visible_pairs_at_a_stride_are_those_of_the_layout(name):
+    case = Case.parse(name)
+    assert case.visible_pairs == int(case.layout().to_dense().sum())
+    assert case.edges == int(case.visible.sum() + case.visible_coarsely.sum())
+    assert case.patch_grid == {17: (3, 4), 10: (1, 5), 29: (4, 6), 6: (1, 1)}[case.tokens]
+    if name.startswith("s9"):
+        graph = Core(2, by=None, coarse=3, stride=2).graph(Scene(9))
+        assert torch.equal(case.visible, graph.full.to_dense())
+        assert torch.equal(case.visible | case.visible_coarsely, graph.united().to_dense())
+
+
+def test_peers_leave_strides_out():
+    case = Case.parse("s9-p17-core2+3@2-h2")
+    q, *_ = inputs(case, CPU, torch.float32)
+    assert "seen at a stride" in PEERS["sdpa-gather"].obstacle(case, q)
+    assert backend("reference").obstacle(case, q) is None
+
+
 # Checks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["s8-p9-band1-h3", "s5-p20-scattered1-special3-h2", "s3-p33-star0-h1-b2-hd32-log2"])
+@pytest.mark.parametrize(
+    "name", ["s8-p9-band1-h3", "s5-p20-scattered1-special3-h2", "s3-p33-star0-h1-b2-hd32-log2", "s9-p17-core2+3@2-h2"]
+)
 def test_right_contender_passes(name, dtype):
     case = Case.parse(name)
     q, k, v, grad = _trainable(case, dtype)
-    contender = PEERS["sdpa-gather"] if case.special == 0 else backend("reference")
-    assert contender.unsupported(case, q) is None
+    contender = PEERS["sdpa-gather"] if case.special == case.stride == 0 else backend("reference")
+    assert contender.obstacle(case, q) is None
     assert check_forward(contender, case, q, k, v) is None
     assert check_gradients(contender, case, q, k, v, grad) is None
 
@@ -202,6 +228,22 @@ def _missing_tail(case, q, k, v):
         return block_sparse_attention(q, gone, v, layout, backend="reference")
 
     return call
+
+
+def _without_weights(case, q, k, v):
+    """What a key at a stride stands for is left out."""
+    layout = Case.parse("s9-p17-core2+3@2-h2").layout()
+    parts = tuple(dataclasses.replace(part, weight=1.0) for part in layout.parts)
+    return lambda: block_sparse_attention(q, k, v, dataclasses.replace(layout, parts=parts), backend="reference")
+
+
+def test_keys_at_a_stride_without_their_weight_are_wrong():
+    case = Case.parse("s9-p17-core2+3@2-h2")
+    q, k, v, _ = inputs(case, CPU, torch.float32)
+    wrong = Contender("wrong", "no weights", lambda case, q: None, _without_weights, strides=True)
+    assert check_forward(wrong, case, q, k, v).startswith("out: the error")
+    keys_zero = check_forward(wrong, case, q, torch.zeros_like(k), v)
+    assert keys_zero is not None
 
 
 WRONG = {

@@ -163,7 +163,9 @@ class TestLayout:
         tiny_toy: None,
     ) -> None:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: tiny.megaloc())
-        given = {"--device": "cpu"} | ({"--core": 2} if kind == "core" else {"--window": 1, "--neighbours": 1})
+        given = {"--device": "cpu"} | (
+            {"--core": 2} if kind in ("core", "patches") else {"--window": 1, "--neighbours": 1}
+        )
         read = [
             word for option in given if kind in parser.READ_BY_IN_LAYOUT[option] for word in (option, given[option])
         ]
@@ -173,7 +175,7 @@ class TestLayout:
         assert printed == json.loads((tmp_path / "report.json").read_text())
         assert printed["graph"]["frames"] == 6
         assert (printed["graph"]["density"] == 1) == (kind == "all")
-        assert ("not learned from photos" in str(printed["note"])) == (kind == "tokens")
+        assert ("not learned from photos" in str(printed["note"])) == (kind in ("patches", "tokens"))
 
     def test_a_core_by_megaloc_is_the_default(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -184,12 +186,12 @@ class TestLayout:
         succeed(*words)
         succeed(*words, "--megaloc", tmp_path / "m.pt", "--force")
         assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
-        assert "a core of 2 frames that differ most by MegaLoc" in capsys.readouterr().out
+        assert "a core of 2 frames that resemble most others by MegaLoc" in capsys.readouterr().out
 
     @pytest.mark.parametrize("command", [["layout"], ["compare", "--model", "toy"]], ids=["layout", "compare"])
     def test_megaloc_out_of_reach(self, folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
         said = refusal(capsys, *command, folder, "--megaloc", "nowhere.safetensors", "--device", "cpu")
-        assert "there is no such file" in said and '"tokens"' in said
+        assert "there is no such file" in said and '"patches"' in said
 
     @pytest.mark.parametrize("name", ["walk.mp4", "walk.MTS", "walk.3gp", "walk"])  # every file that is no photo
     def test_video(
@@ -511,7 +513,7 @@ class TestRefusals:
             (["all", "--megaloc", "m.pt"], "it is for --covisibility core or megaloc"),
             (["sequential", "--neighbours", "4"], "--neighbours does not go with --covisibility sequential"),
             (["all", "--window", "2"], "--window does not go with --covisibility all"),
-            (["thumbnails", "--device", "cpu"], "it is for --covisibility core or megaloc or tokens"),
+            (["thumbnails", "--device", "cpu"], "it is for --covisibility core or patches or megaloc or tokens"),
             (["all", "--truth-above", "3"], "give --truth too"),
         ],
         ids=" ".join,
@@ -577,7 +579,7 @@ class TestDemo:
         assert "A rendered walk of 8 frames through 8 rooms" in out
         assert "trained on rendered rooms for 21 minutes on a machine" in out and "say nothing about VGGT's" in out
         names = next(line for line in out.splitlines() if "core-3" in line)
-        assert names.split() == ["dense", "core-3", "nearest-10"]
+        assert names.split() == ["dense", "core-3-covering", "nearest-10"]
         assert sorted(path.name for path in folder.iterdir()) == ["depth.png", "floor-plan.png", "report.json"]
         assert is_png(folder / "depth.png") and is_png(folder / "floor-plan.png")
         written = json.loads((folder / "report.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, TokenSimilarity
+from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, PatchSimilarity, TokenSimilarity
 from svggt_kernels.cli import arguments, options, parser
 from svggt_kernels.cli.errors import CommandError
 from svggt_kernels.models import RUNNABLE
@@ -53,7 +53,8 @@ def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
     assert meant("sequential") == Sequential(window=10)
     assert meant("megaloc", neighbours=3) == MegaLocSimilarity(neighbours=3, weights=model)
     assert meant("all") == AllFrames()
-    assert meant("core") == Core(48, by=MegaLocSimilarity(weights=model)) == meant("megaloc", core=48)
+    assert meant("core") == Core(52, by=MegaLocSimilarity(weights=model)) == meant("megaloc", core=52)
+    assert meant("patches") == Core(52, by=PatchSimilarity())
     assert meant("tokens", core=7) == Core(7, by=TokenSimilarity())
     assert meant("sequential", core=7) == Core(7, by=None)
     with pytest.raises(CommandError, match="--core and --neighbours say both what each frame sees"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation import curve
+from evaluation import curve, running
 from evaluation.__main__ import main
 from evaluation.layouts import named
 from evaluation.measuring import SceneSet
@@ -89,7 +89,7 @@ def test_what_is_there_is_not_measured_again(results: Path, weights: Path, monke
     assert drawn == ["walk-2r-4f"] and len(lines) == 13 and lines[12]["layout"] == "core-3"
     results.write_text(before)
     # Other scenes, another size or other weights are something else.
-    assert curve.scene_seed(SceneSet("walk", 2, 4), 0, 1) != curve.scene_seed(SceneSet("walk", 2, 4), 1, 0)
+    assert running.scene_seed(SceneSet("walk", 2, 4), 0, 1) != running.scene_seed(SceneSet("walk", 2, 4), 1, 0)
     assert {"scene", "layout", "seed", "height", "weights", "device"} <= set(IDENTITY)
 
 
@@ -215,13 +215,13 @@ def test_files_of_something_else_are_refused(tmp_path: Path, results: Path, caps
 
 
 def test_what_is_not_finite_is_refused(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    predict = curve.predict
+    predict = running.predict
 
     def broken(model: torch.nn.Module, images: torch.Tensor) -> object:
         prediction = predict(model, images)
         prediction.depth.fill_(torch.nan)
         return prediction
 
-    monkeypatch.setattr(curve, "predict", broken)
+    monkeypatch.setattr(running, "predict", broken)
     assert measure(tmp_path / "none.jsonl", weights, "--rooms", "2", "--layouts", "own") == 2
     assert "must be finite, and is not: own on walk-2r-4f" in capsys.readouterr().err

@@ -194,12 +194,12 @@ def test_the_command_writes_weights_and_where_they_come_from(tmp_path: Path, mon
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
     assert main([*command, "--resume", "--dim", "16"]) == 2
-    assert "model of other sizes" in capsys.readouterr().err
+    assert "of a training with other sizes" in capsys.readouterr().err
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
     def batch(step: int, seed: int = 0, ahead: bool = False) -> torch.Tensor:
-        batches = Batches(seed, 6, 8, SIZE, 14, torch.device("cpu"))
+        batches = Batches(seed, 6, (2, 8), SIZE, 14, torch.device("cpu"))
         if ahead:
             batches.draw_ahead(step, 0.5)
         drawn = batches.draw(step, 0.5)
@@ -228,9 +228,9 @@ def test_batches_get_longer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(curriculum, "make_scenes", lambda batch, frames, draws, **options: (batch, frames))
     for progress in (0.0, 0.3, 0.9):
         host = random.Random(0)
-        drawn = [curriculum.draw_batch(progress, 96, 48, SIZE, host, Draws(0)) for _ in range(200)]
+        drawn = [curriculum.draw_batch(progress, 96, (2, 48), SIZE, host, Draws(0)) for _ in range(200)]
         assert {batch * frames for batch, frames in drawn} == {96}
         seen[progress] = {frames for _, frames in drawn}
     assert max(seen[0.0]) == 8 and max(seen[0.3]) == 24 and max(seen[0.9]) == 48
-    with pytest.raises(ValueError, match=r"no length of .* is at most 1"):
-        curriculum.draw_batch(0.0, 96, 1, SIZE, random.Random(0), Draws(0))
+    with pytest.raises(ValueError, match=r"none of these is from 1 to 1 and divides the 96"):
+        curriculum.draw_batch(0.0, 96, (1, 1), SIZE, random.Random(0), Draws(0))

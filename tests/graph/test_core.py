@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from svggt_kernels.graph import CovisibilityGraph
-from svggt_kernels.graph.core import choose_core, spread_evenly
+from svggt_kernels.graph.core import choose_core, nearest_frames, spread_evenly
+from svggt_kernels.graph.pair_scores import ScoreMatrix
 from svggt_kernels.patching.order import in_order
 
 
@@ -97,15 +98,18 @@ def test_choice_equals_brute_force(choice, slow):
     unit = torch.nn.functional.normalize(descriptors.double(), dim=1).numpy()
     similarity = unit @ unit.T
     for first, size in ((0, 1), (7, 12), (3, 40)):
-        assert choose_core(descriptors, size, choice=choice, first=first).tolist() == slow(similarity, first, size)
+        expected = slow(similarity, first, size)
+        assert choose_core(descriptors, size, choice=choice, first=first).tolist() == expected
+        matrix = ScoreMatrix(torch.from_numpy(np.minimum(similarity, similarity.T).clip(-1, 1)))
+        assert choose_core(matrix, size, choice=choice, first=first).tolist() == expected
     assert sorted(choose_core(descriptors, 99, choice=choice).tolist()) == list(range(40))
 
 
 def test_a_frame_that_nobody_resembles_is_taken_as_farthest_but_covers_little():
     angles = torch.tensor([0.0, 0.1, 0.2, 1.4, 1.5, 1.6, 3.1])
     descriptors = torch.stack([angles.cos(), angles.sin()], dim=1)
-    assert choose_core(descriptors, 2).tolist() == [0, 6]
-    assert choose_core(descriptors, 2, choice="covering")[1] in (3, 4, 5)
+    assert choose_core(descriptors, 2, choice="farthest").tolist() == [0, 6]
+    assert choose_core(descriptors, 2)[1] in (3, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,27 @@ def test_a_frame_that_nobody_resembles_is_taken_as_farthest_but_covers_little():
 def test_choose_core_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         choose_core(torch.eye(3), **{"size": 2, **options})
+
+
+def test_nearest_frames_by_a_matrix_are_those_by_descriptors():
+    unit = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    scores = (unit @ unit.T).clamp(-1, 1)
+    scores = torch.minimum(scores, scores.T)
+    assert torch.equal(nearest_frames(ScoreMatrix(scores), 3), nearest_frames(unit, 3))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.eye(3)[:2], r"\[S, S\]"),
+        (torch.eye(3) * 2, "from -1 to 1"),
+        (torch.eye(3) * torch.nan, "from -1 to 1"),
+        (torch.eye(3) + torch.eye(3).roll(1, 0) / 2, "the same both ways"),
+    ],
+)
+def test_a_matrix_that_compares_nothing_is_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        ScoreMatrix(scores)
 
 
 def test_even_frames_hold_both_ends():

@@ -18,7 +18,8 @@ from doubles.fused import IMAGES, model
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels.inference import first_launches, fused_forward, ops
+from svggt_kernels import packages
+from svggt_kernels.inference import first_launches, fused_forward
 from svggt_kernels.inference.first_launches import FirstLaunches
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,7 @@ def test_nothing_is_launched_beforehand_on_the_cpu():
 
 @pytest.mark.gpu
 def test_a_forward_compiles_nothing_that_was_not_launched_beforehand(monkeypatch: pytest.MonkeyPatch):
-    if not ops._runs_triton(device := torch.device("cuda", torch.cuda.current_device())):
+    if not packages.runs_triton(device := torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("its kernels are PyTorch's")
     from triton import JITFunction, knobs
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svggt_kernels import packages
 from svggt_kernels.inference import ops
 
-HAS_TRITON = ops._HAS_TRITON
+HAS_TRITON = find_spec("triton") is not None
 BASE = 100.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -161,7 +164,7 @@ def test_gelu_is_the_exact_one_rounded_once(kind: str, dtype: torch.dtype):
     [((7, 0), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 4), "6", False)],
 )
 def test_triton_kernels_run_on_gpus_that_have_them(capability, hip, runs: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    monkeypatch.setattr(packages, "find_spec", lambda name: SimpleNamespace())
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert ops._runs_triton.__wrapped__(torch.device("cuda", 0)) is runs
+    assert packages.runs_triton.__wrapped__(torch.device("cuda", 0)) is runs

@@ -96,8 +96,8 @@ def test_against_dense_agreement_counts_and_not_depth():
 
 
 def test_default_layouts_are_cores_smaller_than_the_frames():
-    assert default_names(40) == ["core-16", "core-32", "core-32-evenly", "nearest-10"]
-    assert default_names(500) == [*(f"core-{size}" for size in CORES), "core-48-evenly", "nearest-10"]
+    assert default_names(40) == ["core-16-covering", "core-32-covering", "core-32-evenly", "nearest-10"]
+    assert default_names(500) == [*(f"core-{size}-covering" for size in CORES), "core-52-evenly", "nearest-10"]
     assert arguments.SWEPT_CORES == CORES
     with pytest.raises(ValueError, match=r"needs more photos than that, got 16; .* such as core-5"):
         default_names(16)

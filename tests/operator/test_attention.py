@@ -304,7 +304,7 @@ def test_opcheck(band: BlockLayout):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((None, torch.float32, 16), "layout must be of type BlockLayout, got None"),
+        ((None, torch.float32, 16), "layout must be a BlockLayout or a CoarseLayout, got NoneType"),
         (("layout", "float32", 16), "dtype must be of type dtype, got 'float32'"),
         (("layout", torch.float32, "16"), "head_size must be of type int, got '16'"),
     ],
@@ -376,7 +376,7 @@ def test_bad_input_is_explained(band: BlockLayout):
         ((q, k.double(), v, band), {}, TypeError, "one dtype, got torch.float32, torch.float64 and torch.float32"),
         ((q, k.to("meta"), v, band), {}, ValueError, "one device, got cpu, meta and cpu"),
         ((q, k, v, band.to("meta")), {}, ValueError, r"use layout.to\('cpu'\)"),
-        ((q, k, v, band.graph), {}, TypeError, "layout must be a BlockLayout, got CovisibilityGraph"),
+        ((q, k, v, band.graph), {}, TypeError, "layout must be a BlockLayout or a CoarseLayout, got CovisibilityGraph"),
         (
             (q, k, v, band),
             {"backend": "cuda"},

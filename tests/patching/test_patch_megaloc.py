@@ -167,7 +167,8 @@ def test_sequential_is_a_word():
 
 def test_a_model_without_images_is_refused():
     model = FAMILY["mapanything"].create()
-    with patch(model, covisibility=MEGALOC), pytest.raises(ValueError, match=r"given a list; use Core\(by=.tokens"):
+    expected = r"given a list; use covisibility=.patches"
+    with patch(model, covisibility=MEGALOC), pytest.raises(ValueError, match=expected):
         model(images())
 
 

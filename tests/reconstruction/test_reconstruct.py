@@ -417,3 +417,13 @@ def test_a_graph_of_a_file_says_who_sees_whom(photos: Path, tmp_path: Path):
     (tmp_path / "pairs.txt").write_text("000001.png 000002.png\n")
     with pytest.raises(FileExistsError, match="another graph"):
         run(photos, tmp_path / "out", covisibility=GraphFile(tmp_path / "pairs.txt"))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_frames_that_are_seen_coarsely_are_seen(photos: Path):
+    source = Core(2, by=None, coarse=2, stride=2)
+    scene = run(photos, None, covisibility=source, long_side=84)
+    dense = scene.graph.to_dense()
+    assert dense.all(0).sum() == 4
+    assert scene.request["graph"] == source.label
+    assert scene.facts["token_density"] < 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from svggt_kernels.graph import CovisibilityGraph
+from svggt_kernels.graph import CoarseGraph, CovisibilityGraph
 from svggt_kernels.graph.core import choose_core
-from svggt_kernels.sources import Core, Scene, ThumbnailSimilarity, TokenSimilarity, as_source
+from svggt_kernels.graph.pair_scores import ScoreMatrix
+from svggt_kernels.sources import Core, PatchSimilarity, Scene, ThumbnailSimilarity, TokenSimilarity, as_source
 from svggt_kernels.sources.thumbnails import thumbnails
+from svggt_kernels.sources.tokens import MOST_PATCHES
 
 
 def scene(frames: int, **options: object) -> Scene:
@@ -29,11 +33,43 @@ def test_descriptors_choose_the_core_and_the_reference_frame_is_first():
     assert torch.equal(graph.to_dense(), CovisibilityGraph.core(9, expected).to_dense())
 
 
-@pytest.mark.parametrize("choice", ["farthest", "covering"])
+@pytest.mark.parametrize("choice", ["covering", "farthest"])
 def test_tokens_choose_too(choice):
     shown, by = scene(9), TokenSimilarity()
     graph = as_source(Core(4, by=by, choice=choice)).graph(shown)
     assert torch.equal(graph.core_frames, choose_core(by.descriptors(shown), 4, choice=choice))
+
+
+def test_patches_choose_by_the_patch_of_the_other_frame_that_each_finds():
+    shown = scene(9, reference_frame=2)
+    patches = shown.tokens - shown.tokens.mean((0, 1))
+    patches = (patches / patches.norm(dim=-1, keepdim=True)).double()
+    expected = torch.eye(9, dtype=torch.float64)
+    for i, j in itertools.permutations(range(9), 2):
+        cosines = patches[i] @ patches[j].T
+        expected[i, j] = (cosines.amax(1).mean() + cosines.amax(0).mean()) / 2
+    scores = PatchSimilarity().compared(shown).scores
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)
+    graph = as_source("patches").graph(shown)
+    assert graph.to_dense().all()  # few frames
+    graph = as_source(Core(4, by="patches")).graph(shown)
+    assert torch.equal(graph.core_frames, choose_core(ScoreMatrix(scores), 4, first=2))
+
+
+def test_of_many_patches_some_are_compared():
+    tokens = torch.randn(3, 3 * MOST_PATCHES, 4, generator=torch.Generator().manual_seed(0))
+    whole, some = (
+        PatchSimilarity().compared(Scene(3, tokens=each)).scores for each in (tokens, tokens[:, ::3].contiguous())
+    )
+    assert torch.equal(whole, some)
+
+
+@pytest.mark.parametrize("by", [PatchSimilarity(), TokenSimilarity()])
+def test_tokens_that_are_not_finite_are_refused(by):
+    tokens = torch.randn(5, 6, 8)
+    tokens[3, 2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"frames \[3\] hold NaN or infinity"):
+        by.compared(Scene(5, tokens=tokens))
 
 
 def test_without_descriptors_the_core_lies_evenly_and_holds_the_reference_frame():
@@ -85,7 +121,7 @@ def test_nearest_frames_are_added():
         ({"by": None, "nearest": 2}, "nearest=2 frames need descriptors"),
         ({"by": TokenSimilarity(window=3)}, "a core has no window and no pairs that are known"),
         ({"by": "colour"}, "by must be .*, got 'colour'"),
-        ({"choice": "best"}, "choice must be one of farthest, covering, got 'best'"),
+        ({"choice": "best"}, "choice must be one of covering, farthest, got 'best'"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(options, message):
@@ -94,7 +130,48 @@ def test_settings_without_a_meaning_are_refused(options, message):
 
 
 def test_labels_say_how_the_core_is_chosen():
-    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames that differ most by tokens of the model"
+    assert Core(8, by=TokenSimilarity()).label == "a core of 8 frames that resemble most others by tokens of the model"
     assert Core(8, by="tokens").label == Core(8, by=TokenSimilarity()).label
-    assert Core().label == "a core of 48 frames that differ most by MegaLoc"
+    assert Core().label == "a core of 52 frames that resemble most others by MegaLoc"
+    assert (
+        Core(8, by="patches", choice="farthest").label == "a core of 8 frames that differ most by patches of the model"
+    )
     assert Core(8, by=None).label == "a core of 8 frames at equal distances"
+
+
+def test_frames_that_are_seen_coarsely_are_chosen_after_the_core():
+    shown = scene(12, reference_frame=5)
+    graph = as_source(Core(3, by=ThumbnailSimilarity(), coarse=4, stride=2)).graph(shown)
+    chosen = choose_core(thumbnails(shown.rgb), 7, first=5)
+    assert isinstance(graph, CoarseGraph) and graph.stride == 2
+    assert torch.equal(graph.full.to_dense(), CovisibilityGraph.core(12, chosen[:3]).to_dense())
+    assert torch.equal(graph.frames, chosen[3:].sort().values)
+
+
+def test_without_descriptors_they_lie_evenly_among_the_others():
+    graph = as_source(Core(2, by=None, coarse=3)).graph(scene(9, reference_frame=0))
+    assert graph.full.core_frames.tolist() == [0, 8] and graph.frames.tolist() == [2, 4, 6] and graph.stride == 3
+    moved = as_source(Core(2, by=None, coarse=3)).graph(scene(9, reference_frame=5))
+    assert moved.full.core_frames.tolist() == [0, 5] and moved.frames.tolist() == [2, 6, 8]
+    everything = as_source(Core(2, by=None, coarse="all")).graph(scene(9))
+    assert everything.frames.tolist() == list(range(1, 8)) and everything.num_edges == 81
+
+
+@pytest.mark.parametrize("coarse", [5, "all"])
+@pytest.mark.parametrize("by", [None, ThumbnailSimilarity()], ids=["evenly", "thumbnails"])
+def test_a_core_of_all_frames_leaves_none_to_be_seen_coarsely(by, coarse):
+    graph = as_source(Core(6, by=by, coarse=coarse)).graph(scene(5))
+    assert isinstance(graph, CovisibilityGraph) and graph.density == 1
+
+
+def test_labels_say_what_is_seen_coarsely():
+    assert Core(2, by=None, coarse=3).label == "a core of 2 frames at equal distances, and 3 more at stride 3"
+    assert Core(2, by=None, coarse="all", stride=2).label.endswith(", and all others at stride 2")
+    for options, message in (
+        ({"coarse": -1}, "coarse must be at least 0"),
+        ({"stride": 0}, "stride must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Core(2, by=None, **options)
+    with pytest.raises(TypeError, match="coarse must be an integer"):
+        Core(2, by=None, coarse="rest")

@@ -307,19 +307,19 @@ def test_without_a_network_nothing_waits(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to try again"))
     with pytest.raises(FileNotFoundError) as error:
         MegaLoc.from_pretrained()
-    for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"tokens"', "poses"):
+    for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"patches"', "poses"):
         assert word in str(error.value)
 
 
 def test_no_hub_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"model.safetensors of gberton/MegaLoc.*\[megaloc\].*\"tokens\""):
+    with pytest.raises(ImportError, match=r"model.safetensors of gberton/MegaLoc.*\[megaloc\].*\"patches\""):
         MegaLoc.from_pretrained()
 
 
 @pytest.mark.parametrize("source", ["nowhere/model.safetensors", "./nowhere", "/no/such/file", "nowhere.pt"])
 def test_path_that_is_not_there(source: str):
-    with pytest.raises(FileNotFoundError, match=r"there is no such file; download .*\"tokens\""):
+    with pytest.raises(FileNotFoundError, match=r"there is no such file; download .*\"patches\""):
         MegaLoc.from_pretrained(source)
 
 

@@ -1,0 +1,56 @@
+"""A covisibility for each global layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .base import Source
+from .registry import Covisibility
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Global layers that differ in who sees whom: `patch(model, covisibility=PerLayer(...))`.
+
+    Layers for which it says the same, the same object or word or equal sources, share their graphs, layouts and tables.
+
+    Attributes:
+        covisibility: What `patch` takes as `covisibility`, for each global layer, in the order in which they run; or a
+            function that returns it for a layer, counted from 0.
+    """
+
+    covisibility: Sequence[Covisibility] | Callable[[int], Covisibility]
+
+    def by_layers(self, num_layers: int) -> list[tuple[Covisibility, tuple[int, ...]]]:
+        """Return what differs, each with the layers that it is for.
+
+        Raises:
+            ValueError: If there is not one for each layer.
+            TypeError: If it is neither a sequence nor a function.
+        """
+        given = self.covisibility
+        if callable(given):
+            each: Sequence[Any] = [given(layer) for layer in range(num_layers)]
+        elif isinstance(given, Sequence) and not isinstance(given, str):
+            each = given
+        else:
+            raise TypeError(f"PerLayer takes a sequence or a function of the layer, got {type(given).__name__}")
+        if len(each) != num_layers:
+            raise ValueError(
+                f"PerLayer must give one covisibility for each of the {num_layers} global layers of this model, got "
+                f"{len(each)}"
+            )
+        found: list[tuple[Any, list[int]]] = []
+        for layer, one in enumerate(each):
+            alike = next((layers for other, layers in found if _alike(one, other)), None)
+            if alike is None:
+                found.append((one, [layer]))
+            else:
+                alike.append(layer)
+        return [(one, tuple(layers)) for one, layers in found]
+
+
+def _alike(one: object, other: object) -> bool:
+    return one is other or (isinstance(one, str | Source) and type(one) is type(other) and one == other)
