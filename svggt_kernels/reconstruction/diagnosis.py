@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..measure.wording import count, percent
+from ..models.loading import RANDOM_WEIGHTS
 from .points import PointChoice, PointCloud, point_cloud, sightings
 from .scene import Reconstruction
 
@@ -35,7 +36,8 @@ class Diagnosis:
         parts: Photos that share views, directly or by way of others, the largest part first; a photo that shares none
             is a part by itself.
         links: The strongest links (i, j) that hold all parts together, the weakest first.
-        notes: What a user should know, a sentence each; empty if nothing is weak.
+        notes: What a user should know, a sentence each; empty if nothing is weak, and of random weights, of which
+            nothing follows.
     """
 
     shares: Tensor
@@ -52,7 +54,8 @@ def diagnose(scene: Reconstruction) -> Diagnosis:
     """
     shares = shared_views(scene, point_cloud(scene, PointChoice(max_points=POINTS)))
     links, parts = _strongest_links(shares)
-    return Diagnosis(shares, parts, links, _notes(scene.names, shares, parts, links))
+    is_random = scene.facts.get("warning") == RANDOM_WEIGHTS
+    return Diagnosis(shares, parts, links, [] if is_random else _notes(scene.names, shares, parts, links))
 
 
 def shared_views(scene: Reconstruction, cloud: PointCloud) -> Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..io.writing import replacing, write_all
-from .formats import Files
+from .formats import FORMATS, Files
 from .scene import Reconstruction
 
 LONGEST = 100  # of two values that a message quotes
@@ -50,7 +50,7 @@ class OutputFolder:
         if held is not None and not self.has_run and not force:
             raise FileExistsError(f"{path} holds a reconstruction of {_differences(held, self._request)}{UNCHANGED}")
         self._report = _read(path / REPORT)
-        self._exports: dict[str, Any] = dict(self._report.get("exports", {}))
+        self._exports = _sound(self._report.get("exports"))
 
     def load(self) -> Reconstruction:
         """Return the finished run."""
@@ -132,6 +132,18 @@ class OutputFolder:
         for file in self._exports.pop(name)["files"]:
             with suppress(OSError):
                 (self.path / file).unlink()
+
+
+def _sound(exports: Any) -> dict[str, Any]:
+    """Return what a report says of exports, as far as it can have been written here: files are removed by it."""
+    sound = {}
+    for name, export in exports.items() if isinstance(exports, dict) else ():
+        with suppress(KeyError, TypeError, AttributeError):
+            parts = [PurePosixPath(file).parts for file in export["files"]]
+            own = name in FORMATS and all(file[0] == FORMATS[name].target and ".." not in file for file in parts)
+            if own and isinstance(export["options"], dict) and isinstance(export["finished"], bool):
+                sound[name] = export
+    return sound
 
 
 def _read(file: Path) -> dict[str, Any]:

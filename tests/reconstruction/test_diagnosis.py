@@ -9,6 +9,7 @@ import pytest
 import torch
 from scenes_in_files import FRAMES, Exact, exact_walk
 
+from svggt_kernels.models.loading import RANDOM_WEIGHTS
 from svggt_kernels.reconstruction import Reconstruction, diagnosis
 from svggt_kernels.reconstruction.diagnosis import diagnose
 from svggt_kernels.reconstruction.points import PointChoice, point_cloud
@@ -59,6 +60,11 @@ def test_photos_that_see_nothing_together(exact: Exact):
     assert found.parts[-1] == [2]
     [note] = found.notes
     assert note.startswith("1 photo of 6 shares no view with any other (02.png): their cameras may be wrong")
+
+
+def test_of_random_weights_nothing_is_said(exact: Exact):
+    scene = dataclasses.replace(moved(exact.scene, [2]), facts={"warning": RANDOM_WEIGHTS})
+    assert diagnose(scene).notes == []
 
 
 def test_a_scene_that_is_split(exact: Exact):

@@ -206,6 +206,18 @@ class TestFolder:
         run(photos, tmp_path / "out")
         assert without_times(contents(tmp_path / "out")) == expected
 
+    @pytest.mark.parametrize("file", ["../mine.txt", "depth/../../mine.txt", "mine.txt"])
+    def test_a_report_that_names_files_of_others_removes_none(self, photos: Path, tmp_path: Path, file: str) -> None:
+        run(photos, tmp_path / "out", formats=["depth"])
+        mine = [tmp_path / "mine.txt", tmp_path / "out/mine.txt"]
+        for kept in mine:
+            kept.write_text("mine")
+        report = json.loads((tmp_path / "out/reconstruction.json").read_text())
+        report["exports"]["depth"]["files"].append(file)
+        (tmp_path / "out/reconstruction.json").write_text(json.dumps(report))
+        run(photos, tmp_path / "out", formats=["depth"], covisibility="all", force=True)
+        assert all(kept.read_text() == "mine" for kept in mine)
+
     def test_a_forced_run_that_fails_leaves_the_one_before(
         self, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
