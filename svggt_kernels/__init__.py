@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .patching import Patch, PatchReport, patch
     from .reconstruction import Reconstruction, reconstruct
     from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, PerLayer, TokenSimilarity
+    from .streaming import OpenScene, open_saved_scene, open_scene, read_outputs
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOMES = {
     "CovisibilityGraph": "graph",
     "MegaLoc": "sources",
     "MegaLocSimilarity": "sources",
+    "OpenScene": "streaming",
     "Patch": "patching",
     "PatchReport": "patching",
     "PatchSimilarity": "sources",
@@ -41,8 +43,11 @@ _HOMES = {
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
     "merge": "merging",
+    "open_saved_scene": "streaming",
+    "open_scene": "streaming",
     "patch": "patching",
     "prepare": "attention",
+    "read_outputs": "streaming",
     "reconstruct": "reconstruction",
 }
 
@@ -54,6 +59,7 @@ __all__ = [
     "CovisibilityGraph",
     "MegaLoc",
     "MegaLocSimilarity",
+    "OpenScene",
     "Patch",
     "PatchReport",
     "PatchSimilarity",
@@ -63,8 +69,11 @@ __all__ = [
     "block_sparse_attention",
     "compare_dense",
     "merge",
+    "open_saved_scene",
+    "open_scene",
     "patch",
     "prepare",
+    "read_outputs",
     "reconstruct",
 ]
 

@@ -31,6 +31,7 @@ FLOORS = [
     {"attention"},
     {"inference"},
     {"backend_errors", "patching"},
+    {"streaming"},
     {"measure"},
     {"reconstruction"},
     {"serving"},

@@ -106,6 +106,7 @@ def aggregate(
     attend_within_frames: blocks.AttendFunction,
     tokens_together: int,
     dtype: torch.dtype | None = None,
+    reference: bool = True,
 ) -> None:
     """Run an aggregator for which `obstacle` is None and keep its layers' outputs.
 
@@ -118,9 +119,11 @@ def aggregate(
         tokens_together: Tokens that the MLP of a block takes at a time; the patch embedding takes images of about as
             many. The results are the same.
         dtype: Dtype of the residual stream; None for the model's own.
+        reference: Whether frame 0 of each sample is the reference frame; if not, none of these frames is.
     """
     B, S, _, H, W = images.shape
-    tokens = _embed(aggregator, images.flatten(0, 1), S, attend_within_frames, tokens_together, dtype)  # [B S, P, C]
+    every, frames = S if reference else None, images.flatten(0, 1)
+    tokens = _embed(aggregator, frames, every, attend_within_frames, tokens_together, dtype)  # [B S, P, C]
     P, C = tokens.shape[1:]
     positions = _positions(aggregator, H, W, tokens.device)  # [P, 2]
     within = None if positions is None else positions.expand(B * S, P, 2)
@@ -161,12 +164,12 @@ def launches(aggregator: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[
 def _embed(
     aggregator: Any,
     images: Tensor,  # [B S, 3, H, W]
-    frames: int,
+    every: int | None,
     attend: blocks.AttendFunction,
     tokens_together: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Return the tokens `[B S, P, C]` that enter the first block; frame 0 of each sample is the reference."""
+    """Return the tokens `[B S, P, C]` that enter the first block; frame 0 of `every` so many is a reference frame."""
     mean, deviation = aggregator._resnet_mean[0], aggregator._resnet_std[0]
     special = torch.cat([aggregator.camera_token, aggregator.register_token], 2)[0]  # [2, R, C]
     count = special.shape[1]
@@ -180,7 +183,8 @@ def _embed(
             shape = (len(images), count + patches.shape[1], patches.shape[2])
             tokens = torch.empty(shape, dtype=kind, device=patches.device)
             tokens[:, :count] = special[1]
-            tokens[::frames, :count] = special[0]
+            if every is not None:
+                tokens[::every, :count] = special[0]
         tokens[start : start + len(some), count:] = patches
     assert tokens is not None
     return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -48,6 +49,10 @@ class FusedForward:
         backend: The backend that the patch was given, or None.
         memory_budget: What one forward may allocate, see `memory`.
 
+    Attributes:
+        reference: Whether frame 0 of the forwards to come is the reference frame; the model's own forward knows no
+            other, so if not, a report with a reason says that what was computed is of no use.
+
     Raises:
         ValueError: If residuals should be bfloat16, or a budget is given, and the model is not of VGGT's shape.
     """
@@ -67,6 +72,7 @@ class FusedForward:
         aggregator: Any = model.get_submodule(path)
         self.aggregator = aggregator
         self.fused = fused
+        self.reference = True
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.budget = memory_budget
         self._obstacle = obstacle_of_aggregator(aggregator)
@@ -156,7 +162,7 @@ class FusedForward:
 
     def _make_plan(self, images: Tensor, tokens_per_frame: int | None, tokens_describe: bool) -> memory.Plan:
         model = self._model
-        assert model is not None and self.budget is not None and self.layers is not None
+        assert model is not None and self.budget is not None
         if tokens_per_frame is None:
             raise ValueError(
                 f"memory_budget needs the tokens of a frame, and {type(self.aggregator).__name__} does not say its "
@@ -167,26 +173,7 @@ class FusedForward:
                 "memory_budget plans inference; call model.eval(), and the model inside torch.no_grad(), or "
                 "patch(model, memory_budget=None)"
             )
-        block = self.aggregator.global_blocks[0]
-        product, weights = blocks.compute_dtype(block), block.attn.qkv.weight.dtype
-        cast = [p for p in self.aggregator.parameters() if p.requires_grad and p.dtype == torch.float32 != product]
-        present = {id(x): x.nbytes for x in (images, *model.parameters(), *model.buffers())}
-        sizes = memory.Sizes(
-            samples=images.shape[0],
-            frames=images.shape[1],
-            tokens=tokens_per_frame,
-            channels=block.attn.qkv.in_features,
-            pixels=images.shape[3] * images.shape[4],
-            depth=self.depth,
-            layers=self.layers,
-            heads=sum(not getattr(head, "feature_only", False) for head in self._dpt.values()),
-            wide=weights.itemsize,
-            residual=(self.dtype or weights).itemsize,
-            product=product.itemsize,
-            present=sum(present.values()),
-            casts=sum(p.numel() * product.itemsize for p in cast),
-            tokens_describe=tokens_describe,
-        )
+        sizes = self.sizes(images.shape, images.itemsize, tokens_per_frame, tokens_describe)
         if images.device.type not in memory.DEVICES:
             raise ValueError(
                 "memory_budget is kept on CUDA, whose layer outputs can wait in host memory, and the images are on "
@@ -194,6 +181,40 @@ class FusedForward:
                 f"{memory.least(sizes):.1f} GiB)"
             )
         return memory.make_plan(sizes, memory.allowed(self.budget, images.device, sizes.present))
+
+    def sizes(
+        self, shape: Sequence[int], itemsize: int, tokens_per_frame: int, tokens_describe: bool = False
+    ) -> memory.Sizes:
+        """Return the sizes from which the memory of a forward follows, where there is a budget.
+
+        Args:
+            shape: Of its images, `[B, S, 3, H, W]`.
+            itemsize: Bytes of one of their values.
+            tokens_per_frame: P.
+            tokens_describe: Whether the graph is made of tokens.
+        """
+        model, layers = self._model, self.layers
+        assert model is not None and layers is not None
+        block = self.aggregator.global_blocks[0]
+        product, weights = blocks.compute_dtype(block), block.attn.qkv.weight.dtype
+        cast = [p for p in self.aggregator.parameters() if p.requires_grad and p.dtype == torch.float32 != product]
+        present = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
+        return memory.Sizes(
+            samples=shape[0],
+            frames=shape[1],
+            tokens=tokens_per_frame,
+            channels=block.attn.qkv.in_features,
+            pixels=shape[3] * shape[4],
+            depth=self.depth,
+            layers=layers,
+            heads=sum(not getattr(head, "feature_only", False) for head in self._dpt.values()),
+            wide=weights.itemsize,
+            residual=(self.dtype or weights).itemsize,
+            product=product.itemsize,
+            present=sum(present.values()) + math.prod(shape) * itemsize,
+            casts=sum(p.numel() * product.itemsize for p in cast),
+            tokens_describe=tokens_describe,
+        )
 
     @uncompiled(recursive=False)
     def _run_aggregator(self, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +246,7 @@ class FusedForward:
             attend_within_frames=self._within_frames,
             tokens_together=self._plan.tokens_together,
             dtype=self.dtype,
+            reference=self.reference,
         )
         self.report = replace(self.report, within_frames=tuple(sorted(self._within_frames.ran)))
         return outputs, self.aggregator.patch_start_idx

@@ -6,7 +6,7 @@ checked, is in docs/whole-model.md, "What is alive when".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,9 @@ TOKENS_TOGETHER = 2**16
 
 FRAMES_TOGETHER = 8
 """Frames that run together in heads, as VGGT's do by default."""
+
+FEW = 32
+"""Frames of one forward of a long run for which layer outputs may go to host memory and parts be halved."""
 
 HALVINGS = 4
 """How often both may be halved: to 4096 tokens, and to 1 frame after three."""
@@ -144,6 +147,22 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
         + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
         + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"'
     )
+
+
+def most_frames(sizes: Callable[[int], Sizes], budget: int, most: int) -> int:
+    """Return how many frames of a long run go through one forward, which keeps to a budget; at least 1.
+
+    As many as fit without host memory and with full parts. Where these are few, up to `FEW` that fit in any way, as
+    every forward reads all weights.
+
+    Args:
+        sizes: The sizes of a forward of so many frames.
+        budget: In bytes.
+        most: No more frames than these.
+    """
+    full = [n for n in range(1, most + 1) if next(_plans(sizes(n))).peak_bytes <= budget]
+    few = [n for n in range(1, min(FEW, most) + 1) if min(plan.peak_bytes for plan in _plans(sizes(n))) <= budget]
+    return max([1, *full, *few])
 
 
 def least(sizes: Sizes) -> float:

@@ -1,10 +1,13 @@
-"""Files of named tensors: what a model's weights come in."""
+"""Files of named tensors: what a model's weights come in, and what is kept of outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,3 +77,39 @@ def _same_kind(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.layout == torch.strided and (
         tensor.dtype == dtype or (tensor.dtype in FLOATING and dtype in FLOATING)
     )
+
+
+def write_arrays(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as a NumPy file (.npz), bfloat16 as float32; the file is whole or not there.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    arrays: dict[str, Any] = {
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+        for name, tensor in tensors.items()
+    }
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:  # np.savez would put .npz behind another name
+            np.savez(file, **arrays)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Read named tensors, or those of some names that it holds, from a file that `write_arrays` wrote.
+
+    Raises:
+        ValueError: If it is damaged or another kind of file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            wanted = arrays.files if names is None else [name for name in names if name in arrays.files]
+            return {name: torch.from_numpy(arrays[name]) for name in wanted}
+    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as named arrays ({type(error).__name__}): it must be an .npz file, and is damaged "
+            "or something else"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -103,6 +103,12 @@ class ModelRecord:
             the first and what enters the second are the same tokens `[B * S, P, C]`, frames in another order. None if
             it keeps the order of the images.
         images_are_normalised: Whether its images come with ImageNet's mean and deviation taken out; others take [0, 1].
+        followers: The attention modules outside `module` or among its special tokens that look across frames too, each
+            frame with as many tokens, by name relative to the model that is given: they follow the core of an opened
+            scene. None if there are none.
+        growth: The factor by which the scores of one of its global attention modules grow with its number of tokens, of
+            the module and that number; None where they do not.
+        first_is_reference: Arguments of the model's forward by which its first frame is its reference frame.
         runnable: How to build, feed and read the whole model; None if that is not known.
     """
 
@@ -116,6 +122,9 @@ class ModelRecord:
     causal: bool = False
     reorders_between: Callable[[nn.Module], tuple[str, str] | None] | None = None
     images_are_normalised: bool = False
+    followers: Callable[[nn.Module], dict[str, nn.Module]] | None = None
+    growth: Callable[[nn.Module, int], float] | None = None
+    first_is_reference: Mapping[str, Any] = field(default_factory=dict)
     runnable: RunnableModel | None = None
 
     def unknown_attention(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -146,6 +155,16 @@ def block_attention(module: nn.Module, path: str, start: int = 0, step: int = 1)
     """Return the attention of every `step`-th block of a ModuleList from `start` on, by name."""
     blocks: Any = module.get_submodule(path)
     return {f"{path}.{i}.attn": blocks[i].attn for i in range(start, len(blocks), step)}
+
+
+def trunk_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention of the trunks of camera heads, which attends over one token of each frame, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, stack in model.named_modules():
+        if name.rpartition(".")[2] == "trunk" and isinstance(stack, (nn.ModuleList, nn.Sequential)):
+            attention = ((index, getattr(block, "attn", None)) for index, block in enumerate(stack))
+            found |= {f"{name}.{index}.attn": each for index, each in attention if isinstance(each, nn.Module)}
+    return found
 
 
 def argument(

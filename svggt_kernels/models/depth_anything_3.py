@@ -71,6 +71,7 @@ DEPTH_ANYTHING_3 = ModelRecord(
     known=("pretrained",),
     reorders_between=_reorders_between,
     images_are_normalised=True,
+    first_is_reference={"ref_view_strategy": "first"},
     runnable=RunnableModel(
         name="da3-small",
         build=_build_small,

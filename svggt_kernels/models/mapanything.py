@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import ForwardInputs, ModelRecord, argument, block_attention, has_parts
@@ -37,6 +38,17 @@ def _read(module: nn.Module, arguments: Mapping[str, Any]) -> ForwardInputs:
     )
 
 
+def _growth(attention: Any, tokens: int) -> float:
+    """Return the factor that options put on queries, rounded as there: log N, or sqrt(g log N / log N0), or both."""
+    factor, logarithm = torch.ones(()), torch.log(torch.tensor(tokens))
+    if getattr(attention, "use_scalable_softmax", False):
+        factor = factor * logarithm
+    if getattr(attention, "use_entropy_scaling", False):
+        base = torch.log(torch.tensor(attention.base_token_count_for_entropy_scaling))
+        factor = factor.double() * torch.sqrt(attention.entropy_scaling_growth_factor * logarithm / base).double()
+    return float(factor)
+
+
 MAPANYTHING = ModelRecord(
     name="MapAnything",
     structure=f"UniCeption's class {TRANSFORMER}, with self_attention_blocks",
@@ -44,4 +56,5 @@ MAPANYTHING = ModelRecord(
     global_attention=partial(block_attention, path="self_attention_blocks", step=2),
     read=_read,
     known=("self_attention_blocks",),
+    growth=_growth,
 )

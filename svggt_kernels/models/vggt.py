@@ -19,6 +19,7 @@ from .base import (
     first_sample,
     has_parts,
     read_images,
+    trunk_attention,
 )
 from .cameras import intrinsics_of_encoding, poses_of_encoding
 
@@ -44,6 +45,7 @@ VGGT = ModelRecord(
     global_attention=partial(block_attention, path="global_blocks"),
     read=partial(read_images, special_tokens="patch_start_idx"),
     known=("patch_embed", "frame_blocks", "global_blocks"),
+    followers=trunk_attention,
     runnable=RunnableModel(
         name="vggt",
         build=_build,

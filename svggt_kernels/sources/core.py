@@ -97,6 +97,11 @@ class Core:
         return "nothing" if self._similarity is None else self._similarity.needs
 
     @property
+    def similarity(self) -> Similarity | PatchSimilarity | None:
+        """What frames are compared by; None if the core is spread evenly."""
+        return self._similarity
+
+    @property
     def reads_fingerprints(self) -> bool:
         """Whether the images of a scene are looked up."""
         return getattr(self._similarity, "reads_fingerprints", False)

@@ -28,14 +28,20 @@ class TokenSimilarity(Similarity):
     by: ClassVar[str] = "tokens of the model"
     needs: ClassVar[Literal["tokens"]] = "tokens"
 
+    @staticmethod
+    def read(
+        tokens: Tensor,  # [S, P, C]
+    ) -> Tensor:
+        """Return what is read of some frames' tokens: the mean of each frame, `[S, 1, C]`."""
+        return tokens.mean(dim=1, keepdim=True, dtype=torch.promote_types(tokens.dtype, torch.float32))
+
     def descriptors(self, scene: Scene) -> Tensor:
         """Return the centred mean token of each frame, `[S, C]`.
 
         Raises:
             ValueError: If tokens are NaN or infinite.
         """
-        tokens = finite_tokens(scene)
-        pooled = tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        pooled = self.read(finite_tokens(scene))[:, 0]
         mean = pooled.mean(dim=0)
         centred = pooled - mean
         # A frame that equals the mean frame (one frame alone, one image repeated) would have no direction.
@@ -55,15 +61,20 @@ class PatchSimilarity:
     by: ClassVar[str] = "patches of the model"
     needs: ClassVar[Literal["tokens"]] = "tokens"
 
+    @staticmethod
+    def read(
+        tokens: Tensor,  # [S, P, C]
+    ) -> Tensor:
+        """Return what is read of some frames' tokens: every n-th patch, `[S, P', C]`."""
+        return tokens[:, :: -(-tokens.shape[1] // MOST_PATCHES)]
+
     def compared(self, scene: Scene) -> ScoreMatrix:
         """Return the scores of all pairs of frames, on the device of the tokens.
 
         Raises:
             ValueError: If tokens are NaN or infinite.
         """
-        tokens = finite_tokens(scene)
-        step = -(-tokens.shape[1] // MOST_PATCHES)
-        patches = tokens[:, ::step].float()
+        patches = self.read(finite_tokens(scene)).float()
         patches = F.normalize(patches - patches.mean((0, 1)), dim=-1)
         scores = torch.ones(len(patches), len(patches), device=patches.device)
         for frame, own in enumerate(patches):

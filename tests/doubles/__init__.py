@@ -274,14 +274,15 @@ class DinoWrapper(nn.Module):
 
 
 class DepthAnything3(nn.Module):
-    """The reference view is the middle one, as with upstream's strategy "middle"."""
+    """The reference view is the middle one, as with upstream's strategy "middle", or the first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = DinoWrapper()
 
-    def forward(self, x: Tensor, reference: list[int] | None = None) -> Tensor:
-        return self.backbone(x, reference=reference or [x.shape[1] // 2] * len(x))
+    def forward(self, x: Tensor, reference: list[int] | None = None, ref_view_strategy: str = "middle") -> Tensor:
+        chosen = 0 if ref_view_strategy == "first" else x.shape[1] // 2
+        return self.backbone(x, reference=reference or [chosen] * len(x))
 
 
 class MultiViewAlternatingAttentionTransformer(nn.Module):

@@ -1,0 +1,82 @@
+"""A memory budget for the runs of a scene: what the plan of one forward does not count, and how many frames fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..inference import memory
+from ..inference.fused_forward import FusedForward
+from .attention import CoreAttention, Run
+
+MOST_FRAMES = 256
+"""The most frames of a chunk; more at once are no faster."""
+
+
+class Budget:
+    """Keeps the runs of a session to a budget, as `inference.memory` keeps one forward.
+
+    Beside a forward there are the kept keys and values of the core, in a chunk those of one layer with the chunk's
+    behind them, and what comes and goes meanwhile: the next images and the last outputs.
+
+    Args:
+        own: The fused forward that keeps to a plan.
+        attention: Holds what is kept.
+        gib: GiB, or "auto": what is free on the device when a run begins, less 1 GiB.
+    """
+
+    def __init__(self, own: FusedForward, attention: CoreAttention, gib: memory.MemoryBudget) -> None:
+        self.own, self.attention, self.gib = own, attention, gib
+
+    def begin(self, run: Run) -> None:
+        """Leave to the forward that begins what is not needed beside it.
+
+        Raises:
+            ValueError: If that is too little.
+        """
+        images, tokens = run.inputs.images, run.inputs.tokens_per_frame
+        if tokens is None or images.device.type not in memory.DEVICES:
+            return  # the fused forward says what is wrong
+        sizes = self.own.sizes(images.shape, images.itemsize, tokens)
+        beside = self._beside(sizes, is_core=run.sees_itself is None)
+        allowed = self._allowed(images.device, sizes.present)
+        least = math.ceil(10 * (memory.least(sizes) + beside / memory.GIB)) / 10
+        if int(least * memory.GIB) > allowed:
+            raise ValueError(
+                f"memory_budget must be at least {least:.1f} GiB for {run.frames} frames and the keys of the core, got "
+                f"{allowed / memory.GIB:.2f} GiB; give a smaller core or chunk, or smaller images"
+            )
+        self.own.budget = (allowed - beside) / memory.GIB
+
+    def frames_of_chunk(self, shape: Sequence[int], itemsize: int, tokens: int, device: torch.device) -> int:
+        """Return how many further frames run together, the reference frame beside them, when the core has run.
+
+        Args:
+            shape: Of the images of the core, `[..., 3, H, W]`.
+            itemsize: Bytes of one of their values.
+            tokens: Tokens of a frame.
+            device: Where they run.
+        """
+
+        def sizes(frames: int) -> memory.Sizes:
+            alone = self.own.sizes((1, frames + 1, *shape[-3:]), itemsize, tokens)
+            return replace(alone, present=alone.present + self._beside(alone, is_core=False))
+
+        return memory.most_frames(sizes, self._allowed(device, sizes(1).present), MOST_FRAMES)
+
+    def _allowed(self, device: torch.device, present: int) -> int:
+        assert self.gib is not None
+        allowed = memory.allowed(self.gib, device, present)
+        return allowed + self.attention.kept_bytes if self.gib == "auto" else allowed
+
+    def _beside(self, sizes: memory.Sizes, is_core: bool) -> int:
+        """Return the bytes beside a forward."""
+        of_frames = 2 * sizes.frames * sizes.tokens * sizes.channels * sizes.product
+        if is_core:
+            return sizes.depth * of_frames
+        kept = self.attention.kept_bytes
+        passing = sizes.frames * sizes.pixels * (3 * sizes.wide + memory.OUTPUTS_PER_PIXEL * sizes.heads)
+        return kept + kept // sizes.depth + of_frames + passing

@@ -1,0 +1,177 @@
+"""`open_scene(model, images)` and `open_saved_scene(model, path)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.arguments import integer
+from ..graph.core import checked_core, choose_core, spread_evenly
+from ..inference.memory import MemoryBudget
+from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
+from .apart import described, likeness_of
+from .frames import BUFFERED, Frames, Images, buffered, open_frames
+from .progress import Progress
+from .saved import SavedScene
+from .scene import CHUNK, OpenScene
+from .session import Outputs, Session
+
+
+def open_scene(
+    model: nn.Module,
+    images: Images,
+    *,
+    core: Core | Sequence[int] | None = None,
+    chunk: int | None = None,
+    memory_budget: MemoryBudget = None,
+    long_side: int | None = None,
+    feed: Callable[[Tensor], Any] | None = None,
+    read: Callable[[Any], Outputs] | None = None,
+    fused: bool | None = None,
+    backend: str | None = None,
+) -> OpenScene:
+    """Run a model on the core of a scene and keep what further frames need of it: their keys and values in each layer.
+
+    Memory follows the core and the chunk, not the number of frames. What is computed is one forward of all frames with
+    a closed core, in which everything that looks across frames follows the core (docs/many-photos.md). Inference only;
+    the dtype is that of autocast where it is on at this call, else the model's.
+
+        with torch.autocast("cuda", torch.bfloat16):
+            scene = svggt_kernels.open_scene(model, "photos/")
+        predictions = scene.predict()
+        more = scene.add("photos-of-tomorrow/")
+
+    Args:
+        model: A model that a record knows, or any module that holds one, in eval mode.
+        images: Frames `[S, 3, H, W]` in [0, 1]; a list of photos, or the folder of them; a video; or an iterable of
+            frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
+            256 frames, which are held in memory.
+        core: A `Core`, which chooses its frames by descriptors of all; or their indices, the reference frame first.
+            None for `Core()`, as in `patch`.
+        chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
+        memory_budget: GiB that a run may allocate on the device in all, or "auto", as in `patch`: the core's and each
+            chunk's. Needs CUDA and a model of VGGT's shape; elsewhere give `chunk`.
+        long_side: Pixels of the longer side to which photos and videos are brought; None as the model takes them.
+        feed: Turns frames `[S, 3, H, W]` into the argument of the model's forward; None as its record says, else
+            `[1, S, 3, H, W]`.
+        read: Reads what the model returns into named tensors `[S, ...]`; None for all tensors `[1, S, ...]` of a
+            mapping.
+        fused: As in `patch`.
+        backend: As in `patch`.
+
+    Raises:
+        ValueError: If the model is not known, patched, or in training mode; if it does something across frames that
+            does not follow a core, which is tried out: frames of the core run again as a chunk; or an argument has no
+            meaning.
+        TypeError: If an argument is of another type.
+        FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had.
+        ImportError: If a package is missing.
+    """
+    core = Core() if core is None else core
+    if isinstance(core, Core):
+        core = core.opened()
+        beside = {name: value for name in ("nearest", "coarse") if (value := getattr(core, name, 0))}
+        if beside:
+            raise ValueError(f"a scene keeps the keys of its core alone, so give a Core without more, got {beside}")
+    if chunk is not None:
+        chunk = integer("chunk", chunk, 1)
+    session = Session(model, feed=feed, read=read, fused=fused, backend=backend, memory_budget=memory_budget)
+    frame_size = session.frame_size(long_side)
+    frames = open_frames(images, frame_size)
+    among = frames
+    if not frames.again:
+        among, frames = buffered(frames, BUFFERED)
+    indices, likeness = chosen_core(core, among, session)
+    return OpenScene(
+        session,
+        frames,
+        indices,
+        among.pick(indices),
+        chunk=chunk,
+        frame_size=frame_size,
+        similarity=core.similarity if isinstance(core, Core) else None,
+        likeness=likeness,
+    )
+
+
+def open_saved_scene(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    chunk: int | None = None,
+    feed: Callable[[Tensor], Any] | None = None,
+    read: Callable[[Any], Outputs] | None = None,
+    fused: bool | None = None,
+    backend: str | None = None,
+) -> OpenScene:
+    """Open a scene that `OpenScene.save` wrote, to add frames to it; the core runs again unless its keys are there.
+
+    The dtype is that of the scene when it was saved. Frames are told to be apart by their confidence alone, and
+    `predict` gives the core's.
+
+    Args:
+        model: The model, with the weights that it had.
+        path: The file.
+        chunk: Frames that run together; None for as many as before.
+        feed: As in `open_scene`, and likewise the others.
+        read: Likewise.
+        fused: Likewise.
+        backend: Likewise.
+
+    Raises:
+        ValueError: If the model is another one, or the file is damaged or something else; and as `open_scene` does.
+        FileNotFoundError: If there is no such file.
+    """
+    saved = SavedScene(Path(path))
+    session = Session(model, feed=feed, read=read, fused=fused, backend=backend)
+    saved.require(session)
+    frame_size = saved.settings["frame_size"]
+    return OpenScene(
+        session,
+        open_frames(saved.frames, frame_size),
+        range(len(saved.frames)),
+        saved.frames,
+        chunk=saved.settings["chunk"] if chunk is None else integer("chunk", chunk, 1),
+        frame_size=frame_size,
+        core_outputs=saved.restore(session),
+    )
+
+
+def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) -> tuple[list[int], float | None]:
+    """Return the frames of a core, the reference frame first, and the least likeness to it of all that were described.
+
+    Args:
+        core: How it is chosen, or its indices.
+        frames: Among which it is; they are read once if they must be described or counted.
+        session: Describes frames by the model's tokens.
+    """
+    if not isinstance(core, Core):
+        indices = list(core)
+        if not indices:
+            raise ValueError("the core must hold at least 2 frames, got none")
+        return checked_core(max(indices) + 1, indices).tolist(), None
+    similarity, count, parts = core.similarity, frames.count, []
+    if similarity is None and count is not None:
+        return spread_evenly(count, core.size).tolist(), None
+    reader = similarity if isinstance(similarity, TokenSimilarity | PatchSimilarity) else None
+    if reader is None and similarity is not None and similarity.needs == "tokens":
+        raise ValueError(f'a scene reads tokens for Core(by="tokens") and "patches" alone, got {similarity.by}')
+    with Progress("descriptors", count) as progress:
+        count = 0
+        for part in frames.chunks(CHUNK, None if similarity is None else session.device):
+            made = described(similarity, part) if reader is None else session.describe(part, reader.read)
+            parts.append(None if made is None else made.to("cpu"))
+            count += len(part)
+            progress.add(len(part))
+    if similarity is None:
+        return spread_evenly(count, core.size).tolist(), None
+    compared = torch.cat([part for part in parts if part is not None])
+    if reader is None:
+        chosen = sorted(choose_core(compared, core.size, choice=core.choice).tolist())
+        return chosen, float(likeness_of(compared, compared[chosen]).min())
+    scores = reader.compared(Scene(len(compared), tokens=compared.to(session.device)))
+    return sorted(choose_core(scores, core.size, choice=core.choice).tolist()), None

@@ -1,0 +1,286 @@
+"""A scene that is open: any number of its photos in chunks, and more later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layout import on_device
+from ..sources import PatchSimilarity
+from ..sources.similarity import Similarity
+from .apart import Yardstick, described
+from .frames import Frames, Images, open_frames
+from .identity import of_frames, of_model
+from .outputs import OutputFolder
+from .progress import Progress
+from .saved import save_scene
+from .session import Outputs, Session
+from .transfers import Downloads, Item, finished
+
+CHUNK = 32
+"""Frames of a chunk, unless told otherwise."""
+
+
+class OpenScene:
+    """A scene whose core has run: further frames run in chunks, in the same coordinates, now or later.
+
+    `open_scene` makes it. Frames outside the core see the core and themselves, so what a frame gets does not depend on
+    which frames run with it. The model must stay as it is while the scene is open; between calls nothing is put on it.
+
+    Outputs are tensors `[n, ...]` in host memory by the names that the model gives them, without the axis of samples,
+    and "apart", bool `[n]`: whether a frame may share nothing with the core (see `apart`). Such frames are placed all
+    the same, and warned of.
+
+    Attributes:
+        core: The frames of the core among the images that the scene was opened with; the first sets the axes.
+        core_outputs: Outputs of the core's frames.
+        core_frames: These frames, `[K, 3, H, W]`.
+        chunk: Frames of a chunk.
+        frame_size: Pixels of the longer side of photos and videos, and of a patch.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        frames: Frames,
+        core: Sequence[int],
+        core_frames: Tensor,
+        *,
+        chunk: int | None,
+        frame_size: tuple[int, int],
+        similarity: Similarity | PatchSimilarity | None = None,
+        likeness: float | None = None,
+        core_outputs: Outputs | None = None,
+    ) -> None:
+        self.session, self.core = session, tuple(core)
+        self.core_frames, self.similarity = core_frames, similarity
+        self._frames, self.frame_size = frames, frame_size
+        self._reference = core_frames[:1].to(session.device)
+        outputs = session.run_core(core_frames) if core_outputs is None else core_outputs
+        self.core_outputs: Outputs = {name: tensor.to("cpu") for name, tensor in outputs.items()}
+        self.core_outputs["apart"] = torch.zeros(len(core), dtype=torch.bool)
+        self.chunk = chunk or session.frames_of_chunk(core_frames) or CHUNK
+        descriptors = described(similarity, core_frames.to(session.device))
+        self.yardstick = Yardstick.of(self.core_outputs, descriptors, likeness)
+
+    @property
+    def core_gib(self) -> float:
+        """Memory of the kept keys and values of the core, GiB: about 2 L K P C values of the dtype that attends."""
+        return self.session.attention.kept_bytes / 2**30
+
+    def add(self, images: Images) -> Outputs:
+        """Return the outputs of further frames, in their order.
+
+        Args:
+            images: Frames, as `open_scene` takes them, of the height and width of the core's.
+
+        Raises:
+            ValueError: If they are of another size, or there is none.
+        """
+        return _joined(list(self.stream(images)))
+
+    def predict(self) -> Outputs:
+        """Return the outputs of all images that the scene was opened with, in their order, the core's among them.
+
+        Raises:
+            ValueError: If these came from an iterator, and have been read.
+        """
+        return _joined(list(self.stream()))
+
+    def stream(self, images: Images | None = None) -> Iterator[Outputs]:
+        """Yield what `add` returns, or without images what `predict` returns, one chunk after another as they come."""
+        yield from self._run(images, lambda part, start: None, lambda outputs, part, start: outputs)
+
+    def write(
+        self, folder: str | Path, images: Images | None = None, *, names: Collection[str] | None = None
+    ) -> list[Path]:
+        """Write the outputs of all images that the scene was opened with, or of further ones, a file for each chunk.
+
+        Files are written as chunks are finished. What was finished is not lost where this is interrupted, and is not
+        run again when it is called again: the frames are read again, and compared with those of the file.
+
+        Args:
+            folder: Where to, for these images alone; made if it is not there.
+            images: Further frames, as `add` takes them.
+            names: The outputs that are written; None for all.
+
+        Returns:
+            The files in the order of the frames, for `svggt_kernels.read_outputs`.
+
+        Raises:
+            ValueError: If the folder holds outputs of another scene or other frames, or there is no such output; and as
+                `add` does.
+            OSError: If a file cannot be written.
+        """
+        kind = ",".join(sorted(names)) if names is not None else "all"
+        target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}", names)
+
+        def done(part: Tensor, start: int) -> Future[Path] | None:
+            path = target.written(part, start)
+            return None if path is None else finished(path)
+
+        def then(outputs: Outputs, part: Tensor, start: int) -> Path:
+            return target.write(outputs, of_frames(part), start)
+
+        return list(self._run(images, done, then))
+
+    def save(self, path: str | Path, *, keys: bool = False) -> None:
+        """Write the scene to a file, from which `open_saved_scene` opens it again: another day, on another machine.
+
+        The file holds the frames of the core, settings, and what tells the model's weights from others.
+
+        Args:
+            path: The file; replaced if it is there.
+            keys: Whether it holds the core's keys and values too (`core_gib`), so that the core need not run again.
+        """
+        save_scene(self, Path(path), keys)
+
+    def extended(self, images: Images) -> OpenScene:
+        """Return a new scene, whose core is this one's and further frames; this one stays as it is.
+
+        All outputs of this scene are stale beside those of the new one: its larger core gives every frame other ones,
+        in other coordinates. Predict the frames again.
+
+        Args:
+            images: The frames to add to the core, as `add` takes them.
+        """
+        frames = torch.cat(
+            [self.core_frames, *(part.to(self.core_frames) for part in self._open(images).chunks(CHUNK))]
+        )
+        known = open_frames(frames, self.frame_size)
+        return OpenScene(
+            self.session.again(),
+            known,
+            range(len(frames)),
+            frames,
+            chunk=self.chunk,
+            frame_size=self.frame_size,
+            similarity=self.similarity,
+        )
+
+    def identity(self) -> str:
+        """Return what tells this scene from others: its model and weights, the dtype, and the frames of its core."""
+        session = self.session
+        return f"{session.record.name} {of_model(session.model)} {session.dtype} core {of_frames(self.core_frames)}"
+
+    def _run(
+        self,
+        images: Images | None,
+        done: Callable[[Tensor, int], Future[Item] | None],
+        then: Callable[[Outputs, Tensor, int], Item],
+    ) -> Iterator[Item]:
+        """Run chunk after chunk, and copy the outputs of each to the host while the next one runs.
+
+        Args:
+            images: Frames; None for those that the scene was opened with.
+            done: Is asked of each chunk, and of where it begins; returns what is yielded if it was done before.
+            then: Turns outputs in host memory into what is yielded, in a thread; is given the frames and the place of
+                the first one, too.
+        """
+        frames, given = (self._frames if images is None else self._open(images)), images is not None
+        if not given and not frames.again:
+            self._frames = Frames(_read_already, None)
+        start, (height, width) = 0, self.core_frames.shape[-2:]
+        apart: list[int] = []
+
+        def complete(outputs: Outputs, part: Tensor, first: int) -> Item:
+            whole = self._with_core(outputs, len(part), None if given else first)
+            apart.append(int(whole["apart"].sum()))
+            return then(whole, part, first)
+
+        coming: list[tuple[Future[Item], int, bool]] = []
+        device = self.session.device
+        with Progress("frames", frames.count) as progress, Downloads(device, complete) as downloads:
+
+            def arrived() -> Item:
+                future, count, skipped = coming.pop(0)
+                result = future.result()
+                progress.add(count, skipped)
+                return result
+
+            for part in frames.chunks(self.chunk, device):
+                if part.shape[-2:] != (height, width):
+                    raise ValueError(
+                        f"frames must be {height} x {width} pixels as those of the core, got "
+                        f"{' x '.join(map(str, part.shape[-2:]))}; resize or crop them"
+                    )
+                future = done(part, start)
+                skipped = future is not None
+                if future is None:
+                    future = downloads.begin(self._begin(part, None if given else start), part, start)
+                coming.append((future, len(part), skipped))
+                start += len(part)
+                if len(coming) > 1:
+                    yield arrived()
+            while coming:
+                yield arrived()
+        if not start:
+            raise ValueError("at least one image is needed, none was given")
+        self._warn(sum(apart), start)
+
+    def _open(self, images: Images) -> Frames:
+        height, width = self.core_frames.shape[-2:]
+        return open_frames(images, self.frame_size, size=(width, height))
+
+    def _begin(self, part: Tensor, start: int | None) -> Outputs:
+        """Begin to run the frames of a chunk that are not of the core, and return their outputs on the device."""
+        known = self._known(len(part), start)
+        others = [index for index in range(len(part)) if index not in known]
+        if not others:
+            return {}
+        further = part[on_device(np.array(others), part.device)] if known else part
+        outputs = self.session.run_chunk(self._reference, further)
+        return outputs | {"apart": self.yardstick.apart(outputs, described(self.similarity, further))}
+
+    def _with_core(self, outputs: Outputs, count: int, start: int | None) -> Outputs:
+        """Return the outputs of a chunk of so many frames, those of the core among them, in host memory."""
+        known = self._known(count, start)
+        if not known:
+            return outputs
+        order = torch.tensor([*(index for index in range(count) if index not in known), *known]).argsort()
+        rows = {name: tensor[list(known.values())] for name, tensor in self.core_outputs.items()}
+        return {name: tensor[order] for name, tensor in _joined([outputs, rows] if outputs else [rows]).items()}
+
+    def _known(self, count: int, start: int | None) -> dict[int, int]:
+        """Return the places in the core of frames of a chunk that belong to it, by their places in the chunk.
+
+        Args:
+            count: Frames of the chunk.
+            start: The place of its first one among the images that the scene was opened with; None for others.
+        """
+        if start is None:
+            return {}
+        return {frame - start: place for place, frame in enumerate(self.core) if start <= frame < start + count}
+
+    def _warn(self, apart: int, frames: int) -> None:
+        """Warn of frames that are apart where there are more than twice as many as by chance.
+
+        Of K + 1 frames alike one is the least sure, so one of K + 1 further frames is told to be apart by chance.
+        """
+        if apart > 2 * frames / (len(self.core) + 1):
+            warnings.warn(
+                f'{apart} of {frames} frames may share nothing with the core (outputs["apart"] says which): what is '
+                "said of them cannot be trusted; open a scene whose core shows that place too",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"OpenScene({self.session.record.name}, core of {len(self.core)} frames in {self.core_gib:.2f} GiB, "
+            f"chunks of {self.chunk})"
+        )
+
+
+def _joined(parts: list[Outputs]) -> Outputs:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _read_already(size: int) -> Iterator[Tensor]:
+    raise ValueError("the images of this scene came from an iterator, which has been read; give them again to add()")

@@ -1,0 +1,371 @@
+"""One model, opened for the core of a scene: the forward of the core, and forwards of chunks that attend to it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..compiling import uncompiled
+from ..inference import memory
+from ..inference.fused_forward import FusedForward
+from ..inference.memory import MemoryBudget
+from ..inference.report import InferenceReport
+from ..models import find_model
+from ..models.wrappers import arguments_of, each_once
+from ..patching.forwards import Forwards
+from ..patching.interception import StandIn
+from ..patching.order import frame_order
+from ..patching.parts import FrameOrder
+from .attention import CoreAttention, Described, Run
+from .budget import Budget
+
+TF32_EPS = 2.0**-10
+"""Of TensorFloat-32, in which CUDA may compute products and convolutions of float32."""
+
+Outputs = dict[str, Tensor]
+"""Named outputs of frames, `[n, ...]`."""
+
+
+class Session:
+    """Runs a model on the core of a scene and on chunks of further frames.
+
+    The model is as it was before and after each forward: what stands in for its attention is there only meanwhile.
+
+    Args:
+        model: The model.
+        feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward; None as its record says.
+        read: Reads the result of its forward into named tensors `[S, ...]`; None for `read_frames`.
+        fused: As in `patch`.
+        backend: As in `patch`.
+        memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
+
+    Attributes:
+        record: What is known about the model.
+        autocast: Whether it is on, and its dtype: those of the time when the session was made.
+        budget: Keeps to the memory budget, if there is one.
+        attention: Holds what is kept of the core.
+
+    Raises:
+        ValueError: If no record knows the model, or an argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feed: Callable[[Tensor], Any] | None = None,
+        read: Callable[[Any], Outputs] | None = None,
+        fused: bool | None = None,
+        backend: str | None = None,
+        memory_budget: MemoryBudget = None,
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "model": model,
+            "feed": feed,
+            "read": read,
+            "fused": fused,
+            "backend": backend,
+            "memory_budget": memory_budget,
+        }
+        memory.check(memory_budget)
+        if memory_budget is not None and fused is False:
+            raise ValueError("memory_budget is kept by the fused forward; leave fused=None, or give True")
+        self.model = model
+        self.record, path, self.root = find_model(model)
+        self.reference = self.record.reference_frame is not None
+        runnable = self.record.runnable
+        self._feed: Callable[[Tensor], Any] = feed or (one_sample if runnable is None else runnable.feed)
+        self._read: Callable[[Any, int], Outputs] = read_frames if read is None else lambda result, _: read(result)
+        accepted = inspect.signature(type(model).forward).parameters
+        self._options = {name: value for name, value in self.record.first_is_reference.items() if name in accepted}
+
+        def full(name: str) -> str:
+            return f"{path}.{name}" if path else name
+
+        attention = each_once(self.record.global_attention(self.root))
+        followers = {} if self.record.followers is None else each_once(self.record.followers(model))
+        self.attention = CoreAttention(
+            self.record, {full(name): module for name, module in attention.items()}, followers, backend
+        )
+        self._own: FusedForward | None = None
+        if fused is not False:
+            self._own = FusedForward(
+                model,
+                path,
+                tuple(attention.values()),
+                fused=fused if memory_budget is None else True,
+                precision="upstream",
+                keep="read",
+                backend=backend,
+                memory_budget=memory_budget,
+            )
+        self.budget: Budget | None = None
+        if self._own is not None and memory_budget is not None:
+            self.budget = Budget(self._own, self.attention, memory_budget)
+        sites = [] if self._own is None else list(self._own.sites())
+        sites += self.attention.sites()
+        self._reorders = self.record.reorders_between and self.record.reorders_between(self.root)
+        if self._reorders is not None:
+            before, after = ((self.root.get_submodule(block), full(block)) for block in self._reorders)
+            sites += FrameOrder(before, after, cast(Forwards, self)).sites()  # which asks for `running` alone
+        # The model's own comes last: it stands around what a part puts in the place of the same forward.
+        self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
+        self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))
+        self._turn = threading.Lock()
+        self._tokens: int | None = None
+        self._runs_fused = False
+        device = self._parameter.device.type
+        self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def again(self) -> Session:
+        """Return a new session of the same model and settings, for another core."""
+        session = Session(**self._arguments)
+        session.autocast = self.autocast
+        return session
+
+    @property
+    def _parameter(self) -> Tensor:
+        return next(x for x in self.model.parameters() if x.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is computed: autocast's, or the model's."""
+        return self.autocast[1] if self.autocast[0] else self._parameter.dtype
+
+    def frame_size(self, long_side: int | None) -> tuple[int, int]:
+        """Return the pixels of the longer side of photos, as given or usual for the model, and of its patch."""
+        runnable, patch_size = self.record.runnable, getattr(self.root, "patch_size", None)
+        usual = (518, 14) if runnable is None else (runnable.long_side, runnable.patch_size)
+        return long_side or usual[0], patch_size if isinstance(patch_size, int) else usual[1]
+
+    @property
+    def eps(self) -> float:
+        """How far apart neighbouring numbers near 1 are, in the coarsest dtype that computes."""
+        values = [torch.finfo(self.dtype).eps, torch.finfo(self._parameter.dtype).eps]
+        precisions = (
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        )
+        if self.device.type == "cuda" and self._parameter.dtype == torch.float32 and "tf32" in precisions:
+            values.append(TF32_EPS)
+        return max(values)
+
+    @property
+    def inference(self) -> InferenceReport | None:
+        """What the fused forward did in the last run; None with `fused=False`."""
+        return None if self._own is None else self._own.report
+
+    @property
+    def running(self) -> Run | None:
+        """The forward that runs, or None."""
+        return self.attention.run
+
+    def run_core(self, frames: Tensor) -> Outputs:
+        """Run the core, keep its keys and values, and return its outputs.
+
+        Args:
+            frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first.
+
+        Raises:
+            ValueError: If the model does something across frames that does not follow a core, or there is one frame.
+        """
+        self.attention.kept.clear()
+        if len(frames) < 2:
+            raise ValueError(f"the core must hold at least 2 frames, got {len(frames)}")
+        run = Run(len(frames))
+        outputs = self._forward(frames, run)
+        self._tokens = run.inputs.tokens_per_frame
+        self._runs_fused = self._own is not None and self._own.report.reason is None
+        self._test(frames, outputs)
+        return outputs
+
+    def frames_of_chunk(self, core_frames: Tensor) -> int | None:
+        """Return how many further frames run together within the memory budget, after the core; None without one."""
+        if self.budget is None or self._tokens is None:
+            return None
+        itemsize = self._parameter.itemsize
+        return self.budget.frames_of_chunk(core_frames.shape, itemsize, self._tokens, self.device)
+
+    def run_chunk(self, reference: Tensor, frames: Tensor) -> Outputs:
+        """Return the outputs of further frames.
+
+        Args:
+            reference: The first frame of the core, `[1, 3, H, W]`: models whose first frame sets the axes run it again,
+                but for the fused forward, which is told that it is not there.
+            frames: `[n, 3, H, W]` in [0, 1].
+        """
+        return self._run_chunk(reference, frames, (True,) * len(frames))
+
+    def describe(self, frames: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what is read of the patch tokens of frames as they enter the first attention across frames.
+
+        Each part of the frames that is described counts its own first frame as reference.
+
+        Args:
+            frames: `[n, 3, H, W]` in [0, 1].
+            read: What is read of these tokens, `[n, P, C]`.
+        """
+        try:
+            self._forward(frames, Run(len(frames), describes=read))
+        except Described as described:
+            return described.tokens
+        raise AssertionError("a forward without global attention is refused")
+
+    def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
+        """Return the outputs of frames that see the core, and each itself beside it or not."""
+        first = int(self.reference)
+        if first and self._own is not None and self._runs_fused:
+            self._own.reference = False
+            try:
+                outputs = self._forward(frames, Run(len(frames), sees_itself))
+            finally:
+                self._own.reference = True
+            if self._own.report.reason is None:
+                return outputs
+        if first:
+            frames, sees_itself = torch.cat([reference.to(frames), frames]), (False, *sees_itself)
+        outputs = self._forward(frames, Run(len(frames), sees_itself))
+        return {name: tensor[first:] for name, tensor in outputs.items()}
+
+    def _test(self, frames: Tensor, outputs: Outputs) -> None:
+        """Run the last frame of the core again in a chunk, which must give it what the run of the core gave it.
+
+        Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
+        knows) gives it something else: the other frames are missing, and its negative runs with it. Both must agree to
+        half of the digits with which the model computes; values are compressed by the logarithm, as heads give some
+        that differ by orders of magnitude.
+        """
+        last = frames[-1:]
+        again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
+        for name, tensor in outputs.items():
+            both = (each.cpu().double() for each in (tensor[-1], again[name][0]))
+            expected, actual = (each.sign() * each.abs().log1p() for each in both)
+            error, size = float((actual - expected).norm()), float(expected.norm())
+            if not error <= self.eps**0.5 * size:
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot be opened: a frame of its core that runs again without the "
+                    f"others gets another {name} (by {error / max(size, 1e-300):.2g} of its size), so something in it "
+                    "looks across frames that does not follow the core; use patch(model), which runs all frames at once"
+                )
+
+    def _forward(self, frames: Tensor, run: Run) -> Outputs:
+        """Run the model on frames `[S, 3, H, W]` and return its outputs.
+
+        Raises:
+            RuntimeError: If another forward of this session runs.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError("this scene is running already; a scene runs one chunk at a time")
+        self.attention.run = run
+        enabled, dtype = self.autocast
+        try:
+            with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+                images = frames.to(self.device, self._parameter.dtype)
+                result = self.model(self._feed(images), **self._options)
+                self._check(run)
+                return self._read(result, len(frames))
+        finally:
+            self.attention.run = None
+            self._turn.release()
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Inside this context the stand-ins are in the place of the model's forwards."""
+        patched = [stand_in.name for stand_in in self._stand_ins if isinstance(stand_in.in_place, StandIn)]
+        if patched:
+            raise ValueError(f"{patched[0]} is patched; call undo() on that patch first (Patch.of(model) returns it)")
+        if self.model.training:
+            raise ValueError("a scene is for inference; call model.eval() first")
+        done: list[StandIn] = []
+        try:
+            for stand_in in self._stand_ins:
+                stand_in.install()
+                done.append(stand_in)
+            yield
+        finally:
+            for stand_in in reversed(done):
+                stand_in.remove()
+
+    @uncompiled(recursive=False)
+    def _run_root(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run the module that runs all global attention."""
+        run = self.attention.run
+        assert run is not None
+        run.inputs = self.record.read(self.root, arguments_of(self.root, args, kwargs))
+        if run.inputs.frames not in (None, run.frames):
+            raise ValueError(
+                f"{stand_in.name} was given {run.inputs.frames} frames in a forward of {run.frames}; feed= must give "
+                "the model all frames as one sample"
+            )
+        if self.budget is not None:
+            self.budget.begin(run)
+        if self._own is not None:
+            self._own.begin(run.inputs.images, run.inputs.tokens_per_frame, False, self.attention)
+        try:
+            return stand_in.original(*args, **kwargs)
+        finally:
+            if self._own is not None:
+                self._own.end()
+
+    def _check(self, run: Run) -> None:
+        """Raise if attention was passed over, or the model moved its frames."""
+        names = (*self.attention.modules, *self.attention.followers)
+        missed = [name for name in names if not run.calls[name]]
+        if missed:
+            raise RuntimeError(
+                f"{len(missed)} of {len(names)} attention modules that look across frames were not called in this "
+                f"forward: {', '.join(missed)}; this model cannot be opened"
+            )
+        if run.before is not None and run.after is not None and frame_order(run.before, run.after) is not None:
+            raise ValueError(
+                f"{self.record.name} chose another reference frame than the first of its frames, which a scene needs; "
+                f"give the model a forward that takes {self.record.first_is_reference}"
+            )
+
+
+def one_sample(
+    frames: Tensor,  # [S, 3, H, W]
+) -> Tensor:
+    """Return the frames as a batch of one sample, `[1, S, 3, H, W]`."""
+    return frames[None]
+
+
+def read_frames(result: Any, frames: int) -> Outputs:
+    """Return the tensors `[1, S, ...]` of what a model returns, by name, without their first axis.
+
+    Args:
+        result: A mapping, a tensor (called "output"), or a sequence (called by number). What is no such tensor is left
+            out, and so are "images".
+        frames: S.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(result, Tensor):
+        named: Mapping[str, Any] = {"output": result}
+    elif isinstance(result, Mapping):
+        named = result
+    else:
+        named = {str(i): each for i, each in enumerate(result)} if isinstance(result, Sequence) else {}
+    outputs = {
+        name: tensor[0].detach()
+        for name, tensor in named.items()
+        if isinstance(tensor, Tensor) and tensor.shape[:2] == (1, frames) and name != "images"
+    }
+    if not outputs:
+        raise ValueError(
+            f"the model must return tensors [1, {frames}, ...], got a {type(result).__name__}; give "
+            "open_scene(read=...), a function that reads its result into named tensors [S, ...]"
+        )
+    return outputs
