@@ -10,7 +10,7 @@ PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 .PHONY: demo help test test-all test-native lint bench clean
 
 demo: $(VENV)/.runs  ## a trained model on a rendered walk, dense and sparse against the truth, in about a minute on two cores once installed
-	$(BIN)/svggt-kernels demo
+	$(BIN)/svggt-kernels demo --force
 
 help:  ## what make can do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1: \2/p' $(firstword $(MAKEFILE_LIST))
@@ -44,4 +44,4 @@ $(VENV)/.ready: $(VENV)/.runs tests/models.txt
 	touch $@
 
 clean:  ## remove the environment, and what the demo and the tools wrote
-	rm -rf $(VENV) demo-output layout-output compare-output evaluate-output sweep-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output layout-output compare-output evaluate-output sweep-output reconstruct-output .pytest_cache .mypy_cache .ruff_cache

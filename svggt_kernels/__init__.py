@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .measure.dense import compare_dense
     from .merging import merge
     from .patching import Patch, PatchReport, patch
+    from .reconstruction import Reconstruction, reconstruct
     from .sources import Core, MegaLoc, MegaLocSimilarity, PatchSimilarity, PerLayer, TokenSimilarity
     from .streaming import OpenScene, open_saved_scene, open_scene, read_outputs
 
@@ -37,6 +38,7 @@ _HOMES = {
     "PatchReport": "patching",
     "PatchSimilarity": "sources",
     "PerLayer": "sources",
+    "Reconstruction": "reconstruction",
     "TokenSimilarity": "sources",
     "block_sparse_attention": "attention",
     "compare_dense": "measure.dense",
@@ -46,6 +48,7 @@ _HOMES = {
     "patch": "patching",
     "prepare": "attention",
     "read_outputs": "streaming",
+    "reconstruct": "reconstruction",
 }
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "PatchReport",
     "PatchSimilarity",
     "PerLayer",
+    "Reconstruction",
     "TokenSimilarity",
     "block_sparse_attention",
     "compare_dense",
@@ -70,6 +74,7 @@ __all__ = [
     "patch",
     "prepare",
     "read_outputs",
+    "reconstruct",
 ]
 
 

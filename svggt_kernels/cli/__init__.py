@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
-from .errors import CommandError, enough_memory
+from .errors import CommandError, enough_memory, sentence
 from .files import require_folder
 from .parser import build_parser, refuse_unread
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_unread(arguments)
         if hasattr(arguments, "output"):
-            require_folder(arguments.output)
+            require_folder(arguments.output, () if arguments.force else arguments.files)
         # The import of a command is that of torch, which takes seconds.
         with _ended_by_an_interrupt(arguments.command):
             command = import_module(f".{arguments.command}", __name__)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         # Such as a full disk under stdout, which then takes no last words either.
-        print(f"svggt-kernels {arguments.command}: {error}", file=sys.stderr)
+        print(f"svggt-kernels {arguments.command}: {sentence(error)}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")
         return 2
     except KeyboardInterrupt:

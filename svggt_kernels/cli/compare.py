@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..io.photos import find_photos, load_photos
-from ..measure.compare import compare
+from ..measure.compare import compare, run_sparse
 from ..measure.pictures import require_matplotlib
-from ..measure.wording import count
 from ..models.loading import HEAD_SIZE, LoadedModel, running_dtype
 from .device import pick_device
 from .errors import CommandError, refusals
+from .footage import Footage
 from .models import load_model
 from .options import source
 from .results import as_text, write_results
@@ -26,13 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, print the result and write report and pictures; return the exit code."""
     with refusals():
         require_matplotlib()
-        photos = find_photos(arguments.folder)[: arguments.max_frames]
+    footage = Footage.of(arguments)
     device = pick_device(arguments.device)
     pick_backend(arguments, device)
-    covisibility = source(arguments)
-    model, frames = load(arguments, photos, device)
+    covisibility = source(arguments, footage.files)
+    model, frames, names = load(arguments, footage, device)
+    run_it = run_sparse if arguments.no_dense else compare
     with refusals():
-        comparison, outputs = compare(
+        found, outputs = run_it(
             model,
             frames.to(device),
             covisibility,
@@ -41,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
             repeats=arguments.repeats,
             stage=stage,
         )
-    print(as_text(comparison))
-    names = [photo.name for photo in photos]
-    print(write_results(arguments.output, comparison, outputs, frames, names, command=arguments.command_line))
+    print(as_text(found))
+    print(write_results(arguments.output, found, outputs, frames, names, command=arguments.command_line))
     return 0
 
 
@@ -58,11 +56,10 @@ def pick_backend(arguments: argparse.Namespace, device: torch.device) -> None:
         raise CommandError(f"--backend {arguments.backend} cannot run here: {reason}; leave --backend out")
 
 
-def load(arguments: argparse.Namespace, photos: list[Path], device: torch.device) -> tuple[LoadedModel, Tensor]:
-    """Return the model on the device, and the photos in its resolution, `[S, 3, H, W]` on the CPU."""
+def load(
+    arguments: argparse.Namespace, footage: Footage, device: torch.device
+) -> tuple[LoadedModel, Tensor, list[str]]:
+    """Return the model on the device, frames in its resolution, `[S, 3, H, W]` on the CPU, and what to call each."""
     model = load_model(arguments.model, arguments.weights, device)
-    with refusals(), stage(f"reading {count(len(photos), 'photo')}"):
-        frames = load_photos(
-            photos, long_side=arguments.long_side or model.kind.long_side, patch_size=model.kind.patch_size
-        )
-    return model, frames
+    frames, names = footage.frames(arguments.long_side or model.kind.long_side, model.kind.patch_size)
+    return model, frames, names

@@ -16,7 +16,15 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(sentence(error)) from error
+
+
+def sentence(error: Exception) -> str:
+    """Return what an error says; one of the operating system names the file and the reason, without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    what = "the output" if error.filename is None else str(error.filename)
+    return f"{what} cannot be read or written: {error.strerror[0].lower()}{error.strerror[1:]}"
 
 
 @contextmanager

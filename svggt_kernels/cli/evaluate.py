@@ -20,6 +20,7 @@ from .compare import load, pick_backend
 from .device import pick_device
 from .errors import refusals
 from .files import write_files
+from .footage import Footage
 from .options import source
 from .results import as_json
 from .text import stage, table
@@ -47,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     pick_backend(arguments, device)
     with refusals():
         truth = truth_of(arguments)
-    covisibility = source(arguments)
-    model, frames = load(arguments, truth.photos, device)
+    footage = Footage.of_photos(arguments.folder, truth.photos)
+    covisibility = source(arguments, footage.files)
+    model, frames, _ = load(arguments, footage, device)
     reference = reference_of(truth, frames)
     print(said(truth))
     layouts = (DENSE, Layout("sparse", covisibility.label, covisibility))

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..io.writing import write_all
 from .errors import CommandError
 
 
-def require_folder(folder: Path) -> None:
-    """Refuse before any work is done if `--output` can be no folder with files in it; creates nothing."""
+def require_folder(folder: Path, files: Sequence[str] = ()) -> None:
+    """Refuse before any work is done if `--output` can be no folder with files in it; creates nothing.
+
+    Args:
+        folder: The folder.
+        files: Names of files that will be written there and must not be there yet.
+    """
+    there = [name for name in files if (folder / name).exists()]
+    if there:
+        raise CommandError(
+            f"--output {folder} holds {', '.join(there)} already; give --force to replace what an earlier run wrote, "
+            "or name another folder"
+        )
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
@@ -34,19 +44,10 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         CommandError: The folder cannot be made or a file cannot be written, for example on a full disk. Files that
             were there before are as they were.
     """
-    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in contents}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            parts[name].write_bytes(content)
-        for name, part in parts.items():
-            part.replace(folder / name)
+        write_all(folder, contents)
     except OSError as error:
         raise CommandError(
             f"{', '.join(contents)} must be written to --output {folder}, and cannot be ({error.strerror}); free some "
             "space or name another folder"
         ) from error
-    finally:
-        for part in parts.values():
-            with suppress(OSError):
-                part.unlink()

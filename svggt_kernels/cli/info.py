@@ -19,6 +19,9 @@ OPTIONAL_PACKAGES = {
     "huggingface_hub": "MegaLoc's weights from the hub",
     "tqdm": "MegaLoc's progress",
     "pycolmap": "graphs from COLMAP models",
+    "trimesh": "points as GLB",
+    "viser": "view",
+    "mcp": "the MCP server",
     "av": "videos",
     "depth-anything-3": "--model da3-small",
 }

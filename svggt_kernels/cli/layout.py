@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,22 @@ import torch
 from torch import Tensor
 
 from ..graph import CovisibilityGraph, CovisibilityReport, GraphSummary
-from ..io.photos import find_photos, is_photo, load_photos
-from ..io.video import load_video
+from ..io.photos import find_photos
 from ..layout import BlockLayout
 from ..measure.pictures import draw_graph, draw_neighbours, require_matplotlib
 from ..measure.truth import read_pairs
 from ..measure.wording import count, percent, times
 from ..models import RUNNABLE
 from ..patching import patch
-from ..sources import Scene, Source
+from ..sources import Scene, Source, graph_bytes, hloc_pairs
+from .arguments import LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS
 from .device import pick_device
 from .errors import CommandError, refusals
 from .files import write_files
+from .footage import Footage
 from .models import load_model
 from .options import source
-from .parser import LONG_SIDE, PATCH_SIZE, READ_BY_IN_LAYOUT, SPECIAL_TOKENS
+from .parser import READ_BY_IN_LAYOUT
 from .results import against_truth, as_json
 from .text import stage
 
@@ -35,33 +37,24 @@ from .text import stage
 def run(arguments: argparse.Namespace) -> int:
     """Make the graph, print what it is like, and draw it; return the exit code."""
     kind = RUNNABLE[arguments.model or "toy"] if arguments.covisibility in READ_BY_IN_LAYOUT["--model"] else None
-    with refusals():
-        if not arguments.json:
+    if not arguments.json:
+        with refusals():
             require_matplotlib()
-        # Whatever its name, a file that is no photo is given to FFmpeg.
-        is_video = arguments.folder.is_file() and not is_photo(arguments.folder)
-        photos = [] if is_video else find_photos(arguments.folder)
+    footage = Footage.of(arguments)
     device = pick_device(arguments.device)
-    covisibility = source(arguments)
-    size: dict[str, Any] = {
-        "long_side": arguments.long_side or (kind.long_side if kind else LONG_SIDE),
-        "patch_size": kind.patch_size if kind else arguments.patch_size or PATCH_SIZE,
-    }
-    noun = "photo" if photos else "frame"
-    with refusals(), stage(f"reading {arguments.folder}"):
-        if photos:
-            frames = load_photos(photos[: arguments.max_frames], **size)
-        else:
-            frames, seconds = load_video(arguments.folder, max_frames=arguments.max_frames, **size)
-            photos = [Path(f"{second:.2f} s") for second in seconds]
-        pairs = None
-        if arguments.truth is not None:
-            pairs = read_pairs(arguments.truth, photos, above=arguments.truth_above or 0.0)
-    photos = photos[: len(frames)]
-    if pairs is not None:
-        pairs = pairs[(pairs < len(photos)).all(dim=1)]
+    covisibility = source(arguments, footage.files)
+    long_side = arguments.long_side or (kind.long_side if kind else LONG_SIDE)
+    frames, names = footage.frames(long_side, kind.patch_size if kind else arguments.patch_size or PATCH_SIZE)
+    pairs = None
+    if arguments.truth is not None:
+        # The truth may name photos past the first ones.
+        with refusals():
+            pairs = read_pairs(arguments.truth, _all_of(footage, names), above=arguments.truth_above or 0.0)
+        pairs = pairs[(pairs < len(frames)).all(dim=1)]
         if not len(pairs):
-            raise CommandError(f"--truth names no pair among the first {count(len(photos), noun)}; raise --max-frames")
+            raise CommandError(
+                f"--truth names no pair among the first {count(len(frames), footage.noun)}; raise --max-frames"
+            )
     if kind:
         layout, note = _from_model(arguments, frames, device, covisibility)
     else:
@@ -70,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     judged = CovisibilityReport.of(layout.graph, pairs)
     report: dict[str, Any] = {
         "folder": str(arguments.folder),
-        "photos": [photo.name for photo in photos],
+        "photos": names,
         "height": frames.shape[-2],
         "width": frames.shape[-1],
         "tokens_per_frame": layout.queries.lengths[0],
@@ -82,17 +75,32 @@ def run(arguments: argparse.Namespace) -> int:
         "truth": None if pairs is None else against_truth(judged),
     }
     text = as_json(arguments.command_line, report)
-    files = {"report.json": text.encode()}
+    of_photos = None if footage.files is None else names
+    files = {"report.json": text.encode(), **_graph_files(layout.graph, of_photos)}
     if arguments.json:
         print(text, end="")
     else:
-        print(_as_text(report, judged.summary, noun))
-        files = _pictures(covisibility.label, layout.graph, frames, report["photos"], pairs) | files
+        print(_as_text(report, judged.summary, footage.noun))
+        files = _pictures(covisibility.label, layout.graph, frames, names, pairs) | files
     write_files(arguments.output, files)
     if not arguments.json:
-        *pictures, written = (arguments.output / name for name in files)
-        print(f"Pictures: {', '.join(map(str, pictures))}\nReport: {written}")
+        print(f"Written: {', '.join(str(arguments.output / name) for name in files)}")
     return 0
+
+
+def _all_of(footage: Footage, names: Sequence[str]) -> list[Path]:
+    """Return every photo of the folder, those past `--max-frames` too; frames of a video by their names."""
+    return [Path(name) for name in names] if footage.files is None else find_photos(footage.path)
+
+
+def _graph_files(graph: CovisibilityGraph, names: Sequence[str] | None) -> dict[str, bytes]:
+    """Return the graph as `--graph` reads it, and, of photos whose names allow it, as hloc does."""
+    files = {"graph.npz": graph_bytes(graph, names)}
+    with suppress(ValueError):  # a name holds white space
+        return (
+            files if names is None else files | {"pairs.txt": hloc_pairs(graph, names).encode(errors="surrogateescape")}
+        )
+    return files
 
 
 def _pictures(

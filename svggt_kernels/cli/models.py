@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from ..models import loading
 from .errors import refusals
 
 
-def load_model(name: str, weights: Path | None, device: torch.device) -> loading.LoadedModel:
-    """Build the model called `name`, with random weights or those of a file.
+def load_model(name: str, weights: str | None, device: torch.device) -> loading.LoadedModel:
+    """Build the model called `name`, with the weights that `models.loading.load_model` takes.
 
     Raises:
         CommandError: A package is missing (the message says how to install it), or the weights do not fit.

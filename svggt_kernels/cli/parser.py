@@ -7,22 +7,40 @@ says of the package (models, backends, sizes) is therefore stated here too; a te
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..packages import installed
+from .arguments import (
+    COMPARING,
+    CORE_SIZE,
+    DEFAULT_GRAPH,
+    DEMO_FRAMES,
+    DOUBTED,
+    EXPORTED,
+    FORMATS,
+    LONG_SIDE,
+    MCP_PORT,
+    MODELS,
+    MOST_POINTS,
+    NEIGHBOURS,
+    PATCH_SIZE,
+    SPECIAL_TOKENS,
+    SWEPT_CORES,
+    WEIGHTS,
+    WITH_POINTS,
+    add_device,
+    add_graph,
+    add_megaloc,
+    add_output,
+    add_photos,
+    add_run,
+    add_truth,
+)
 from .errors import CommandError
+from .values import budget, natural, number, percentage, positive
 
-MODELS = ("toy", "da3-small", "vggt", "pi3")
-COVISIBILITY = ("core", "patches", "megaloc", "tokens", "thumbnails", "sequential", "all")
-COMPARING = ("megaloc", "patches", "tokens", "thumbnails")
-SEQUENTIAL_WINDOW = 10
-NEIGHBOURS = 10
-CORE_SIZE = 52
-SWEPT_CORES = (16, 32, 52, 64)
-DEMO_FRAMES = 192
-LONG_SIDE, PATCH_SIZE, SPECIAL_TOKENS = 518, 14, 5
+BESIDE_A_GRAPH = "a graph of a file"
 
 # The graphs that read an option; with others the option would have no effect.
 READ_BY = {
@@ -37,8 +55,8 @@ READ_BY_IN_LAYOUT = {
     "--model": ("patches", "tokens"),
     "--weights": ("patches", "tokens"),
     "--device": ("core", "patches", "megaloc", "tokens"),
-    "--patch-size": ("core", "megaloc", "thumbnails", "sequential", "all"),
-    "--special-tokens": ("core", "megaloc", "thumbnails", "sequential", "all"),
+    "--patch-size": ("core", "megaloc", "thumbnails", "sequential", "all", BESIDE_A_GRAPH),
+    "--special-tokens": ("core", "megaloc", "thumbnails", "sequential", "all", BESIDE_A_GRAPH),
 }
 
 
@@ -51,7 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=installed("svggt-kernels"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_check, _add_layout, _add_compare, _add_evaluate, _add_sweep, _add_demo):
+    for add in (
+        _add_info,
+        _add_check,
+        _add_layout,
+        _add_reconstruct,
+        _add_view,
+        _add_mcp,
+        _add_compare,
+        _add_evaluate,
+        _add_sweep,
+        _add_demo,
+    ):
         add(commands)
     return parser
 
@@ -63,56 +92,48 @@ def refuse_unread(arguments: argparse.Namespace) -> None:
         CommandError: One was given; the message says what it is for.
     """
     readers: Mapping[str, Sequence[str]] = getattr(arguments, "read_by", {})
-    for option, graphs in readers.items():
-        value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
-        if value is not None and arguments.covisibility not in graphs:
+    given = {
+        option: graphs
+        for option, graphs in readers.items()
+        if getattr(arguments, option.removeprefix("--").replace("-", "_")) is not None
+    }
+    if getattr(arguments, "graph", None) is not None:
+        _refuse_beside_a_graph(arguments, given)
+    elif getattr(arguments, "depth_range", None) is not None:
+        raise CommandError("--depth-range belongs to the transforms.json of --graph; give --graph too, or leave it out")
+    elif hasattr(arguments, "covisibility") and arguments.covisibility is None:
+        arguments.covisibility = DEFAULT_GRAPH
+    for option, graphs in given.items():
+        if arguments.covisibility not in graphs:
             raise CommandError(
                 f"{option} does not go with --covisibility {arguments.covisibility}; it is for --covisibility "
                 f"{' or '.join(graphs)}"
             )
     if getattr(arguments, "truth_above", None) is not None and arguments.truth is None:
         raise CommandError("--truth-above is the least score of --truth; give --truth too, or leave it out")
+    if arguments.command == "mcp" and arguments.port is not None and not arguments.http:
+        raise CommandError("--port is that of --http; give --http too, or leave it out")
     if arguments.command == "sweep" and arguments.depth is not None and arguments.truth is None:
         raise CommandError("--depth belongs to --truth, the cameras of the same photos; give --truth too")
+    if arguments.command == "reconstruct" and arguments.export is not None and not set(arguments.export) & WITH_POINTS:
+        for option in ("max_points", "least_confident"):
+            if getattr(arguments, option) is not None:
+                raise CommandError(
+                    f"--{option.replace('_', '-')} is for {', '.join(sorted(WITH_POINTS))}, and --export names none of "
+                    "these; leave it out"
+                )
     if getattr(arguments, "depth_scale", None) is not None and arguments.depth is None:
         raise CommandError("--depth-scale is the scale of the maps in --depth; give --depth too, or leave it out")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a function that reads an integer of at least so much."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return read
-
-
-natural, positive = at_least(0), at_least(1)
-
-
-def number(text: str) -> float:
-    """Read a number, NaN refused."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """Read a number above 0."""
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
-    return value
+def _refuse_beside_a_graph(arguments: argparse.Namespace, given: Mapping[str, Sequence[str]]) -> None:
+    """Refuse what says who sees whom besides `--graph`."""
+    if arguments.covisibility is not None:
+        raise CommandError("--graph and --covisibility both say what each frame sees; give one of them")
+    for option, graphs in dict(given).items():
+        if BESIDE_A_GRAPH not in graphs:
+            raise CommandError(f"{option} does not go with --graph, which says what each frame sees; leave it out")
+    arguments.covisibility = BESIDE_A_GRAPH
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
@@ -135,7 +156,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         "with plain attention in float64. The error may be at most a small multiple of that of plain attention in the "
         "same dtype; the table says which. Exit code 0 if all is well, 1 if not.",
     )
-    _add_device(parser)
+    add_device(parser)
 
 
 def _add_layout(commands: argparse._SubParsersAction) -> None:
@@ -145,18 +166,17 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
         description="Makes the covisibility graph of a folder of photos, or of a video's frames, says how dense it is "
         "and what speed-up of global attention it allows at best, and draws it, with each frame's neighbours.",
     )
-    _add_photos(parser)
-    _add_graph(parser)
+    add_photos(parser, videos=True)
+    add_graph(parser)
     parser.add_argument(
         "--model", choices=MODELS, help="whose tokens --covisibility patches and tokens take (default: toy)"
     )
     parser.add_argument(
         "--weights",
-        type=Path,
         metavar="FILE",
-        help="weights of that model; without them they are random, but those of toy trained",
+        help="weights of that model, as for compare; without them they are random, but those of toy trained",
     )
-    _add_device(parser, "where that model or MegaLoc runs: ")
+    add_device(parser, "where that model or MegaLoc runs: ")
     parser.add_argument(
         "--long-side",
         type=positive,
@@ -183,8 +203,92 @@ def _add_layout(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--truth-above", type=number, metavar="X", help="score a pair must exceed (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and draw no pictures")
-    _add_output(parser, "layout-output")
+    add_output(parser, "layout-output", ["graph.npz", "pairs.txt", "graph.png", "neighbours.png", "report.json"])
     parser.set_defaults(read_by=READ_BY_IN_LAYOUT)
+
+
+def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "reconstruct",
+        help="turn a folder of photos or a video into cameras, depth and points that other tools open",
+        description="Runs a model once on a folder of photos, or on frames of a video, and writes cameras, depth and "
+        "points: as a COLMAP model, transforms.json, PLY, GLB, a trajectory and depth maps. What is finished is kept: "
+        "the same command again goes on where it was stopped.",
+    )
+    add_photos(parser, videos=True)
+    add_graph(parser)
+    parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=f"{WEIGHTS}; or random, whose results mean nothing (default: of toy those of the package; other models "
+        "need this)",
+    )
+    parser.add_argument(
+        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="the backend that must run, of those that info lists (default: the best that can)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=budget,
+        metavar="GIB",
+        help="what one run may allocate on the GPU, or auto for what is free; for models of VGGT's shape (default: "
+        "whatever it takes)",
+    )
+    parser.add_argument(
+        "--export",
+        nargs="+",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"what to write: {', '.join(FORMATS)} (default: {', '.join(EXPORTED)}, as far as installed)",
+    )
+    parser.add_argument(
+        "--max-points", type=positive, metavar="N", help=f"points at most (default: {MOST_POINTS}; COLMAP 50000)"
+    )
+    parser.add_argument(
+        "--least-confident",
+        type=percentage,
+        metavar="PERCENT",
+        help="share of the pixels, those that the model is least sure of, that become no points (default: "
+        f"{DOUBTED:g})",
+    )
+    add_output(parser, "reconstruct-output", [])
+    parser.set_defaults(read_by=READ_BY)
+
+
+def _add_view(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "view",
+        help="look at a reconstruction in a browser: points, cameras, who sees whom, and what is weak",
+        description="Serves a page with the points and cameras of a folder that reconstruct has written. A click on a "
+        "camera shows its photo, its depth and what it sees. Photos that see nothing, parts that share no view and "
+        "weak bridges are said in words. Only this machine can open the page unless --host says otherwise.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that reconstruct has written")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine)")
+    parser.add_argument(
+        "--port", type=positive, default=8080, help="port to serve at, or the next that is free (default: 8080)"
+    )
+
+
+def _add_mcp(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "mcp",
+        help="serve the same to agents: an MCP server over stdio, or over HTTP on this machine",
+        description="Serves tools to agents by the Model Context Protocol: info, layout, reconstruct, compare, sweep, "
+        "pictures of photos and depth, frames of a video. Only files below the folders that are named can be read and "
+        "written; symbolic links and .. are resolved first.",
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that may be read and written")
+    parser.add_argument(
+        "--http", action="store_true", help="serve streamable HTTP at http://127.0.0.1:PORT/mcp in place of stdio"
+    )
+    parser.add_argument("--port", type=positive, help=f"port of --http (default: {MCP_PORT})")
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -195,10 +299,13 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "output. Writes a report and pictures. Without --weights the model's weights are random, but those of toy "
         "trained; only MegaLoc's are downloaded, where its graph is asked for.",
     )
-    _add_photos(parser)
-    _add_graph(parser)
-    _add_run(parser)
-    _add_output(parser, "compare-output")
+    add_photos(parser, videos=True)
+    add_graph(parser)
+    add_run(parser)
+    parser.add_argument(
+        "--no-dense", action="store_true", help="run sparse alone, where dense takes too long or too much memory"
+    )
+    add_output(parser, "compare-output", ["comparison.png", "graph.png", "report.json"])
     parser.set_defaults(read_by=READ_BY)
 
 
@@ -210,11 +317,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "the true ones (pose AUC, ATE, RPE), and its depth where true depth is known (AbsRel). Writes a report. The "
         "truth may be a COLMAP model, a TUM or KITTI trajectory, nerfstudio's transforms.json, or that of a data set.",
     )
-    _add_photos(parser)
-    _add_truth(parser, "where 7-Scenes, ETH3D, CO3D and HiRoom keep it for the photos in DIR")
-    _add_graph(parser)
-    _add_run(parser)
-    _add_output(parser, "evaluate-output")
+    add_photos(parser, videos=False)
+    add_truth(parser, "where 7-Scenes, ETH3D, CO3D and HiRoom keep it for the photos in DIR")
+    add_graph(parser)
+    add_run(parser)
+    add_output(parser, "evaluate-output", ["report.json"])
     parser.set_defaults(read_by=READ_BY)
 
 
@@ -226,7 +333,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "and how far it is from dense, or with --truth from the truth, and which to take. Where memory runs out, all "
         "run again on the first half of the photos. Writes a report and a picture.",
     )
-    _add_photos(parser)
+    add_photos(parser, videos=True)
     parser.add_argument(
         "--layouts",
         nargs="+",
@@ -235,7 +342,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         f"distances) and nearest-K (the K most similar frames) (default: covering ones of "
         f"{', '.join(map(str, SWEPT_CORES))} as far as there are more photos, one evenly, and nearest-{NEIGHBOURS})",
     )
-    _add_truth(parser, "compare with dense")
+    add_truth(parser, "compare with dense")
     parser.add_argument(
         "--covisibility",
         choices=COMPARING,
@@ -243,29 +350,10 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         help="what frames are compared by, to choose cores and neighbours: MegaLoc, patches of the model (for cores "
         "alone: neighbours then by its tokens), the mean of its tokens, or thumbnails (default: megaloc)",
     )
-    _add_megaloc(parser)
-    _add_run(parser)
-    _add_output(parser, "sweep-output")
+    add_megaloc(parser)
+    add_run(parser)
+    add_output(parser, "sweep-output", ["trade-offs.png", "report.json"])
     parser.set_defaults(read_by=READ_BY_IN_SWEEP)
-
-
-def _add_truth(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--truth",
-        type=Path,
-        metavar="TRUTH",
-        help=f"folder of a COLMAP model, a trajectory or a transforms.json (default: {default})",
-    )
-    parser.add_argument(
-        "--depth", type=Path, metavar="DIR", help="true depth maps with the names of the photos, 16-bit .png or .npy"
-    )
-    parser.add_argument(
-        "--depth-scale",
-        type=above_zero,
-        metavar="X",
-        help="by what their numbers are multiplied to be in the unit of the truth (default: 0.001 for .png, which "
-        "stands for millimetres, 1 for .npy)",
-    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -282,98 +370,5 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--core", type=positive, default=CORE_SIZE, metavar="K", help=f"frames that all see (default: {CORE_SIZE})"
     )
-    _add_device(parser)
-    _add_output(parser, "demo-output")
-
-
-def _add_photos(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="a folder of photos, taken in the order of their names"
-    )
-    parser.add_argument("--max-frames", type=positive, metavar="N", help="use the first N photos only")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model runs, and how."""
-    parser.add_argument("--model", choices=MODELS, required=True, help="the model to run")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="its weights, .safetensors or .pt, of toy .npz; without them they are random, but those of toy trained",
-    )
-    parser.add_argument(
-        "--long-side", type=positive, metavar="PIXELS", help="longer side of a frame (default: the model's)"
-    )
-    _add_device(parser)
-    parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="the backend that must run, of those that info lists (default: the best that can)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="timed runs of each kind, fewer if they take long; one alone does not tell how runs differ (default: 3)",
-    )
-
-
-def _add_graph(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--covisibility",
-        choices=COVISIBILITY,
-        default="core",
-        help="how to tell which frames see each other. core: all see a few frames that represent all, chosen by "
-        "MegaLoc; patches: the same, chosen by patches of the model, without other weights; megaloc: similar images by "
-        "MegaLoc; tokens: similar tokens of the model; thumbnails: similar when "
-        "small, crude but without any weights; sequential: neighbours in the order of the names, for video; all: every "
-        "frame sees every other (default: core)",
-    )
-    _add_megaloc(parser)
-    parser.add_argument(
-        "--neighbours",
-        type=natural,
-        metavar="K",
-        help=f"most similar frames that each frame sees (default: {NEIGHBOURS})",
-    )
-    parser.add_argument(
-        "--core",
-        type=positive,
-        metavar="K",
-        help="let each frame see itself and a core of K frames in place of neighbours: those that resemble most others "
-        "by what --covisibility compares, with sequential those at equal distances; frames of the core see the core "
-        "alone "
-        f"(default with core and patches: {CORE_SIZE})",
-    )
-    parser.add_argument(
-        "--window",
-        type=natural,
-        metavar="W",
-        help=f"frames before and after that each frame sees, for ordered photos (default: 0; {SEQUENTIAL_WINDOW} with "
-        "sequential)",
-    )
-
-
-def _add_megaloc(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--megaloc",
-        type=Path,
-        metavar="FILE",
-        help="MegaLoc's weights (default: gberton/MegaLoc, from the cache of the Hugging Face hub or downloaded)",
-    )
-
-
-def _add_device(parser: argparse.ArgumentParser, what: str = "") -> None:
-    parser.add_argument("--device", help=f"{what}cpu, cuda, cuda:1, mps (default: the fastest that is here)")
-
-
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(default),
-        metavar="DIR",
-        help=f"folder for what it writes (default: {default})",
-    )
+    add_device(parser)
+    add_output(parser, "demo-output", ["floor-plan.png", "depth.png", "report.json"])

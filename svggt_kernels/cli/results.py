@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph, CovisibilityReport
-from ..measure.compare import Comparison, Outputs
+from ..graph import CovisibilityReport
+from ..measure.compare import Comparison, Outputs, SparseRun
 from ..measure.cost import Cost
 from ..measure.machine import versions
 from ..measure.pictures import draw_comparison, draw_graph
@@ -34,55 +34,48 @@ def as_json(command: str, content: dict[str, Any]) -> str:
 
 def write_results(
     folder: Path,
-    comparison: Comparison,
+    found: SparseRun,
     outputs: Outputs,
     frames: Tensor,  # [S, 3, H, W]
     names: Sequence[str],
     *,
     command: str,
-    pairs: Tensor | None = None,  # [E, 2]
 ) -> str:
-    """Write report.json, comparison.png and graph.png, and return words that say where they are.
+    """Write report.json, graph.png, and of a comparison comparison.png; return words that say where they are.
 
     Args:
         folder: Where to.
-        comparison: The facts.
-        outputs: The depth of both runs, and the graph.
+        found: The facts.
+        outputs: The depth of the runs, and the graph.
         frames: What the model saw, RGB in [0, 1].
         names: What to call each frame.
         command: The command that makes it again.
-        pairs: Pairs of frames that are known to share a view, if they are.
 
     Raises:
         CommandError: They cannot be written.
     """
-    shown = torch.linspace(0, len(frames) - 1, min(ROWS, len(frames))).round().int().tolist()
-    compared = draw_comparison(
-        frames[shown],
-        outputs.dense["depth"][shown],
-        outputs.sparse["depth"][shown],
-        frames=[names[i] for i in shown],
-        title=headline(comparison),
-        warning=comparison.warning,
-    )
-    graph = draw_graph(
-        outputs.graph,
-        f"{count(comparison.frames, 'frame')}, {comparison.covisibility}",
-        None if pairs is None else CovisibilityGraph.from_pairs(comparison.frames, pairs),
-    )
-    ratios = {
-        "speedup": comparison.speedup,
-        "attention_speedup": comparison.attention.speedup,
-        "ideal_reached": comparison.reached,
-        "attention_share": comparison.attention_share,
-    }
-    report = {**asdict(comparison), "ratios": ratios, "frame_names": list(names)}
-    if pairs is not None:
-        report["truth"] = against_truth(CovisibilityReport.of(outputs.graph, pairs))
-    write_files(
-        folder, {"comparison.png": compared, "graph.png": graph, "report.json": as_json(command, report).encode()}
-    )
-    return f"Pictures: {folder / 'comparison.png'}, {folder / 'graph.png'}\nReport: {folder / 'report.json'}"
+    report, files = {**asdict(found), "frame_names": list(names)}, dict[str, bytes]()
+    if isinstance(found, Comparison) and outputs.dense is not None:
+        shown = torch.linspace(0, len(frames) - 1, min(ROWS, len(frames))).round().int().tolist()
+        files["comparison.png"] = draw_comparison(
+            frames[shown],
+            outputs.dense["depth"][shown],
+            outputs.sparse["depth"][shown],
+            frames=[names[i] for i in shown],
+            title=headline(found),
+            warning=found.warning,
+        )
+        report["ratios"] = {
+            "speedup": found.speedup,
+            "attention_speedup": found.attention.speedup,
+            "ideal_reached": found.reached,
+            "attention_share": found.attention_share,
+        }
+    files["graph.png"] = draw_graph(outputs.graph, f"{count(found.frames, 'frame')}, {found.covisibility}")
+    files["report.json"] = as_json(command, report).encode()
+    write_files(folder, files)
+    *pictures, written = (str(folder / name) for name in files)
+    return f"Pictures: {', '.join(pictures)}\nReport: {written}"
 
 
 def against_truth(judged: CovisibilityReport) -> dict[str, float | None]:
@@ -95,9 +88,9 @@ def against_truth(judged: CovisibilityReport) -> dict[str, float | None]:
     }
 
 
-def as_text(comparison: Comparison) -> str:
-    """Return the comparison as a page of text."""
-    c = comparison
+def as_text(found: SparseRun) -> str:
+    """Return a comparison, or a sparse run alone, as a page of text."""
+    c = found
     lines = [
         f"{c.model}, weights: {c.weights}" + (f", autocast {c.autocast}" if c.autocast else ", float32"),
         f"{count(c.frames, 'frame')} of {c.width} x {c.height} px, {c.tokens_per_frame} tokens each, on {c.device} "
@@ -108,49 +101,59 @@ def as_text(comparison: Comparison) -> str:
         *(f"Note: {warning}" for warning in c.graph["warnings"]),
         "",
         _costs(c),
-        "  The ideal counts work alone, but the kernels differ too: dense attention is PyTorch's, sparse that of "
-        f"backend {c.backend}.",
-        _share(c),
+        *(_shares(c) if isinstance(c, Comparison) else ["  Dense did not run, so nothing is compared."]),
         *_doubts(c),
-        "",
-        "Sparse against dense output:",
-        _deviations(c),
+        *(["", "Sparse against dense output:", _deviations(c)] if isinstance(c, Comparison) else []),
     ]
     if c.warning:
         lines += ["", c.warning]
     return "\n".join(lines)
 
 
-def _doubts(c: Comparison) -> list[str]:
-    if c.dense.runs == 1:
+def _doubts(c: SparseRun) -> list[str]:
+    if c.sparse.runs == 1:
         return ["  Each was timed once, so nothing tells how far runs differ: the times are rough."]
     return [f"  Runs of the same thing differ by {times(c.unrest)}, so the times are rough."] if c.unrest > 1.5 else []
 
 
-def _share(c: Comparison) -> str:
+def _shares(c: Comparison) -> list[str]:
+    kernels = (
+        "  The ideal counts work alone, but the kernels differ too: dense attention is PyTorch's, sparse that of "
+        f"backend {c.backend}."
+    )
     layers = f"  The model has {c.layers} global attention layers; "
     if c.attention_share > 1:
-        return (
-            layers + "timed alone they take longer than the whole model, so the machine was busy and times are rough."
-        )
-    return layers + f"they take {percent(c.attention_share)} of the dense time, the rest stays."
+        share = "timed alone they take longer than the whole model, so the machine was busy and times are rough."
+    else:
+        share = f"they take {percent(c.attention_share)} of the dense time, the rest stays."
+    return [kernels, layers + share]
 
 
-def _costs(c: Comparison) -> str:
-    once = c.dense.runs == 1
-    attention = f"{times(c.attention.speedup)} of {times(c.ideal_speedup)} ideal: {percent(c.reached)} reached"
-    return table(
-        [
-            ("", "dense", "sparse", "speed-up"),
-            (f"whole model, {_kind_of_time(c)}", *_medians(c.dense, c.sparse), times(c.speedup)),
-            *([] if once else [("  shortest to longest run", _range(c.dense), _range(c.sparse), "")]),
-            ("  first run, not among them", milliseconds(c.first_dense_ms), milliseconds(c.first_sparse_ms), ""),
-            ("    of it graph and layout", "", milliseconds(c.first_planning_ms), ""),
-            ("one global attention", *_medians(c.attention.dense, c.attention.sparse), attention),
-            ("peak memory that a run adds", mebibytes(c.dense.peak_mib), mebibytes(c.sparse.peak_mib), ""),
-            *([] if c.kept_mib is None else [("kept from run to run", "", mebibytes(c.kept_mib), "")]),
-        ]
-    )
+def _costs(c: SparseRun) -> str:
+    costs, compared = c.costs, c if isinstance(c, Comparison) else None
+
+    def row(label: str, cells: Mapping[str, str], last: str = "") -> tuple[str, ...]:
+        return (label, *(cells.get(name, "") for name in costs), *([last] if compared else []))
+
+    firsts = {"sparse": milliseconds(c.first_sparse_ms)}
+    rows = [row("", {name: name for name in costs}, "speed-up")]
+    rows.append(row(f"whole model, {_kind_of_time(c)}", _medians(costs), times(compared.speedup) if compared else ""))
+    if c.sparse.runs > 1:
+        rows.append(row("  shortest to longest run", {name: _range(cost) for name, cost in costs.items()}))
+    rows.append(row("  of it graph and layout", {"sparse": milliseconds(c.planning_ms)}))
+    if compared:
+        firsts["dense"] = milliseconds(compared.first_dense_ms)
+    rows.append(row("  first run, not among them", firsts))
+    for step, spent in c.first_steps_ms.items():
+        rows.append(row(f"    of it {step}", {"sparse": milliseconds(spent)}))
+    if compared:
+        alone = {"dense": compared.attention.dense, "sparse": compared.attention.sparse}
+        reached = f"{times(compared.attention.speedup)} of {times(c.ideal_speedup)} ideal: "
+        rows.append(row("one global attention", _medians(alone), f"{reached}{percent(compared.reached)} reached"))
+    rows.append(row("peak memory that a run adds", {name: mebibytes(cost.peak_mib) for name, cost in costs.items()}))
+    if c.kept_mib is not None:
+        rows.append(row("kept from run to run", {"sparse": mebibytes(c.kept_mib)}))
+    return table(rows)
 
 
 def _deviations(c: Comparison) -> str:
@@ -175,12 +178,12 @@ def headline(comparison: Comparison) -> str:
     )
 
 
-def _kind_of_time(c: Comparison) -> str:
-    return "one run" if c.dense.runs == 1 else f"median of {c.dense.runs} runs"
+def _kind_of_time(c: SparseRun) -> str:
+    return "one run" if c.sparse.runs == 1 else f"median of {c.sparse.runs} runs"
 
 
-def _medians(*costs: Cost) -> tuple[str, ...]:
-    return tuple(milliseconds(cost.median_ms) for cost in costs)
+def _medians(costs: Mapping[str, Cost]) -> dict[str, str]:
+    return {name: milliseconds(cost.median_ms) for name, cost in costs.items()}
 
 
 def _range(cost: Cost) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from functools import cache, partial
 
-from ..io.photos import find_photos
 from ..measure.layouts import Outcome, layouts_named
 from ..measure.pictures import draw_trade_offs, require_matplotlib
 from ..measure.sweep import Sweep, default_names, sweep
@@ -16,6 +15,7 @@ from .device import pick_device
 from .errors import refusals
 from .evaluate import facts, facts_of_truth, heading, reference_of, said, truth_of
 from .files import write_files
+from .footage import Footage
 from .options import similarity
 from .results import as_json
 from .text import stage, table
@@ -36,9 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     with refusals():
         require_matplotlib()
         truth = None if arguments.truth is None else truth_of(arguments)
-        photos = find_photos(arguments.folder)[: arguments.max_frames] if truth is None else truth.photos
-        layouts_named(arguments.layouts or default_names(len(photos)), compared)  # refused before any work
-    model, frames = load(arguments, photos, device)
+    footage = Footage.of(arguments) if truth is None else Footage.of_photos(arguments.folder, truth.photos)
+    with refusals():
+        if arguments.layouts is not None or footage.files is not None:
+            # Refused before any work.
+            layouts_named(arguments.layouts or default_names(len(footage.files or ())), compared)
+    model, frames, names = load(arguments, footage, device)
     reference = None if truth is None else reference_of(truth, frames)
     if truth is not None:
         print(said(truth))
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         scored = facts_of_truth(truth.first(swept.frames), reference.first(swept.frames))
     print(_as_text(swept, heading(model, used, device), model.warning))
     report = facts(model, used, device, swept.outcomes) | {
-        "photos": [photo.name for photo in photos[: swept.frames]],
+        "photos": names[: swept.frames],
         "photos_given": swept.asked,
         "truth": scored,
         "unit_of_ate": _unit(swept),

@@ -168,6 +168,11 @@ class CoarseGraph:
         )
 
 
+def united(graph: AnyGraph) -> CovisibilityGraph:
+    """Return who sees whom at all: of frames that are seen coarsely too."""
+    return graph.united() if isinstance(graph, CoarseGraph) else graph
+
+
 def _require_frames(seen: Tensor) -> None:
     if len(seen) == 0:
         raise ValueError("no frame is left that is seen coarsely and not in full; use the graph `full` alone")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .photos import read_levels
+from .photos import crop_of, read_levels
 
 DEPTH_SUFFIXES = (".png", ".npy")
 LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of a photo and its depth map
@@ -65,8 +65,8 @@ def depth_of_frame(
 ) -> Tensor:
     """Return the depth at the middle of each pixel of a frame, `[H, W]`: the nearest pixel of the map, never a mean.
 
-    The frame shows the part of the photo that `load_photos` keeps: the largest of the frame's shape, in the middle. The
-    map shows what the whole photo shows, at any resolution.
+    The frame shows the part of the photo that `crop_of` names. The map shows what the whole photo shows, at any
+    resolution.
 
     Args:
         depth: The depth map.
@@ -83,14 +83,40 @@ def depth_of_frame(
             f"a depth map must show what its photo shows, but it has {width} x {height} pixels and the upright photo "
             f"{photo[0]} x {photo[1]}; scale or crop it to that shape"
         )
-    # The part of the photo's width, and of its height, that the frame shows.
-    along, down = frame[0] / photo[0], frame[1] / photo[1]
-    columns = _nearest(min(1.0, along / down), frame[0], width)
-    rows = _nearest(min(1.0, down / along), frame[1], height)
+    crop = crop_of(photo, frame)
+    columns = _pixels_at((crop.left + crop.scale * _middles(frame[0])) / photo[0], width)
+    rows = _pixels_at((crop.top + crop.scale * _middles(frame[1])) / photo[1], height)
     return depth[rows[:, None], columns]
 
 
-def _nearest(share: float, steps: int, pixels: int) -> Tensor:
-    """Return the pixels at the middles of equal steps through a share of a side of so many pixels, in its middle."""
-    middles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    return (((1 - share) / 2 + share * middles) * pixels).long().clamp(0, pixels - 1)
+def depth_of_photo(
+    depth: Tensor,  # [H, W]
+    photo: tuple[int, int],
+) -> Tensor:
+    """Return what the depth of a frame says of its whole photo, `[h, w]`, at the frame's scale; 0 outside the frame.
+
+    Each pixel has the depth of the nearest one of the frame, nothing is averaged. Where the frame begins between two
+    pixels of the map, `depth_of_frame` reads a row or a column twice and another not at all; else the frame's depth.
+
+    Args:
+        depth: Of a frame of the photo as `load_photos` makes it.
+        photo: Width and height of the upright photo.
+    """
+    frame = depth.shape[1], depth.shape[0]
+    crop = crop_of(photo, frame)
+    shown = []
+    for side, offset, pixels in zip(photo, (crop.left, crop.top), frame, strict=True):
+        count = max(1, round(side / crop.scale))
+        places = (_middles(count) * side / count - offset) / crop.scale
+        shown.append((places.long().clamp(0, pixels - 1), (places >= 0) & (places < pixels)))
+    (columns, beside), (rows, above) = shown
+    return depth[rows[:, None], columns] * (above[:, None] & beside)
+
+
+def _middles(pixels: int) -> Tensor:
+    return torch.arange(pixels, dtype=torch.float64) + 0.5
+
+
+def _pixels_at(shares: Tensor, pixels: int) -> Tensor:
+    """Return the pixels that lie at these shares of a side of so many pixels."""
+    return (shares * pixels).long().clamp(0, pixels - 1)

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention import block_sparse_attention
 from ..coarse import CoarseLayout
-from ..graph import CoarseGraph, CovisibilityGraph
+from ..graph import CovisibilityGraph, united
 from ..layout import BlockLayout
 from ..models.loading import LoadedModel
 from ..patching import Patch, patch
-from .cost import Cost, Tell, allocated_mib, alternate, timed
+from .cost import Cost, Tell, allocated_mib, alternate, in_turn, timed
 from .deviation import Deviation, camera_rotation
 from .machine import device_name, dtype_name
 
@@ -51,8 +51,8 @@ class AttentionCost:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Everything that a comparison found.
+class SparseRun:
+    """What was found of the patched model alone.
 
     Attributes:
         model: Name of the model.
@@ -75,16 +75,13 @@ class Comparison:
         passed_over: Better backends, and why they did not run.
         layers: Global attention layers, all of them answered by the patch.
         planning_ms: Time for graph and layout in a sparse forward on frames that came before, ms; part of `sparse`.
-        first_planning_ms: The same in the first sparse forward, ms; frames that are new cost it again.
-        dense: Cost of the whole model as it is.
+        first_steps_ms: The same in the first sparse forward, by step, ms; frames that are new cost it again. MegaLoc's
+            is "descriptors".
         sparse: Cost of the whole patched model, by one patch for all runs.
-        first_dense_ms: Wall time of the first dense run, ms. First runs are not among those of `dense` and `sparse`.
         first_sparse_ms: Wall time of `patch` and the first sparse run, ms: with what happens once, the verification of
-            the fused forward, MegaLoc, graph and layout, tables, kernels compiled on first use.
+            the fused forward, MegaLoc, graph and layout, tables, kernels compiled on first use. First runs are not
+            among those of `sparse`, nor of `dense`.
         kept_mib: Memory that patch and MegaLoc hold from run to run, MiB; None where it cannot be measured.
-        attention: Cost of one global attention.
-        deviations: For each output, how far sparse is from dense.
-        rotation_degrees: Angle between the cameras of both, median and max.
     """
 
     model: str
@@ -107,25 +104,49 @@ class Comparison:
     passed_over: dict[str, str]
     layers: int
     planning_ms: float
-    first_planning_ms: float
-    dense: Cost
+    first_steps_ms: dict[str, float]
     sparse: Cost
-    first_dense_ms: float
     first_sparse_ms: float
     kept_mib: float | None
+
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """Costs of the whole model, by what ran."""
+        return {"sparse": self.sparse}
+
+    @property
+    def unrest(self) -> float:
+        """Longest / shortest run of the same thing; much above 1 if something disturbed it."""
+        return max(cost.max_ms / cost.min_ms for cost in self.costs.values())
+
+
+@dataclass(frozen=True)
+class Comparison(SparseRun):
+    """Everything that a comparison found.
+
+    Attributes:
+        dense: Cost of the whole model as it is.
+        first_dense_ms: Wall time of the first dense run, ms.
+        attention: Cost of one global attention.
+        deviations: For each output, how far sparse is from dense.
+        rotation_degrees: Angle between the cameras of both, median and max.
+    """
+
+    dense: Cost
+    first_dense_ms: float
     attention: AttentionCost
     deviations: dict[str, Deviation]
     rotation_degrees: dict[str, float]
 
     @property
+    def costs(self) -> dict[str, Cost]:
+        """Costs of the whole model, by what ran."""
+        return {"dense": self.dense, "sparse": self.sparse}
+
+    @property
     def speedup(self) -> float:
         """Dense / sparse median time of the whole model."""
         return self.dense.median_ms / self.sparse.median_ms
-
-    @property
-    def unrest(self) -> float:
-        """Longest / shortest run of the same thing; much above 1 if something disturbed it."""
-        return max(cost.max_ms / cost.min_ms for cost in (self.dense, self.sparse))
 
     @property
     def reached(self) -> float:
@@ -143,12 +164,12 @@ class Outputs:
     """The results of both runs, on the CPU.
 
     Attributes:
-        dense: Outputs of the model as it is, by name.
+        dense: Outputs of the model as it is, by name; None if it did not run.
         sparse: Outputs of the patched model.
         graph: Who sees whom in the patched model, in full or coarsely, frames in the order given.
     """
 
-    dense: dict[str, Tensor]
+    dense: dict[str, Tensor] | None
     sparse: dict[str, Tensor]
     graph: CovisibilityGraph
 
@@ -185,62 +206,117 @@ def compare(
         ValueError: The graph cannot be made of these frames, or the backend cannot run.
     """
     device, calls = frames.device, _AttentionShapes()
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
-    twin = copy.deepcopy(model, shared)
-    run_dense, run_sparse = partial(model, frames), partial(twin, frames)
-
-    def patch_and_run() -> Patch:
-        handle = patch(twin.module, covisibility=covisibility, backend=backend)
-        run_sparse()
-        return handle
-
+    run_dense = partial(model, frames)
     with stage("dense, first run"), calls:
         first_dense_ms = timed(run_dense, device)[1]
-    before = allocated_mib(device)
-    with stage("sparse, first run"):
-        handle, first_sparse_ms = timed(patch_and_run, device)
-    after = allocated_mib(device)
-    first_planning = handle.report().planning_seconds
+    twin = _patched_twin(model, frames, covisibility, backend, stage)
     with stage("dense and sparse in turn") as tell:
-        dense, dense_cost, sparse, sparse_cost = alternate(run_dense, run_sparse, device, repeats, tell)
+        dense, dense_cost, sparse, sparse_cost = alternate(run_dense, twin.run, device, repeats, tell)
     dense, sparse = ({name: output.cpu() for name, output in outputs.items()} for outputs in (dense, sparse))
-    report, layout, graph = handle.report(), handle.layout, handle.graph
+    facts, layout = twin.facts(model, frames, described), twin.handle.layout
     with stage("one global attention by itself"):
-        attention = _attention_cost(calls.largest, layout, model.autocast, report.backend, repeats, device)
-
-    summary = graph.summary()
-    assert report.backend is not None and report.token_density is not None and report.ideal_speedup is not None
+        attention = _attention_cost(calls.largest, layout, model.autocast, facts["backend"], repeats, device)
     return Comparison(
-        model=model.name,
-        weights=model.weights,
-        warning=model.warning,
-        autocast=None if model.autocast is None else dtype_name(model.autocast),
-        device=str(device),
-        device_name=device_name(device),
-        frames=len(frames),
-        height=frames.shape[-2],
-        width=frames.shape[-1],
-        tokens_per_frame=layout.queries.lengths[0],
-        special_tokens=layout.queries.leading,
-        covisibility=described,
-        graph=asdict(summary),
-        density=summary.density,
-        token_density=report.token_density,
-        ideal_speedup=report.ideal_speedup,
-        backend=report.backend,
-        passed_over=report.passed_over,
-        layers=len(report.modules),
-        planning_ms=1000 * report.planning_seconds,
-        first_planning_ms=1000 * first_planning,
-        dense=dense_cost,
+        **facts,
         sparse=sparse_cost,
+        dense=dense_cost,
         first_dense_ms=first_dense_ms,
-        first_sparse_ms=first_sparse_ms,
-        kept_mib=None if before is None or after is None else after - before,
         attention=attention,
         deviations={name: Deviation.of(dense[name], sparse[name]) for name in dense},
         rotation_degrees=camera_rotation(model.kind.cameras(dense), model.kind.cameras(sparse)),
-    ), Outputs(dense, sparse, graph.united() if isinstance(graph, CoarseGraph) else graph)
+    ), Outputs(dense, sparse, united(twin.handle.graph))
+
+
+def run_sparse(
+    model: LoadedModel,
+    frames: Tensor,  # [S, 3, H, W]
+    covisibility: Any,
+    *,
+    described: str,
+    backend: str | None = None,
+    repeats: int = 3,
+    stage: Stage = silent,
+) -> tuple[SparseRun, Outputs]:
+    """Run the patched model alone, for frames too many for a dense run.
+
+    The arguments, and what is raised, are those of `compare`.
+    """
+    twin = _patched_twin(model, frames, covisibility, backend, stage)
+    with stage("sparse") as tell:
+        [(outputs, cost)] = in_turn([twin.run], frames.device, repeats, tell)
+    sparse = {name: output.cpu() for name, output in outputs.items()}
+    return SparseRun(**twin.facts(model, frames, described), sparse=cost), Outputs(
+        None, sparse, united(twin.handle.graph)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Twin:
+    """A patched model that shares the weights of another, after its first run.
+
+    Attributes:
+        run: Runs it on the frames.
+        handle: Of its patch.
+        first_ms: Wall time of `patch` and the first run, ms.
+        first_steps_ms: See `SparseRun`.
+        kept_mib: See `SparseRun`.
+    """
+
+    run: Callable[[], dict[str, Tensor]]
+    handle: Patch
+    first_ms: float
+    first_steps_ms: dict[str, float]
+    kept_mib: float | None
+
+    def facts(self, model: LoadedModel, frames: Tensor, described: str) -> dict[str, Any]:
+        """Return what `SparseRun` says of it but for its cost."""
+        report, layout, summary = self.handle.report(), self.handle.layout, self.handle.graph.summary()
+        return {
+            "model": model.name,
+            "weights": model.weights,
+            "warning": model.warning,
+            "autocast": None if model.autocast is None else dtype_name(model.autocast),
+            "device": str(frames.device),
+            "device_name": device_name(frames.device),
+            "frames": len(frames),
+            "height": frames.shape[-2],
+            "width": frames.shape[-1],
+            "tokens_per_frame": layout.queries.lengths[0],
+            "special_tokens": layout.queries.leading,
+            "covisibility": described,
+            "graph": asdict(summary),
+            "density": summary.density,
+            "token_density": report.token_density,
+            "ideal_speedup": report.ideal_speedup,
+            "backend": report.backend,
+            "passed_over": report.passed_over,
+            "layers": len(report.modules),
+            "planning_ms": 1000 * report.planning_seconds,
+            "first_steps_ms": self.first_steps_ms,
+            "first_sparse_ms": self.first_ms,
+            "kept_mib": self.kept_mib,
+        }
+
+
+def _patched_twin(model: LoadedModel, frames: Tensor, covisibility: Any, backend: str | None, stage: Stage) -> _Twin:
+    """Patch a copy of the model that shares its weights, and run it once."""
+    device = frames.device
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
+    twin = copy.deepcopy(model, shared)
+    run = partial(twin, frames)
+
+    def patch_and_run() -> Patch:
+        handle = patch(twin.module, covisibility=covisibility, backend=backend)
+        run()
+        return handle
+
+    before = allocated_mib(device)
+    with stage("sparse, first run"):
+        handle, first_ms = timed(patch_and_run, device)
+    after = allocated_mib(device)
+    kept = None if before is None or after is None else after - before
+    steps = {name: 1000 * seconds for name, seconds in handle.report().step_seconds.items()}
+    return _Twin(run, handle, first_ms, steps, kept)
 
 
 class _AttentionShapes(TorchFunctionMode):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -107,17 +107,26 @@ def alternate(
     Returns:
         The last result and the cost of the first, then of the second.
     """
-    meters = Meter(device), Meter(device)
+    calls: tuple[Callable[[], Any], ...] = (first, second)
+    (first_result, first_cost), (second_result, second_cost) = in_turn(calls, device, repeats, tell)
+    return first_result, first_cost, second_result, second_cost
+
+
+def in_turn(
+    calls: Sequence[Callable[[], T]], device: torch.device, repeats: int, tell: Tell | None = None
+) -> list[tuple[T, Cost]]:
+    """Run any number of things in turn, as `alternate` does two; return the last result and the cost of each."""
+    meters = [Meter(device) for _ in calls]
     spent = 0.0
     for done in range(repeats):
         if tell is not None:
             left = f", about {spent / done * (repeats - done):.0f} s left" if done else ""
             tell(f"run {done + 1} of {repeats}{left}")
-        results = meters[0](first), meters[1](second)
+        results = [meter(call) for meter, call in zip(meters, calls, strict=True)]
         spent = sum(sum(meter.times_ms) for meter in meters) / 1000
         if spent > ENOUGH_SECONDS:
             break
-    return results[0], meters[0].cost(), results[1], meters[1].cost()
+    return [(result, meter.cost()) for result, meter in zip(results, meters, strict=True)]
 
 
 def repeated(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> Cost:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..graph import CovisibilityGraph
 from ..packages import optional
-from .deviation import Deviation
 from .wording import percent, printable
 
 if TYPE_CHECKING:
@@ -153,8 +152,6 @@ def draw_comparison(
 ) -> bytes:
     """Draw one row per frame: photo, dense depth, sparse depth, and the difference relative to the dense depth.
 
-    The bar beneath the difference states the relative L2 distance of what is drawn.
-
     Args:
         photos: RGB in [0, 1].
         dense: Depth of the unpatched model.
@@ -163,7 +160,6 @@ def draw_comparison(
         title: Lines above the picture.
         warning: A line in red beneath the picture.
     """
-    distance = percent(Deviation.of(dense, sparse).relative_l2)
     depths = torch.stack([dense, sparse]).float().cpu().numpy()  # [2, F, H, W]
     finite = np.isfinite(depths)
     low, high = np.percentile(depths[finite], (2, 98)) if finite.any() else (0.0, 1.0)
@@ -189,7 +185,7 @@ def draw_comparison(
             axis.set(xticks=[], yticks=[], title=panel if row == 0 else "")
     for image, columns, label in (
         (depth_image, slice(1, 3), "depth, in the model's unit"),
-        (change_image, 3, f"% of dense; relative L2 here {distance}"),
+        (change_image, 3, "% of dense"),
     ):
         bar = figure.add_subplot(grid[rows, columns])
         figure.colorbar(image, cax=bar, orientation="horizontal", extend="both", label=label)

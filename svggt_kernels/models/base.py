@@ -51,9 +51,14 @@ class RunnableModel:
         build: Makes the model with random weights; imports the package that holds its code.
         outputs: Reads the result of its forward into named tensors `[S, ...]`; "depth" is `[S, H, W]`.
         cameras: Reads poses, camera to world `[S, 4, 4]` float64 with axes as in OpenCV, from what `outputs` returns.
+        intrinsics: Reads intrinsics `[S, 3, 3]` float64 of the frames likewise, in pixels; the centre of the first is
+            (0.5, 0.5).
+        confidence: Reads how sure the model is of each pixel's depth likewise, `[S, H, W]`; only its order means much.
         feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward.
         requirement: How to install what `build` imports; empty if nothing is needed.
+        published: The repository of the Hugging Face hub that has the weights of the model's own release.
         long_side: The model's usual resolution: pixels of the longer side.
+        one_size: Width and height of a frame where the model has learned no other.
         patch_size: Pixels of a patch.
         trained: Makes the model with the weights of a file in a format of its own, or for None with those that the
             package has. None if weights come as tensors by name, and the package has none.
@@ -64,9 +69,13 @@ class RunnableModel:
     build: Callable[[], nn.Module]
     outputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
     cameras: Callable[[Mapping[str, Tensor]], Tensor]
+    intrinsics: Callable[[Mapping[str, Tensor]], Tensor]
+    confidence: Callable[[Mapping[str, Tensor]], Tensor]
     feed: Callable[[Tensor], Tensor] = one_batch
     requirement: str = ""
+    published: str = ""
     long_side: int = 518
+    one_size: tuple[int, int] | None = None
     patch_size: int = 14
     trained: Callable[[Path | None], nn.Module] | None = None
     key_prefix: str = ""

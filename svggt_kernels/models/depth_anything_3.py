@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .base import (
     has_parts,
     inputs_from_images,
 )
-from .cameras import poses_of_extrinsics
+from .cameras import intrinsics_as_they_are, poses_of_extrinsics
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -76,9 +77,12 @@ DEPTH_ANYTHING_3 = ModelRecord(
         build=_build_small,
         outputs=partial(first_sample, names=("depth", "depth_conf", "extrinsics", "intrinsics")),
         cameras=poses_of_extrinsics,
+        intrinsics=intrinsics_as_they_are,
+        confidence=itemgetter("depth_conf"),
         feed=_feed,
         requirement="pip install --no-deps depth-anything-3 && "
         "pip install einops omegaconf addict huggingface_hub safetensors",
+        published="depth-anything/DA3-SMALL",
         long_side=504,
         key_prefix="model.",
     ),

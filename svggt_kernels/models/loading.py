@@ -1,4 +1,4 @@
-"""Models ready to run, with random weights or those of a file. Nothing is downloaded."""
+"""Models ready to run, with random weights or those of a file; what is downloaded was named."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..io.hub import from_hub, is_repository
 from ..io.tensor_files import mismatch, read_tensors
 from . import RUNNABLE
 from .base import RunnableModel
 
 SEED = 0
+RANDOM = "random"
 HEAD_SIZE = 64  # of all models that can be built
 RANDOM_WEIGHTS = "The weights are random: depth and cameras mean nothing; only dense against sparse can be compared."
 ROOMS_WEIGHTS = "The weights are trained on rendered rooms: of photos depth and cameras mean little."
@@ -26,7 +28,7 @@ class LoadedModel:
         kind: How to feed and read it.
         module: The model, in eval mode, on its device.
         weights: Where the weights come from, in words.
-        warning: What weights that never met photos mean for the outputs; None for weights from a file.
+        warning: What weights that never met photos mean for the outputs; None for weights from elsewhere.
         autocast: The dtype of autocast, or None for float32 throughout.
     """
 
@@ -76,32 +78,51 @@ def build(kind: RunnableModel, device: torch.device) -> nn.Module:
     return module.eval().to(device)
 
 
-def load_model(name: str, weights: Path | None, device: torch.device) -> LoadedModel:
-    """Build the model called `name` with the weights of a file, or else those of the package, or else random ones.
+def load_model(name: str, weights: str | Path | None, device: torch.device) -> LoadedModel:
+    """Build the model called `name` with the weights of a file or of the hub, of the package, or random ones.
 
-    Random weights are the same on every device.
+    Args:
+        name: One of `RUNNABLE`.
+        weights: A file; the name of a repository of the Hugging Face hub, whose `model.safetensors` is downloaded if it
+            is not in the hub's cache; "random", which are the same on every device; None for those of the package, or
+            random ones if it has none.
+        device: Where the model runs.
 
     Raises:
         ValueError: If the name is unknown, or the weights cannot be read or do not fit.
-        FileNotFoundError: If the trained weights of the model `toy` are not there.
+        FileNotFoundError: If the weights cannot be had.
         ImportError: If a package is missing; the message says how to install it.
     """
     if name not in RUNNABLE:
         raise ValueError(f"the model must be one of {', '.join(RUNNABLE)}, got {name}")
     kind = RUNNABLE[name]
-    if kind.trained is not None:
-        module, source, warning = kind.trained(weights), "trained, of the package", ROOMS_WEIGHTS
+    path = None if weights is None or weights == RANDOM else _file_of(kind, str(weights))
+    if kind.trained is not None and weights != RANDOM:
+        module, source, warning = kind.trained(path), "trained, of the package", ROOMS_WEIGHTS
     else:
         module, source, warning = build(kind, torch.device("cpu")), f"random, seed {SEED}", RANDOM_WEIGHTS
-        if weights is not None:
-            _load_weights(module, weights, kind.key_prefix)
+        if path is not None:
+            _load_weights(module, path, kind.key_prefix)
     dtype = running_dtype(device)
     return LoadedModel(
         kind=kind,
         module=module.to(device),
-        weights=source if weights is None else str(weights),
-        warning=warning if weights is None else None,
+        weights=source if path is None else str(weights),
+        warning=warning if path is None else None,
         autocast=None if dtype == torch.float32 else dtype,
+    )
+
+
+def _file_of(kind: RunnableModel, weights: str) -> Path:
+    """Return the file of weights that a path or the name of a repository of the hub stands for."""
+    path = Path(weights).expanduser()
+    if path.exists() or not is_repository(weights) or kind.trained is not None:
+        return path
+    return from_hub(
+        weights,
+        "weights",
+        install="pip install huggingface_hub",
+        advice="download it where there is a network, and give the file",
     )
 
 

@@ -16,7 +16,7 @@ from .base import (
     has_parts,
     read_images,
 )
-from .cameras import poses_as_they_are
+from .cameras import intrinsics_of_points, poses_as_they_are
 
 
 def _build() -> nn.Module:
@@ -28,6 +28,11 @@ def _build() -> nn.Module:
 def _outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
     outputs = first_sample(result, ("local_points", "points", "conf", "camera_poses"))
     return {"depth": outputs["local_points"][..., 2]} | outputs
+
+
+def _confidence(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the probability whose logit is `conf`, `[S, H, W, 1]`."""
+    return outputs["conf"][..., 0].sigmoid()
 
 
 PI3 = ModelRecord(
@@ -43,6 +48,9 @@ PI3 = ModelRecord(
         build=_build,
         outputs=_outputs,
         cameras=poses_as_they_are,
+        intrinsics=intrinsics_of_points,
+        confidence=_confidence,
         requirement="pip install --no-deps git+https://github.com/yyfz/Pi3 && pip install huggingface_hub safetensors",
+        published="yyfz233/Pi3",
     ),
 )

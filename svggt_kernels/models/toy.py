@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 
 from torch import nn
 
 from ..demo.model import RoomsModel
 from ..demo.model.aggregator import Aggregator
 from .base import RunnableModel
-from .cameras import poses_of_encoding
+from .cameras import intrinsics_of_encoding, poses_of_encoding
 from .vggt import VGGT, vggt_outputs
 
 
@@ -27,7 +28,10 @@ TOY = replace(
         build=RoomsModel,
         outputs=vggt_outputs,
         cameras=poses_of_encoding,
+        intrinsics=intrinsics_of_encoding,
+        confidence=itemgetter("depth_conf"),
         long_side=154,
+        one_size=(154, 112),
         trained=RoomsModel.trained,
     ),
 )

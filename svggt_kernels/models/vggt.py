@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .base import (
     read_images,
     trunk_attention,
 )
-from .cameras import poses_of_encoding
+from .cameras import intrinsics_of_encoding, poses_of_encoding
 
 
 def _build() -> nn.Module:
@@ -50,8 +51,11 @@ VGGT = ModelRecord(
         build=_build,
         outputs=vggt_outputs,
         cameras=poses_of_encoding,
+        intrinsics=intrinsics_of_encoding,
+        confidence=itemgetter("depth_conf"),
         requirement="pip install --no-deps git+https://github.com/facebookresearch/vggt && "
         "pip install einops huggingface_hub safetensors",
+        published="facebook/VGGT-1B",
     ),
 )
 

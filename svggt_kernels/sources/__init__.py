@@ -3,6 +3,7 @@
 from .base import Scene, Source
 from .colmap import from_colmap
 from .core import Core
+from .files import GraphFile, graph_bytes, hloc_pairs, read_graph
 from .given import GivenGraphs
 from .megaloc import MegaLoc, MegaLocConfig, MegaLocSimilarity
 from .per_layer import PerLayer
@@ -19,6 +20,7 @@ __all__ = [
     "Core",
     "Covisibility",
     "GivenGraphs",
+    "GraphFile",
     "MegaLoc",
     "MegaLocConfig",
     "MegaLocSimilarity",
@@ -33,4 +35,7 @@ __all__ = [
     "as_source",
     "from_colmap",
     "from_poses",
+    "graph_bytes",
+    "hloc_pairs",
+    "read_graph",
 ]

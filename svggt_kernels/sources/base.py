@@ -9,10 +9,19 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..graph import AnyGraph
+from ..graph import AnyGraph, CovisibilityGraph
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+def joined(graph: CovisibilityGraph, reference_frame: int | None) -> CovisibilityGraph:
+    """Return the graph in which the reference frame sees all frames and all see it; the same graph for None."""
+    if reference_frame is None:
+        return graph
+    frames = graph.num_frames
+    star = [(frame, reference_frame) for frame in range(frames) if frame != reference_frame]
+    return graph | CovisibilityGraph.from_pairs(frames, star).symmetrized()
 
 
 class Scene:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..graph import CovisibilityGraph
-from .base import Scene
+from .base import Scene, joined
 from .cache import LRUCache
 from .similarity import frames_around
 
@@ -33,14 +33,9 @@ class Sequential:
         """Return the graph of a scene; the same object for as many frames and the same reference frame."""
         frames, reference = scene.num_frames, scene.reference_frame
 
-        def new_graph() -> CovisibilityGraph:
-            graph = CovisibilityGraph.sequential(frames, self.window)
-            if reference is None:
-                return graph
-            star = [(frame, reference) for frame in range(frames) if frame != reference]
-            return graph | CovisibilityGraph.from_pairs(frames, star).symmetrized()
-
-        return self._graphs.get((frames, reference), new_graph)
+        return self._graphs.get(
+            (frames, reference), lambda: joined(CovisibilityGraph.sequential(frames, self.window), reference)
+        )
 
 
 @dataclass(frozen=True)

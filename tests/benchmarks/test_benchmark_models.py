@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,8 +13,7 @@ from doubles.vggt import VGGT
 from benchmarks import model_report, models
 from benchmarks.__main__ import main
 from svggt_kernels.inference import memory
-from svggt_kernels.models.base import RunnableModel, first_sample
-from svggt_kernels.models.cameras import poses_of_encoding
+from svggt_kernels.models.base import first_sample
 
 
 @pytest.mark.parametrize("name", ["toy-16f-4n", "vggt-1b-100f-10n", "vggt-1b-100f-10n-random"])
@@ -146,7 +146,7 @@ def test_model_that_strays_is_never_timed(tmp_path, monkeypatch):
 
 def test_a_model_over_its_budget_has_no_numbers(tmp_path, monkeypatch):
     outputs = partial(first_sample, names=("depth", "confidence", "pose"))
-    kind = RunnableModel("double", VGGT, outputs, cameras=poses_of_encoding)
+    kind = replace(models.KINDS["toy"], name="double", build=VGGT, outputs=outputs, trained=None)
     monkeypatch.setitem(models.KINDS, "toy", kind)
     monkeypatch.setitem(models.SYSTEMS, "svggt-40gib", {"memory_budget": 2})
     monkeypatch.setattr(memory, "DEVICES", ("cpu",))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import files_of
 
 from svggt_kernels import (
     CovisibilityGraph,
@@ -20,10 +21,11 @@ from svggt_kernels import (
     backends,
 )
 from svggt_kernels.cli import (
+    arguments,
     check,
     compare,
     demo,
-    layout,
+    footage,
     main,
     parser,
     results,
@@ -35,7 +37,7 @@ from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import RANDOM_WEIGHTS
 from svggt_kernels.sources.thumbnails import thumbnails
 
-COMMANDS = ("info", "check", "layout", "compare", "evaluate", "sweep", "demo")
+COMMANDS = ("info", "check", "layout", "reconstruct", "view", "mcp", "compare", "evaluate", "sweep", "demo")
 SEED = 0
 TOY = ("--covisibility", "tokens", "--model", "toy", "--device", "cpu")
 
@@ -134,6 +136,7 @@ class TestLayout:
         assert "2 neighbours by thumbnails" in capsys.readouterr().out
         written = json.loads((output / "report.json").read_text())
         assert written["command"].startswith("svggt-kernels layout")
+        assert {path.name for path in output.iterdir()} == set(files_of("layout"))
         assert written["tokens_per_frame"] == 4 * 3 + 5
         assert written["ideal_speedup"] == pytest.approx(1 / written["token_density"])
         assert is_png(output / "graph.png")
@@ -149,7 +152,7 @@ class TestLayout:
         place = torch.arange(6) // 3
         assert torch.equal(graph.to_dense(), place[:, None] == place)
 
-    @pytest.mark.parametrize("kind", parser.COVISIBILITY)
+    @pytest.mark.parametrize("kind", arguments.COVISIBILITY)
     def test_every_kind_of_graph(
         self,
         folder: Path,
@@ -181,7 +184,7 @@ class TestLayout:
         monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: asked.append(source) or tiny.megaloc())
         words = ["layout", folder, "--core", 2, "--long-side", 56, "--device", "cpu", "--output", tmp_path]
         succeed(*words)
-        succeed(*words, "--megaloc", tmp_path / "m.pt")
+        succeed(*words, "--megaloc", tmp_path / "m.pt", "--force")
         assert asked == ["gberton/MegaLoc", tmp_path / "m.pt"]
         assert "a core of 2 frames that resemble most others by MegaLoc" in capsys.readouterr().out
 
@@ -196,7 +199,7 @@ class TestLayout:
     ) -> None:
         (tmp_path / name).touch()
         clip = (torch.rand(4, 3, 42, 56), [0.0, 0.5, 1.0, 2.0])
-        monkeypatch.setattr(layout, "load_video", lambda path, **options: clip)
+        monkeypatch.setattr(footage, "load_video", lambda path, **options: clip)
         succeed("layout", tmp_path / name, "--covisibility", "sequential", "--output", tmp_path, "--json")
         assert json.loads(capsys.readouterr().out)["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
 
@@ -221,6 +224,107 @@ class TestLayout:
         }
 
 
+class TestOverwriting:
+    @pytest.mark.parametrize("command", [command for command in COMMANDS if files_of(command)])
+    def test_what_is_there_is_refused_before_any_work(
+        self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        name = files_of(command)[0]
+        (tmp_path / name).write_text("mine")
+        photos = [] if command == "demo" else [tmp_path / "no photos"]
+        model = ["--model", "toy"] if command in ("compare", "evaluate", "sweep") else []
+        said = refusal(capsys, command, *photos, *model, "--output", tmp_path)
+        assert f"holds {name} already; give --force to replace what an earlier run wrote" in said
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_force_replaces_it(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/report.json").write_text("earlier")
+        words = ["layout", folder, "--covisibility", "sequential", "--json", "--output", tmp_path / "out"]
+        succeed(*words, "--force")
+        assert json.loads((tmp_path / "out/report.json").read_text())["height"] > 0
+
+
+class TestGraphOfAFile:
+    def made(self, folder: Path, tmp_path: Path) -> Path:
+        succeed("layout", folder, "--covisibility", "sequential", "--core", 3, "--output", tmp_path / "made", "--json")
+        return tmp_path / "made"
+
+    @pytest.mark.parametrize("name", ["graph.npz", "pairs.txt"])
+    def test_what_layout_writes_it_reads(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        made = self.made(folder, tmp_path)
+        first = json.loads(capsys.readouterr().out)["graph"]
+        succeed("layout", folder, "--graph", made / name, "--output", tmp_path / "again", "--json")
+        again = json.loads(capsys.readouterr().out)
+        assert again["covisibility"] == f"a graph read from {name}"
+        # hloc's pairs have no direction: the core sees what sees it.
+        assert again["graph"]["edges"] == first["edges"] + (9 if name == "pairs.txt" else 0)
+
+    def test_compare_runs_with_it(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        made = self.made(folder, tmp_path)
+        capsys.readouterr()
+        words = ["--model", "toy", "--device", "cpu", "--repeats", 1, "--graph", made / "graph.npz"]
+        succeed("compare", folder, *words, "--output", tmp_path / "out")
+        assert "Who sees whom: a graph read from graph.npz; density 58.3 % over frames" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--covisibility", "all"], "--graph and --covisibility both say what each frame sees"),
+            (["--core", 2], "--core does not go with --graph"),
+            (["--neighbours", 2], "--neighbours does not go with --graph"),
+            (["--megaloc", "file"], "--megaloc does not go with --graph"),
+            (["--depth-range", 1, 5], "goes with the poses of a transforms.json, not with"),
+        ],
+    )
+    def test_what_else_says_who_sees_whom_is_refused(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[object], message: str
+    ) -> None:
+        made = self.made(folder, tmp_path)
+        capsys.readouterr()
+        assert message in refusal(capsys, "layout", folder, "--graph", made / "graph.npz", *words)
+
+    def test_a_range_of_depth_without_a_graph(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "belongs to the transforms.json of --graph" in refusal(capsys, "layout", folder, "--depth-range", 1, 2)
+
+    def test_one_that_is_not_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        said = refusal(capsys, "compare", folder, "--model", "toy", "--graph", "nowhere.npz", "--device", "cpu")
+        assert "but nowhere.npz does not exist" in said
+
+
+class TestFramesOfAVideo:
+    @pytest.fixture
+    def clip(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A file of which four frames are read, and what was asked of them."""
+        (tmp_path / "walk.mp4").touch()
+        frames = torch.rand(4, 3, 42, 56, generator=torch.Generator().manual_seed(0))
+
+        def load(path: Path, *, frames_per_second: float, max_frames: int | None, **size: int) -> object:
+            assert (frames_per_second, size) == (3.0, {"long_side": 56, "patch_size": 14})
+            return frames[:max_frames], [0.0, 0.5, 1.0, 2.0][:max_frames]
+
+        monkeypatch.setattr(footage, "load_video", load)
+        return tmp_path / "walk.mp4"
+
+    def test_compare_and_sweep_take_one(
+        self, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        common = [clip, "--model", "toy", "--device", "cpu", "--repeats", 1, "--fps", 3, "--covisibility", "tokens"]
+        succeed("compare", *common, "--core", 2, "--max-frames", 3, "--output", tmp_path / "compared")
+        written = json.loads((tmp_path / "compared/report.json").read_text())
+        assert written["frame_names"] == ["0.00 s", "0.50 s", "1.00 s"]
+        succeed("sweep", *common, "--layouts", "core-2", "--output", tmp_path / "swept")
+        written = json.loads((tmp_path / "swept/report.json").read_text())
+        assert written["photos"] == ["0.00 s", "0.50 s", "1.00 s", "2.00 s"]
+
+    def test_fps_of_photos_is_refused(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--fps is for videos, and" in refusal(capsys, "layout", folder, "--fps", 3)
+
+
 class TestCompare:
     def test_writes_report_and_pictures(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
@@ -229,6 +333,7 @@ class TestCompare:
         out = capsys.readouterr().out
         assert "weights: random, seed 0" in out
         assert RANDOM_WEIGHTS in out
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(files_of("compare"))
         assert is_png(tmp_path / "comparison.png")
         assert is_png(tmp_path / "graph.png")
         written = json.loads((tmp_path / "report.json").read_text())
@@ -258,6 +363,19 @@ class TestCompare:
         assert "attention, PyTorch against " in str(drawn["title"])
         assert drawn["frames"] == ["1.png", "3.png", "4.png", "6.png"]
         assert len(drawn["photos"]) == 4  # type: ignore[arg-type]
+
+    def test_sparse_alone(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_toy: None
+    ) -> None:
+        succeed("compare", folder, *TOY, "--core", 2, "--no-dense", "--repeats", 2, "--output", tmp_path)
+        said = capsys.readouterr()
+        assert "Dense did not run, so nothing is compared." in said.out
+        assert "speed-up" not in said.out
+        assert "dense" not in said.err
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"graph.png", "report.json"}
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["sparse"]["runs"] == 2
+        assert "dense" not in written
 
     def test_all_visible_is_dense(self, folder: Path, tmp_path: Path, tiny_toy: None) -> None:
         succeed("compare", folder, *TOY, "--covisibility", "all", "--repeats", 1, "--output", tmp_path)
@@ -456,6 +574,7 @@ class TestDemo:
     def test_tells_the_story(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_trained: None) -> None:
         folder = tmp_path / "out"
         succeed("demo", "--frames", 8, "--core", 3, "--device", "cpu", "--output", folder)
+        assert {path.name for path in folder.iterdir()} == set(files_of("demo"))
         out = capsys.readouterr().out
         assert "A rendered walk of 8 frames through 8 rooms" in out
         assert "trained on rendered rooms for 21 minutes on a machine" in out and "say nothing about VGGT's" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from dataclasses import fields
 
 import pytest
@@ -10,18 +11,26 @@ import tiny
 import torch
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, PatchSimilarity, TokenSimilarity
-from svggt_kernels.cli import options, parser
+from svggt_kernels.cli import arguments, options, parser
 from svggt_kernels.cli.errors import CommandError
 from svggt_kernels.models import RUNNABLE
+from svggt_kernels.reconstruction import PointChoice, reconstruct
+from svggt_kernels.reconstruction.formats import DEFAULT, FORMATS
 from svggt_kernels.sources import SOURCES, AllFrames, Core, Scene, Sequential, ThumbnailSimilarity
 
 
 def test_the_parser_knows_what_the_package_has():
-    assert set(parser.MODELS) == set(RUNNABLE)
-    assert parser.COVISIBILITY == tuple(SOURCES)
-    assert parser.SEQUENTIAL_WINDOW == Sequential().window
-    assert parser.NEIGHBOURS == MegaLocSimilarity().neighbours
-    assert parser.CORE_SIZE == Core().size
+    assert set(arguments.MODELS) == set(RUNNABLE)
+    assert arguments.COVISIBILITY == tuple(SOURCES)
+    assert arguments.SEQUENTIAL_WINDOW == Sequential().window
+    assert arguments.NEIGHBOURS == MegaLocSimilarity().neighbours
+    assert arguments.CORE_SIZE == Core().size
+    assert arguments.FORMATS == tuple(FORMATS)
+    assert arguments.EXPORTED == DEFAULT
+    assert {name for name, form in FORMATS.items() if form.has_points} == arguments.WITH_POINTS
+    assert arguments.MOST_POINTS == PointChoice().max_points
+    assert arguments.DOUBTED / 100 == PointChoice().least_confident
+    assert arguments.FPS == inspect.signature(reconstruct).parameters["frames_per_second"].default
 
 
 @pytest.mark.parametrize(("option", "setting"), [("neighbours", "neighbours"), ("window", "window")])
@@ -35,8 +44,9 @@ def test_each_word_means_its_own_source(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: model)
 
     def meant(word: str, **values: int) -> object:
-        unset = {"window": None, "neighbours": None, "core": None, "megaloc": None, "device": "cpu"}
-        return options.source(argparse.Namespace(covisibility=word, **{**unset, **values}))
+        names = ("window", "neighbours", "core", "megaloc", "graph", "depth_range")
+        unset = dict.fromkeys(names) | {"device": "cpu"}
+        return options.source(argparse.Namespace(covisibility=word, **{**unset, **values}), None)
 
     assert meant("tokens", neighbours=3) == TokenSimilarity(neighbours=3)
     assert meant("thumbnails", window=2) == ThumbnailSimilarity(window=2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import walks
+from commands import files_of
 from walks import Walk
 
 from svggt_kernels.cli import main
@@ -30,8 +31,9 @@ def walk(tmp_path: Path) -> Walk:
 
 def evaluate(tmp_path: Path, *words: object, graph: tuple[str, ...] = CHAIN) -> dict:
     output = tmp_path / "output"
-    words = ("evaluate", tmp_path / "images", *TOY, *graph, "--output", output, *words)
+    words = ("evaluate", tmp_path / "images", *TOY, *graph, "--output", output, "--force", *words)
     assert main([str(word) for word in words]) == 0
+    assert {file.name for file in output.iterdir()} == set(files_of("evaluate"))
     return json.loads((output / "report.json").read_text())
 
 

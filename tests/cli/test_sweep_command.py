@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import walks
+from commands import files_of
 from walks import Walk
 
 from svggt_kernels.cli import main
@@ -31,6 +32,7 @@ def walk(tmp_path: Path) -> Walk:
 def sweep(tmp_path: Path, *words: object) -> dict:
     output = tmp_path / "output"
     assert main([str(word) for word in ("sweep", tmp_path / "images", *TOY, "--output", output, *words)]) == 0
+    assert {file.name for file in output.iterdir()} == set(files_of("sweep"))
     assert (output / "trade-offs.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((output / "report.json").read_text())
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from svggt_kernels.io import photos
-from svggt_kernels.io.photos import find_photos, load_photos
+from svggt_kernels.io.photos import crop_of, find_photos, load_photos
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -207,6 +207,35 @@ class TestOrientation:
     def test_exif_that_cannot_be_read(self, tmp_path: Path, suffix: str) -> None:
         path = save(tmp_path / f"a.{suffix}", left_red_right_blue(), exif=b"Exif\0\0no table")
         assert load_photos([path], long_side=56).shape == (1, 3, 28, 56)
+
+
+class TestCrop:
+    @pytest.mark.parametrize("size", [(250, 100), (100, 250), (130, 130)], ids=str)
+    def test_it_says_where_the_pixels_of_a_frame_come_from(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        """A photo whose red grows with x and whose green grows with y tells at which x and y a frame shows it."""
+        (width, height), (columns, rows) = size, (56, 28)
+        x, y = np.meshgrid(np.arange(width), np.arange(height))
+        path = save(tmp_path / "a.png", np.stack([x, y, 0 * x], -1).astype(np.uint8))
+        with pytest.warns(UserWarning, match="cropped by more than 15% .* the model has learned frames of 56 x 28 px"):
+            frame = 255 * load_photos([path], size=(columns, rows))[0].double()
+        scale = min(width / columns, height / rows)
+        left, top = (width - scale * columns) / 2, (height - scale * rows) / 2
+        crop = crop_of(size, (columns, rows))
+        assert crop == pytest.approx((left, top, scale))
+        assert crop.lost(size) == pytest.approx(1 - scale**2 * columns * rows / (width * height))
+        inside = slice(2, -2)  # Pillow repeats what lies at the border
+        shown = left + scale * (torch.arange(columns) + 0.5) - 0.5, top + scale * (torch.arange(rows) + 0.5) - 0.5
+        for level, place in zip((frame[0].mean(0), frame[1].mean(1)), shown, strict=True):
+            error = (level - place)[inside]
+            assert error.abs().max() < 0.7  # 8 bits
+            assert abs(error.mean()) < 0.1
+
+    @pytest.mark.parametrize("size", [(4032, 3024), (1, 1), (333, 1000), (1000, 333), (517, 391)], ids=str)
+    @pytest.mark.parametrize("frame", [(518, 392), (154, 112), (14, 518)], ids=str)
+    def test_its_box_lies_in_the_photo(self, size: tuple[int, int], frame: tuple[int, int]) -> None:
+        left, top, right, bottom = crop_of(size, frame).box(size, frame)
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
 
 
 class TestConversion:

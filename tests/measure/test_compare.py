@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ def test_one_patch_serves_all_timed_runs(monkeypatch: pytest.MonkeyPatch, toy: L
     assert len(patched) == 1
     assert comparison.first_sparse_ms > 1000 > comparison.sparse.max_ms
     assert comparison.sparse.runs == 3
-    assert comparison.first_planning_ms < comparison.first_sparse_ms
+    assert set(comparison.first_steps_ms) == {"descriptors", "graph", "layout", "tables"}
+    assert sum(comparison.first_steps_ms.values()) < comparison.first_sparse_ms
     weights = [parameter.data_ptr() for parameter in toy.module.parameters()]
     assert [parameter.data_ptr() for parameter in patched[0].parameters()] == weights
 
@@ -70,3 +72,15 @@ def test_stages_are_told(toy: LoadedModel):
 def test_what_the_frames_cannot_have_is_refused(toy: LoadedModel):
     with pytest.raises(ValueError, match="covisibility"):
         compare.compare(toy, FRAMES, "nonsense", described="")
+
+
+def test_sparse_alone_is_the_sparse_run_of_a_comparison(toy: LoadedModel):
+    comparison, outputs = compare.compare(toy, FRAMES, "sequential", described="in order", repeats=1)
+    run, alone = compare.run_sparse(toy, FRAMES, "sequential", described="in order", repeats=2)
+    assert alone.dense is None
+    assert all(torch.equal(alone.sparse[name], output) for name, output in outputs.sparse.items())
+    measured = {"sparse", "first_sparse_ms", "planning_ms", "first_steps_ms", "kept_mib"}
+    for name in {field.name for field in dataclasses.fields(run)} - measured:
+        assert getattr(run, name) == getattr(comparison, name), name
+    assert run.sparse.runs == 2
+    assert run.unrest >= 1

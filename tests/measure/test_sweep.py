@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svggt_kernels import TokenSimilarity
-from svggt_kernels.cli import parser
+from svggt_kernels.cli import arguments
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.measure.layouts import Reference
 from svggt_kernels.measure.sweep import CORES, Sweep, default_names, sweep
@@ -98,7 +98,7 @@ def test_against_dense_agreement_counts_and_not_depth():
 def test_default_layouts_are_cores_smaller_than_the_frames():
     assert default_names(40) == ["core-16-covering", "core-32-covering", "core-32-evenly", "nearest-10"]
     assert default_names(500) == [*(f"core-{size}-covering" for size in CORES), "core-52-evenly", "nearest-10"]
-    assert parser.SWEPT_CORES == CORES
+    assert arguments.SWEPT_CORES == CORES
     with pytest.raises(ValueError, match=r"needs more photos than that, got 16; .* such as core-5"):
         default_names(16)
 

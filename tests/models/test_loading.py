@@ -14,7 +14,7 @@ from torch import nn
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.model.weights import write_weights
 from svggt_kernels.models import RUNNABLE, RunnableModel
-from svggt_kernels.models.loading import build, load_model
+from svggt_kernels.models.loading import RANDOM_WEIGHTS, build, load_model
 
 CPU = torch.device("cpu")
 
@@ -130,3 +130,46 @@ def test_vggt_has_its_point_head_in_either_package(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, package.__name__, package)
     assert load_model("vggt", None, CPU).module.point_head is not None
+
+
+@pytest.mark.parametrize("weights", ["random", None])
+def test_random_weights_of_a_model_without_others(tiny_toy: RunnableModel, weights: str | None):
+    model = load_model("toy", weights, CPU)
+    assert (model.weights, model.warning) == ("random, seed 0", RANDOM_WEIGHTS)
+
+
+def test_random_weights_of_a_model_that_has_trained_ones(monkeypatch: pytest.MonkeyPatch):
+    kind = dataclasses.replace(RUNNABLE["toy"], build=lambda: RoomsModel(dim=16, depth=2, num_heads=2))
+    monkeypatch.setitem(RUNNABLE, "toy", kind)
+    assert load_model("toy", "random", CPU).warning == RANDOM_WEIGHTS
+
+
+def test_weights_of_the_hub_are_fetched(tmp_path: Path, tiny_toy: RunnableModel, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    torch.save(tiny_toy.build().state_dict(), tmp_path / "w.pt")
+    asked = []
+
+    def download(name: str, file: str, **how: bool) -> str:
+        asked.append((name, file, *how.values()))
+        return str(tmp_path / "w.pt")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    model = load_model("toy", "owner/model", CPU)
+    assert asked == [("owner/model", "model.safetensors", True)]
+    assert (model.weights, model.warning) == ("owner/model", None)
+
+
+def test_weights_that_the_hub_does_not_give(tiny_toy: RunnableModel, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    errors = pytest.importorskip("huggingface_hub.errors", reason="huggingface_hub is not installed")
+
+    def missing(*names: str, **how: bool) -> None:
+        raise errors.LocalEntryNotFoundError("not in the cache")
+
+    def unreachable(url: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(hub, "hf_hub_download", missing)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors of owner/model is neither .*no route to host"):
+        load_model("toy", "owner/model", CPU)

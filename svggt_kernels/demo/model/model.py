@@ -9,6 +9,7 @@ al., "VGGT: Visual Geometry Grounded Transformer" (CVPR 2025, arXiv 2503.11651);
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,14 @@ class RoomsModel(nn.Module):
             )
         state, sizes = read_weights(path)
         model = cls.create(0, **sizes)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"the weights in {path} are not those of this model: {error}") from error
+        expected = model.state_dict()
+        odd = [name for name in expected | state if name not in state or _shape(expected, name) != _shape(state, name)]
+        if odd:
+            raise ValueError(
+                f"the weights in {path} are not those of this model: missing, not known or of another shape are "
+                f"{len(odd)} tensors, such as {odd[0]}; give the weights.npz of a training"
+            )
+        model.load_state_dict(state)
         return model
 
     @staticmethod
@@ -165,3 +170,7 @@ class RoomsModel(nn.Module):
                 f"got {height} x {width}; resize or crop, for example to {nearest}"
             )
         return images.reshape(-1, *images.shape[-4:]).to(self.aggregator.camera_token.dtype)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None

@@ -8,10 +8,9 @@ pose is the inverse motion, camera to world, `[4, 4]`. Camera axes: x right, y d
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...rigid_motions import inverse, motion, rotation_of
+from ...rigid_motions import inverse, motion, quaternion_of, rotation_of
 
 
 def encode_poses(
@@ -27,7 +26,7 @@ def encode_poses(
         half_view: Tangent of half the vertical and of half the horizontal field of view.
     """
     translation = -(rotation.mT @ centre[..., None])[..., 0]
-    return torch.cat([translation, _quaternion(rotation.mT), 2 * half_view.atan()], dim=-1)
+    return torch.cat([translation, quaternion_of(rotation.mT), 2 * half_view.atan()], dim=-1)
 
 
 def decode_poses(
@@ -48,22 +47,3 @@ def decode_poses(
     focal = (size / 2 / torch.tan(view / 2)).flip(-1)
     centre = ((size - 1) / 2).flip(-1).expand_as(focal)
     return pose, torch.cat([focal, centre], dim=-1)
-
-
-def _quaternion(rotation: Tensor) -> Tensor:
-    """Return the quaternion (x, y, z, w), w of 0 or more, of a rotation matrix `[..., 3, 3]`.
-
-    The outer product of a unit quaternion with itself is linear in the matrix. Each row of the product is the
-    quaternion, scaled by one of its entries; the row with the largest entry is the exact one.
-    """
-    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in rotation.unbind(-2))
-    product = [
-        1 + a - e - i, b + d, c + g, h - f,
-        b + d, 1 - a + e - i, f + h, c - g,
-        c + g, f + h, 1 - a - e + i, d - b,
-        h - f, c - g, d - b, 1 + a + e + i,
-    ]  # fmt: skip
-    rows = torch.stack(product, dim=-1).unflatten(-1, (4, 4))
-    largest = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-    quaternion = F.normalize(rows.take_along_dim(largest, dim=-2)[..., 0, :], dim=-1)
-    return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)

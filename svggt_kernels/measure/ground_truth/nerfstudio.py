@@ -6,9 +6,7 @@ Camera axes there are those of OpenGL (x right, y up, z backward). Numbers of de
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from typing import Any
 import torch
 
 from ...io.depth_maps import read_depth_map
+from ...io.transforms import TURNED_AXES, photo_name, read_frames
 from .base import Format, KnownPhoto, Reading, rigid
 
-TO_OPENCV = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
 MILLIMETRES = 0.001
 
 
@@ -29,33 +27,28 @@ def is_transforms(path: Path) -> bool:
 
 def read_transforms(path: Path, photos: Sequence[Path]) -> Reading:
     """Read the frames of a transforms.json."""
+    content, frames = read_frames(path)
     try:
-        content = json.loads(path.read_bytes())
-        frames, scale = content["frames"], float(content.get("depth_unit_scale_factor", MILLIMETRES))
-        sound = isinstance(frames, list) and all(isinstance(frame, dict) for frame in frames) and 0 < scale < torch.inf
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be a transforms.json with frames ({type(error).__name__}: {error})") from error
-    if not sound:
-        raise ValueError(f"{path} must hold a list of frames, and a depth_unit_scale_factor above 0 if any")
-    return Reading(
-        "transforms.json", [_known(f"{path}, frame {i}", path.parent, frame, scale) for i, frame in enumerate(frames)]
-    )
+        scale = float(content.get("depth_unit_scale_factor", MILLIMETRES))
+    except (ValueError, TypeError):
+        scale = torch.nan
+    if not 0 < scale < torch.inf:
+        raise ValueError(f"{path} must have a depth_unit_scale_factor above 0 if any")
+    return Reading("transforms.json", [_known(path, i, frame, scale) for i, frame in enumerate(frames)])
 
 
-def _known(where: str, folder: Path, frame: Mapping[str, Any], scale: float) -> KnownPhoto:
-    file, depth_file = frame.get("file_path"), frame.get("depth_file_path")
-    if not isinstance(file, str) or not isinstance(depth_file, str | None):
-        raise ValueError(f"{where} must have a file_path, and text as depth_file_path if any, got {sorted(frame)}")
-    pose = rigid(f"{where}, transform_matrix", frame.get("transform_matrix")) * TO_OPENCV
+def _known(path: Path, number: int, frame: dict[str, Any], scale: float) -> KnownPhoto:
+    where, depth_file = f"{path}, frame {number}", frame.get("depth_file_path")
+    if not isinstance(depth_file, str | None):
+        raise ValueError(f"{where} must have text as depth_file_path if any, got {depth_file!r}")
+    pose = rigid(f"{where}, transform_matrix", frame.get("transform_matrix")) * TURNED_AXES
     depth = None
     if depth_file is not None:
-        depth_map = folder / depth_file
+        depth_map = path.parent / depth_file
         if not depth_map.is_file():
             raise ValueError(f"{where} names {depth_map}, which is no file; put it there or take its name out")
         depth = partial(read_depth_map, depth_map, scale)
-    # A path that leaves the folder can be told as a whole only.
-    name = os.path.abspath(folder / file) if ".." in Path(file).parts else file
-    return KnownPhoto(name, pose, depth)
+    return KnownPhoto(photo_name(path, frame), pose, depth)
 
 
 NERFSTUDIO = Format("nerfstudio's transforms.json", is_transforms, read_transforms)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...io.tensor_files import PICKLES, mismatch, read_tensors
+from ...io.hub import FILE, from_hub, is_repository
+from ...io.tensor_files import mismatch, read_tensors
 
 PUBLISHED = "gberton/MegaLoc"
-FILE = "model.safetensors"
 INSTALL = "pip install 'svggt-kernels[megaloc]'"
 OTHERWISE = (
     'or choose the core in another way: patch(model, covisibility="patches") by the model\'s own tokens, '
@@ -84,31 +84,6 @@ def find_weights(source: str | Path) -> Path:
             return path / FILE
         raise FileNotFoundError(f"{path} must hold MegaLoc's weights as {FILE}, and does not; {ADVICE}")
     name = str(source)
-    if name.count("/") != 1 or path.suffix in {*PICKLES, ".safetensors"} or name.startswith((".", "~", "/")):
+    if not is_repository(name):
         raise FileNotFoundError(f"MegaLoc's weights must be at {path}, but there is no such file; {ADVICE}")
-    return _from_hub(name)
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"MegaLoc's weights, {FILE} of {name}, come from the Hugging Face hub, which needs huggingface_hub: "
-            f"{INSTALL}; {OTHERWISE}"
-        ) from error
-    try:
-        return Path(hf_hub_download(name, FILE, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        # Without a network hf_hub_download tries for 23 s; this asks for the file's size and fails at once.
-        get_hf_file_metadata(hf_hub_url(name, FILE))
-        return Path(hf_hub_download(name, FILE))
-    except Exception as error:  # of several HTTP libraries
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise FileNotFoundError(
-            f"MegaLoc's weights must be in the cache of the Hugging Face hub or within reach, but {FILE} of {name} is "
-            f"neither ({type(error).__name__}: {reason}); {ADVICE}"
-        ) from error
+    return from_hub(name, "MegaLoc's weights", install=INSTALL, advice=ADVICE, otherwise=OTHERWISE)
