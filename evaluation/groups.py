@@ -155,6 +155,7 @@ STUDY = {
                 f"{_each('core-{}-covering-stride2of64', 16, 32)} core-24-covering-stride3of72 "
                 "layers(0-1:core-8-covering-stride2of88,2-5:core-24-covering) "
                 "layers(0-1:core-48-covering,2-5:core-8-covering-stride2of56) "
+                "core-16-covering-stride4 core-32-covering-stride3of64 layers(0:own,1-5:core-8-covering-stride3) "
                 "core-24-covering core-40-covering core-48-covering"
             ),
         ),

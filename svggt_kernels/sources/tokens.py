@@ -14,6 +14,8 @@ from .base import Scene
 from .similarity import Similarity
 
 MOST_PATCHES = 128
+FRAMES_AT_ONCE = 16
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class PatchSimilarity:
     """Tells how alike frames are by whether their patches find one another; for `Core`.
 
     It reads the patch tokens that enter a model's first global attention, the mean of all taken out. The score of two
-    frames is the mean over the patches of one of the highest cosine with a patch of the other, then the mean of both
-    ways, as late interaction ranks documents (Khattab and Zaharia 2020). Of a frame with more than `MOST_PATCHES`
-    patches every n-th is read. No other network runs, and any model has such tokens.
+    frames is the mean over patches of one of the highest cosine with a patch of the other, then the mean of both ways,
+    as late interaction ranks documents (Khattab and Zaharia 2020). All patches can be found; of frames with more than
+    `MOST_PATCHES` as many ask, and tokens are read in bfloat16. No other network runs, and any model has such tokens.
     """
 
     by: ClassVar[str] = "patches of the model"
@@ -65,23 +67,43 @@ class PatchSimilarity:
     def read(
         tokens: Tensor,  # [S, P, C]
     ) -> Tensor:
-        """Return what is read of some frames' tokens: every n-th patch, `[S, P', C]`."""
-        return tokens[:, :: -(-tokens.shape[1] // MOST_PATCHES)]
+        """Return what is read of some frames' tokens, `[S, P, C]`."""
+        return tokens if tokens.shape[1] <= MOST_PATCHES else tokens.to(torch.bfloat16)
 
     def compared(self, scene: Scene) -> ScoreMatrix:
-        """Return the scores of all pairs of frames, on the device of the tokens.
+        """Return the scores of all pairs of frames, on the device of the tokens; on the CPU for those on MPS.
 
         Raises:
             ValueError: If tokens are NaN or infinite.
         """
-        patches = self.read(finite_tokens(scene)).float()
-        patches = F.normalize(patches - patches.mean((0, 1)), dim=-1)
-        scores = torch.ones(len(patches), len(patches), device=patches.device)
-        for frame, own in enumerate(patches):
-            cosines = torch.einsum("pc,snc->psn", own, patches[frame:])
-            ways = cosines.amax(2).float().mean(0) + cosines.amax(0).float().mean(1)
-            scores[frame, frame:] = scores[frame:, frame] = (ways / 2).clamp(-1, 1)
-        return ScoreMatrix(scores.fill_diagonal_(1))
+        tokens = self.read(finite_tokens(scene))
+        frames, count, _ = tokens.shape
+        mean = tokens.mean((0, 1), dtype=torch.float32)
+        asking = _unit(tokens[:, _spread(count).to(tokens.device)], mean)
+        highest = torch.empty(frames, frames, device=tokens.device)
+        for columns in torch.arange(frames).split(FRAMES_AT_ONCE):
+            found = _unit(tokens[columns], mean).flatten(0, 1).T
+            for rows in torch.arange(frames).split(FRAMES_AT_ONCE):
+                all_ask = asking.shape[1] == count
+                if all_ask and rows[0] > columns[0]:
+                    continue
+                cosines = (asking[rows].flatten(0, 1) @ found).view(len(rows), -1, len(columns), count)
+                highest[rows[:, None], columns] = cosines.amax(3).float().mean(1)
+                if all_ask:
+                    highest[columns[:, None], rows] = cosines.amax(1).float().mean(2).T
+        scores = ((highest + highest.T) / 2).clamp_(-1, 1).fill_diagonal_(1)
+        return ScoreMatrix(scores.cpu() if scores.device.type == "mps" else scores)
+
+
+def _unit(tokens: Tensor, mean: Tensor) -> Tensor:
+    return F.normalize(tokens.float() - mean, dim=-1)
+
+
+def _spread(count: int) -> Tensor:
+    """Return at most `MOST_PATCHES` of so many patches, evenly spread at no distance that columns of patches repeat."""
+    if count <= MOST_PATCHES:
+        return torch.arange(count)
+    return (torch.arange(MOST_PATCHES, dtype=torch.float64) * GOLDEN_RATIO % 1 * count).long().unique()
 
 
 def finite_tokens(scene: Scene) -> Tensor:

@@ -56,12 +56,17 @@ def test_patches_choose_by_the_patch_of_the_other_frame_that_each_finds():
     assert torch.equal(graph.core_frames, choose_core(ScoreMatrix(scores), 4, first=2))
 
 
-def test_of_many_patches_some_are_compared():
-    tokens = torch.randn(3, 3 * MOST_PATCHES, 4, generator=torch.Generator().manual_seed(0))
-    whole, some = (
-        PatchSimilarity().compared(Scene(3, tokens=each)).scores for each in (tokens, tokens[:, ::3].contiguous())
-    )
-    assert torch.equal(whole, some)
+def test_few_of_many_patches_ask_and_tell_which_frames_share_a_view():
+    """Frames are windows onto a wall without structure: the score is about the share that two have in common."""
+    wall = torch.randn(28, 150, 64, generator=torch.Generator().manual_seed(0))
+    starts = [0, 1, 5, 20, 60]
+    tokens = torch.stack([wall[:, start : start + 37].flatten(0, 1) for start in starts])
+    scores = PatchSimilarity().compared(Scene(5, tokens=tokens)).scores
+    assert len(tokens[0]) > 4 * MOST_PATCHES
+    shared = torch.tensor([max(0, 37 - start) / 37 for start in starts])
+    unrelated = scores[0, 4]
+    assert unrelated < 0.5
+    torch.testing.assert_close(scores[0], shared + (1 - shared) * unrelated, rtol=0, atol=0.08)
 
 
 @pytest.mark.parametrize("by", [PatchSimilarity(), TokenSimilarity()])
