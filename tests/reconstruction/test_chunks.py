@@ -205,6 +205,12 @@ class TestInterrupted:
     def test_chunks_hold_no_more_than_is_read(
         self, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        outputs = RUNNABLE["toy"].outputs
+
+        def with_points(result: Any) -> dict[str, Tensor]:
+            return {**outputs(result), "world_points": result["depth"][0].expand(-1, -1, -1, 3)}
+
+        monkeypatch.setitem(RUNNABLE, "toy", dataclasses.replace(RUNNABLE["toy"], outputs=with_points))
         interrupted(photos, tmp_path / "out", 1, monkeypatch)
         with np.load(tmp_path / "out/chunks" / CHUNKED[0]) as held:
             assert set(held) == {"pose_enc", "depth", "depth_conf", "apart", "scene", "frames"}
