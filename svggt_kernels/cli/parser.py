@@ -241,6 +241,13 @@ def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
         "whatever it takes)",
     )
     parser.add_argument(
+        "--chunk",
+        type=positive,
+        metavar="N",
+        help="run so many photos at a time, after those of the core: memory of the device does not grow with photos, "
+        "and chunks that are finished are kept; for graphs of a core (default: all in one forward)",
+    )
+    parser.add_argument(
         "--export",
         nargs="+",
         choices=FORMATS,

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=device,
             backend=arguments.backend,
             memory_budget=arguments.memory_budget,
+            chunk=arguments.chunk,
             force=arguments.force,
             stage=stage,
         )
@@ -60,7 +61,8 @@ def _as_text(scene: Reconstruction, sees: str, output: Path, asked: list[str] | 
     lines = [
         f"{facts['model']}, weights: {facts['weights']}; {count(len(scene.names), 'photo')} as frames of {width} x "
         f"{height} px on {facts['device']}: {facts['seconds']:.1f} s",
-        f"Who sees whom: {sees}; {percent(facts['token_density'])} of the pairs of tokens; backend {facts['backend']}",
+        f"Who sees whom: {sees}; {percent(facts['token_density'])} of the pairs of tokens; backend {facts['backend']}"
+        + (f"; {facts['chunk']} photos at a time" if facts["chunk"] else ""),
         *(f"Note: {note}" for note in [*facts["warnings"], *diagnose(scene).notes]),
         _fitted(scene),
         "Cameras and depth are in the model's own unit; nothing says how many metres it is.",

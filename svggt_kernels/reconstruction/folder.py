@@ -1,7 +1,8 @@
 """The output folder: what is in it and whose it is, so that nothing finished is computed twice or lost.
 
 `reconstruction.npz` is the run, put in place once it is finished, and holds what was asked for. `reconstruction.json`
-says the same in words for people, and which exports are finished; an export that is not is written again.
+says the same in words for people, and which exports are finished; an export that is not is written again. Until a run
+in chunks is finished, `chunks` holds what it asks for and the chunks that are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .scene import Reconstruction
 
 LONGEST = 100  # of two values that a message quotes
 RUN, REPORT = "reconstruction.npz", "reconstruction.json"
+CHUNKS, REQUEST, CHUNK = "chunks", "request.json", "frames-*.npz"
 UNCHANGED = "; give --force (force=True) to replace it, or name another output folder"
 
 
@@ -30,7 +32,7 @@ class OutputFolder:
         force: Whether what was written for another request may be replaced.
 
     Raises:
-        FileExistsError: It holds another reconstruction, or is no folder.
+        FileExistsError: It holds another reconstruction, finished or interrupted, or is no folder.
         ValueError: Its reconstruction cannot be read.
     """
 
@@ -49,19 +51,42 @@ class OutputFolder:
         self.has_run = held == self._request
         if held is not None and not self.has_run and not force:
             raise FileExistsError(f"{path} holds a reconstruction of {_differences(held, self._request)}{UNCHANGED}")
+        begun = self._begun()
+        if begun and begun != self._request and not self.has_run and not force:
+            raise FileExistsError(f"{path} holds an interrupted run of {_differences(begun, self._request)}{UNCHANGED}")
         self._report = _read(path / REPORT)
         self._exports = _sound(self._report.get("exports"))
 
     def load(self) -> Reconstruction:
         """Return the finished run."""
-        return Reconstruction.load(self.path / RUN)
+        scene = Reconstruction.load(self.path / RUN)
+        if self._begun() == self._request:
+            self._remove_chunks()
+        return scene
+
+    def chunks(self) -> Path:
+        """Return the folder for the chunks of this run, where those that are finished are; others are taken away.
+
+        Raises:
+            FileExistsError: It holds what no reconstruction wrote.
+            OSError: It cannot be made.
+        """
+        folder = self.path / CHUNKS
+        if self._begun() != self._request:
+            if not (folder / REQUEST).is_file():
+                self.refuse_strangers([CHUNKS])
+            self._remove_chunks()
+            write_all(folder, {REQUEST: json.dumps(self._request).encode()})
+        return folder
 
     def save(self, scene: Reconstruction) -> None:
-        """Put a run in place, and take away what was exported of another."""
+        """Put a run in place, and take away its chunks and what was exported of another."""
         with replacing([self.path / RUN]) as [part]:
             scene.save(part)
             for name in list(self._exports):
                 self._remove(name)
+        if (self.path / CHUNKS / REQUEST).is_file():
+            self._remove_chunks()
         self.has_run = True
 
     def finished(self, name: str, options: Mapping[str, Any]) -> bool:
@@ -127,6 +152,18 @@ class OutputFolder:
         """
         self._report = {**self._report, **facts, "exports": self._exports}
         write_all(self.path, {REPORT: (json.dumps(self._report, indent=1) + "\n").encode()})
+
+    def _begun(self) -> dict[str, Any]:
+        """Return the request of the chunks that are there; empty if there is none."""
+        folder = self.path / CHUNKS
+        return _read(folder / REQUEST) if any(folder.glob(CHUNK)) else {}
+
+    def _remove_chunks(self) -> None:
+        folder = self.path / CHUNKS
+        with suppress(OSError):
+            for file in [*folder.glob(CHUNK), folder / REQUEST]:
+                file.unlink(missing_ok=True)
+            folder.rmdir()
 
     def _remove(self, name: str) -> None:
         for file in self._exports.pop(name)["files"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..graph import CovisibilityGraph
+from ..graph.arguments import integer
 from ..graph.arrays import as_arrays
 from ..inference.memory import MemoryBudget
 from ..io.photos import load_photos
@@ -28,7 +29,7 @@ from .folder import OutputFolder
 from .formats import DEFAULT, FORMATS, Files, Format, Material
 from .photos import IMAGES, Photos, is_video, photos_of, photos_of_video, request_of_video, stamp
 from .points import PointChoice
-from .prediction import predict
+from .prediction import core_to_stream, predict, predict_in_chunks
 from .scene import Reconstruction, relative_names
 
 TELL_SECONDS = 2.0
@@ -51,6 +52,7 @@ class Settings:
         device: Where.
         backend: As `patch` takes it.
         memory_budget: Likewise.
+        chunk: Frames that run together; None for all, in one forward.
     """
 
     covisibility: Covisibility
@@ -58,6 +60,7 @@ class Settings:
     device: torch.device
     backend: str | None
     memory_budget: MemoryBudget
+    chunk: int | None
 
 
 def reconstruct(
@@ -75,6 +78,7 @@ def reconstruct(
     device: str | torch.device | None = None,
     backend: str | None = None,
     memory_budget: MemoryBudget = None,
+    chunk: int | None = None,
     force: bool = False,
     stage: Stage = silent,
 ) -> Reconstruction:
@@ -97,6 +101,8 @@ def reconstruct(
         device: Where to run; None for the fastest kind there is.
         backend: As `patch` takes it.
         memory_budget: Likewise.
+        chunk: Photos that run together, where there are more than those of the core; chunks that are finished are kept
+            in `output`. Needs a `Core` without nearest and coarse. None runs all photos in one forward.
         force: Replace what `output` holds of another request.
         stage: Is told each stage of the work.
 
@@ -111,7 +117,10 @@ def reconstruct(
     kind = _kind_of(model, weights)
     chosen = _formats(formats) if output is not None else []
     points = points or PointChoice()
-    settings = Settings(covisibility, long_side, _device(device), backend, memory_budget)
+    if chunk is not None:
+        integer("chunk", chunk, 1)
+        core_to_stream(covisibility)
+    settings = Settings(covisibility, long_side, _device(device), backend, memory_budget, chunk)
     found, source = None, Path(photos) if isinstance(photos, (str, os.PathLike)) else None
     if source is not None and is_video(source):
         if output is None:
@@ -128,6 +137,7 @@ def reconstruct(
         "weights": _stated_weights(model, weights),
         "long_side": long_side,
         "graph": _stated_graph(covisibility),
+        "chunk": chunk,
         "version": versions()["svggt_kernels"],
     }
     folder = None
@@ -145,7 +155,7 @@ def reconstruct(
         scene = replace(folder.load(), folder=relative_names(found.files)[0])
     else:
         loaded = load_model(model, weights, settings.device) if isinstance(model, str) else model
-        scene = _run(found, loaded, settings, request, stage)
+        scene = _run(found, loaded, settings, request, None if folder is None else folder.chunks, stage)
         if folder is not None:
             with stage("keeping the run"):
                 folder.save(scene)
@@ -171,21 +181,25 @@ def frames_of(photos: Sequence[Path], kind: RunnableModel, long_side: int | None
 
 
 def _run(
-    photos: Photos, model: LoadedModel, settings: Settings, request: dict[str, Any], stage: Stage
+    photos: Photos,
+    model: LoadedModel,
+    settings: Settings,
+    request: dict[str, Any],
+    chunks: Callable[[], Path] | None,
+    stage: Stage,
 ) -> Reconstruction:
     with stage(f"reading {count(len(photos.files), 'photo')}"):
         frames = frames_of(photos.files, model.kind, settings.long_side)
     covisibility = settings.covisibility
     if isinstance(covisibility, GraphFile) and covisibility.photos is None and photos.times is None:
         covisibility = covisibility.of(photos.files)
-    with stage(f"running {model.name} on {count(len(frames), 'frame')}"):
-        predicted = predict(
-            model,
-            frames.to(settings.device),
-            covisibility,
-            backend=settings.backend,
-            memory_budget=settings.memory_budget,
-        )
+    core = None if settings.chunk is None else core_to_stream(covisibility)
+    how: dict[str, Any] = {"backend": settings.backend, "memory_budget": settings.memory_budget}
+    with stage(f"running {model.name} on {count(len(frames), 'frame')}") as tell:
+        if settings.chunk is not None and core is not None and len(frames) > core.size:
+            predicted = predict_in_chunks(model, frames, core, chunk=settings.chunk, folder=chunks, tell=tell, **how)
+        else:
+            predicted = predict(model, frames.to(settings.device), covisibility, **how)
     folder, names = relative_names(photos.files)
     facts = {
         "model": model.name,

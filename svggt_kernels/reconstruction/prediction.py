@@ -1,9 +1,11 @@
-"""What a model says of frames: cameras, depth and how sure it is, by one sparse forward."""
+"""What a model says of frames: cameras, depth and how sure it is, by one sparse forward or in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor
 
 from ..graph import CovisibilityGraph, united
 from ..inference.memory import MemoryBudget
-from ..measure.cost import timed
+from ..measure.cost import Tell, timed
+from ..models import RunnableModel
 from ..models.loading import LoadedModel
 from ..patching import patch
-from ..sources import Covisibility
+from ..sources import SOURCES, Core, Covisibility
+from ..streaming import OpenScene, open_scene, read_outputs
+from ..streaming.apart import more_than_by_chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +32,7 @@ class Prediction:
         depth: Along the optical axis `[S, H, W]`, float32, in the unit of the poses.
         confidence: Of each pixel's depth `[S, H, W]`, float32; its scale is the model's own.
         graph: Which frame saw which, in full or coarsely.
-        facts: What ran: seconds, backend, densities.
+        facts: What ran: seconds, frames of a chunk (None for one forward), backend, densities.
     """
 
     poses: Tensor
@@ -63,26 +68,130 @@ def predict(
         outputs, elapsed_ms = timed(lambda: model(frames), frames.device)
         report, graph = handle.report(), handle.graph.to("cpu")
         summary = graph.summary()
-    kind, read = model.kind, _OnCPU(outputs)
-    poses, intrinsics = kind.cameras(read), kind.intrinsics(read)
-    _require_cameras(poses, intrinsics)
     facts = {
         "seconds": elapsed_ms / 1000,
+        "chunk": None,
         "backend": report.backend,
         "frame_density": summary.density,
         "token_density": report.token_density,
         "warnings": list(summary.warnings),
     }
-    return Prediction(poses, intrinsics, read["depth"].float(), kind.confidence(read).float(), united(graph), facts)
+    return Prediction(*_read(model.kind, outputs), united(graph), facts)
+
+
+def core_to_stream(covisibility: Covisibility) -> Core:
+    """Return the core that a run in chunks needs.
+
+    Raises:
+        ValueError: Frames see more than a core and themselves.
+    """
+    source = SOURCES[covisibility]() if isinstance(covisibility, str) and covisibility in SOURCES else covisibility
+    if not isinstance(source, Core) or source.nearest or source.coarse:
+        label = getattr(source, "label", None) or type(source).__name__
+        raise ValueError(
+            f"a run in chunks needs a closed core, which every photo sees and nothing besides, got {label}; give a "
+            "core (--core N, Core(N)), or leave chunk out"
+        )
+    return source
+
+
+def predict_in_chunks(
+    model: LoadedModel,
+    frames: Tensor,  # [S, 3, H, W]
+    core: Core,
+    *,
+    chunk: int,
+    folder: Callable[[], Path] | None,
+    backend: str | None = None,
+    memory_budget: MemoryBudget = None,
+    tell: Tell = lambda progress: None,
+) -> Prediction:
+    """Run a model on a core of the frames and on the others in chunks, which see the core and each itself.
+
+    Args:
+        model: The model, on its device.
+        frames: RGB in [0, 1], in host memory, more than the core's.
+        core: How the core is chosen.
+        chunk: Frames that run together.
+        folder: Makes the folder for the outputs of finished chunks, which do not run again where they are there. Called
+            once the scene is open. None keeps them in memory.
+        backend: As `open_scene` takes it.
+        memory_budget: Likewise.
+        tell: Is told how many frames are done, and how long the rest takes.
+
+    Raises:
+        ValueError: The model cannot be opened, the backend or the budget cannot be kept to, or what it says is not
+            finite.
+        OSError: A chunk cannot be written.
+    """
+    device = next(model.module.parameters()).device
+
+    def run() -> tuple[OpenScene, dict[str, Tensor]]:
+        with torch.autocast(device.type, dtype=model.autocast, enabled=model.autocast is not None):
+            scene = open_scene(
+                model.module,
+                frames,
+                core=core,
+                chunk=chunk,
+                feed=model.kind.feed,
+                read=model.kind.outputs,
+                backend=backend,
+                memory_budget=memory_budget,
+                tell=tell,
+            )
+        of_core = _OnCPU(scene.core_outputs)
+        _read(model.kind, of_core)
+        names = [*of_core.names, "apart"]
+        if folder is not None:
+            return scene, read_outputs(scene.write(folder(), names=names))
+        parts = [{name: part[name] for name in names} for part in scene.stream()]
+        return scene, {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*share nothing with the core", UserWarning)  # is a note among the facts
+        (scene, outputs), elapsed_ms = timed(run, device)
+    graph = CovisibilityGraph.core(len(frames), scene.core)
+    summary, apart = graph.summary(), outputs["apart"].nonzero().flatten().tolist()
+    notes = list(summary.warnings)
+    if more_than_by_chance(len(apart), len(frames), len(scene.core)):
+        notes.append(
+            f'{len(apart)} of {len(frames)} photos may share nothing with the core ("apart" in reconstruction.json has '
+            "their places, from 0): what is said of them cannot be trusted; a larger core may show their place"
+        )
+    facts = {
+        "seconds": elapsed_ms / 1000,
+        "chunk": chunk,
+        "backend": scene.backend,
+        "frame_density": summary.density,
+        "token_density": summary.density,
+        "warnings": notes,
+        "apart": apart,
+    }
+    return Prediction(*_read(model.kind, outputs), graph, facts)
+
+
+def _read(kind: RunnableModel, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return poses, intrinsics, depth and confidence of a model's outputs, on the CPU."""
+    read = outputs if isinstance(outputs, _OnCPU) else _OnCPU(outputs)
+    poses, intrinsics = kind.cameras(read), kind.intrinsics(read)
+    _require_cameras(poses, intrinsics)
+    return poses, intrinsics, read["depth"].float(), kind.confidence(read).float()
 
 
 class _OnCPU(Mapping[str, Tensor]):
-    """The outputs of a model, each of which is moved to the CPU when it is read: others, such as points, are not."""
+    """The outputs of a model, each of which is moved to the CPU when it is read: others, such as points, are not.
+
+    Attributes:
+        names: Those that were read, in the order of the first reading.
+    """
 
     def __init__(self, outputs: Mapping[str, Tensor]) -> None:
         self._outputs = outputs
+        self.names: list[str] = []
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            self.names.append(name)
         return self._outputs[name].cpu()
 
     def __iter__(self) -> Iterator[str]:

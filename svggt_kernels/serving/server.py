@@ -91,13 +91,15 @@ def build_server(folders: list[Path]) -> MCPServer[Any]:
         run: Run,
         sparse: Sparse = Sparse(),  # noqa: B008
         export: Export = Export(),  # noqa: B008
+        chunk: int | None = None,
         wait: bool = True,
     ) -> ReconstructAnswer:
         """Turn a folder of photos or a video into cameras, depth and points in files that other tools open.
 
-        What is finished is kept: the same call again goes on where it was stopped.
+        What is finished is kept: the same call again goes on where it was stopped. With chunk, so many photos run at a
+        time, and chunks are kept too; it needs a core.
         """
-        work = functools.partial(workshop.reconstruct, photos, output, run, sparse, export)
+        work = functools.partial(workshop.reconstruct, photos, output, run, sparse, export, chunk)
         job = jobs.start(f"reconstruct {photos}", work)
         result = await _awaited(job, context) if wait else None
         return ReconstructAnswer(job=_state(job), result=result)

@@ -28,7 +28,7 @@ from ..packages import optional
 from ..patching import patch
 from ..reconstruction import PointChoice, Reconstruction, frames_of, reconstruct
 from ..reconstruction.diagnosis import diagnose
-from ..reconstruction.folder import REPORT, RUN
+from ..reconstruction.folder import CHUNKS, REPORT, RUN
 from ..reconstruction.formats import DEFAULT, FORMATS
 from ..reconstruction.photos import IMAGES, is_video, photos_of_video, request_of_video
 from ..reconstruction.pictures import near_is_bright, smaller
@@ -91,13 +91,13 @@ class Workshop:
         )
 
     def reconstruct(
-        self, photos: str, output: str, run: Run, sparse: Sparse, export: Export, stage: Stage
+        self, photos: str, output: str, run: Run, sparse: Sparse, export: Export, chunk: int | None, stage: Stage
     ) -> Reconstructed:
         """Reconstruct photos, and say what was written."""
         self._require(run)
         pictures = self.folders.pictures(photos)
         targets = [form.target for form in FORMATS.values()]
-        folder = self.folders.output(output, [*targets, RUN, REPORT, IMAGES])
+        folder = self.folders.output(output, [*targets, RUN, REPORT, IMAGES, CHUNKS])
         scene = reconstruct(
             pictures,
             self._model(run),
@@ -110,6 +110,7 @@ class Workshop:
             long_side=run.long_side,
             device=self._device(run),
             backend=run.backend,
+            chunk=chunk,
             force=export.force,
             stage=stage,
         )

@@ -80,6 +80,19 @@ def confidences(outputs: Mapping[str, Tensor]) -> Tensor | None:
     return None
 
 
+def more_than_by_chance(apart: int, frames: int, core: int) -> bool:
+    """Whether more than twice as many frames are told to be apart as by chance.
+
+    Of K + 1 frames alike one is the least sure, so one of K + 1 further frames is told to be apart by chance.
+
+    Args:
+        apart: How many are.
+        frames: Of how many.
+        core: Frames K of the core.
+    """
+    return apart > 2 * frames / (core + 1)
+
+
 def likeness_of(
     descriptors: Tensor,  # [n, C]
     core: Tensor,  # [K, C]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import block_sparse_attention
+from ..attention import block_sparse_attention, choose_backend
 from ..compiling import uncompiled
 from ..graph import CovisibilityGraph
 from ..layout import BlockLayout
@@ -104,7 +104,13 @@ class CoreAttention:
         self.modules, self.followers = dict(modules), dict(followers)
         self.kept: dict[Call, Kept] = {}
         self.run: Run | None = None
+        self._kind: tuple[torch.device, torch.dtype, int] | None = None
         self._layouts: LRUCache[BlockLayout] = LRUCache(LAYOUTS_KEPT)
+
+    @property
+    def chosen_backend(self) -> str | None:
+        """The backend that runs the global attention; None before it has run."""
+        return None if self._kind is None else choose_backend(*self._kind, self.backend)
 
     @property
     def kept_bytes(self) -> int:
@@ -199,7 +205,9 @@ class CoreAttention:
             key, value = _behind(kept.keys, key), _behind(kept.values, value)
             layout = self._of_chunk(run.sees_itself, per_frame, trailing, kept.keys.shape[2], query.device)
         # Camera heads run in float32, which the backend that was named may not take.
-        backend = self.backend if name in self.modules else None
+        backend = None
+        if name in self.modules:
+            backend, self._kind = self.backend, (query.device, query.dtype, query.shape[3])
         out = block_sparse_attention(query, key, value, layout, scale=scale, backend=backend)
         assert isinstance(out, Tensor)
         return out

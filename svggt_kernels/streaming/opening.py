@@ -33,6 +33,7 @@ def open_scene(
     read: Callable[[Any], Outputs] | None = None,
     fused: bool | None = None,
     backend: str | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> OpenScene:
     """Run a model on the core of a scene and keep what further frames need of it: their keys and values in each layer.
 
@@ -62,6 +63,8 @@ def open_scene(
             mapping.
         fused: As in `patch`.
         backend: As in `patch`.
+        tell: Is told in a line how far a long run is, after each chunk; None shows it on stderr where that is a
+            terminal.
 
     Raises:
         ValueError: If the model is not known, patched, or in training mode; if it does something across frames that
@@ -85,7 +88,7 @@ def open_scene(
     among = frames
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
-    indices, likeness = chosen_core(core, among, session)
+    indices, likeness = chosen_core(core, among, session, tell)
     return OpenScene(
         session,
         frames,
@@ -95,6 +98,7 @@ def open_scene(
         frame_size=frame_size,
         similarity=core.similarity if isinstance(core, Core) else None,
         likeness=likeness,
+        tell=tell,
     )
 
 
@@ -141,13 +145,16 @@ def open_saved_scene(
     )
 
 
-def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) -> tuple[list[int], float | None]:
+def chosen_core(
+    core: Core | Sequence[int], frames: Frames, session: Session, tell: Callable[[str], object] | None = None
+) -> tuple[list[int], float | None]:
     """Return the frames of a core, the reference frame first, and the least likeness to it of all that were described.
 
     Args:
         core: How it is chosen, or its indices.
         frames: Among which it is; they are read once if they must be described or counted.
         session: Describes frames by the model's tokens.
+        tell: As in `open_scene`.
     """
     if not isinstance(core, Core):
         indices = list(core)
@@ -160,7 +167,7 @@ def chosen_core(core: Core | Sequence[int], frames: Frames, session: Session) ->
     reader = similarity if isinstance(similarity, TokenSimilarity | PatchSimilarity) else None
     if reader is None and similarity is not None and similarity.needs == "tokens":
         raise ValueError(f'a scene reads tokens for Core(by="tokens") and "patches" alone, got {similarity.by}')
-    with Progress("descriptors", count) as progress:
+    with Progress("descriptors", count, tell) as progress:
         count = 0
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
             made = described(similarity, part) if reader is None else session.describe(part, reader.read)

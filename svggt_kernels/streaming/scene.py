@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import on_device
 from ..sources import PatchSimilarity
 from ..sources.similarity import Similarity
-from .apart import Yardstick, described
+from .apart import Yardstick, described, more_than_by_chance
 from .frames import Frames, Images, open_frames
 from .identity import of_frames, of_model
 from .outputs import OutputFolder
@@ -57,10 +57,11 @@ class OpenScene:
         similarity: Similarity | PatchSimilarity | None = None,
         likeness: float | None = None,
         core_outputs: Outputs | None = None,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         self.session, self.core = session, tuple(core)
         self.core_frames, self.similarity = core_frames, similarity
-        self._frames, self.frame_size = frames, frame_size
+        self._frames, self.frame_size, self._tell = frames, frame_size, tell
         self._reference = core_frames[:1].to(session.device)
         outputs = session.run_core(core_frames) if core_outputs is None else core_outputs
         self.core_outputs: Outputs = {name: tensor.to("cpu") for name, tensor in outputs.items()}
@@ -73,6 +74,11 @@ class OpenScene:
     def core_gib(self) -> float:
         """Memory of the kept keys and values of the core, GiB: about 2 L K P C values of the dtype that attends."""
         return self.session.attention.kept_bytes / 2**30
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that runs the global attention; None before it has run."""
+        return self.session.attention.chosen_backend
 
     def add(self, images: Images) -> Outputs:
         """Return the outputs of further frames, in their order.
@@ -162,6 +168,7 @@ class OpenScene:
             chunk=self.chunk,
             frame_size=self.frame_size,
             similarity=self.similarity,
+            tell=self._tell,
         )
 
     def identity(self) -> str:
@@ -196,7 +203,7 @@ class OpenScene:
 
         coming: list[tuple[Future[Item], int, bool]] = []
         device = self.session.device
-        with Progress("frames", frames.count) as progress, Downloads(device, complete) as downloads:
+        with Progress("outputs", frames.count, self._tell) as progress, Downloads(device, complete) as downloads:
 
             def arrived() -> Item:
                 future, count, skipped = coming.pop(0)
@@ -259,11 +266,8 @@ class OpenScene:
         return {frame - start: place for place, frame in enumerate(self.core) if start <= frame < start + count}
 
     def _warn(self, apart: int, frames: int) -> None:
-        """Warn of frames that are apart where there are more than twice as many as by chance.
-
-        Of K + 1 frames alike one is the least sure, so one of K + 1 further frames is told to be apart by chance.
-        """
-        if apart > 2 * frames / (len(self.core) + 1):
+        """Warn of frames that are apart where there are more than by chance."""
+        if more_than_by_chance(apart, frames, len(self.core)):
             warnings.warn(
                 f'{apart} of {frames} frames may share nothing with the core (outputs["apart"] says which): what is '
                 "said of them cannot be trusted; open a scene whose core shows that place too",

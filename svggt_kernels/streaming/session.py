@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,6 +253,11 @@ class Session:
             both = (each.cpu().double() for each in (tensor[-1], again[name][0]))
             expected, actual = (each.sign() * each.abs().log1p() for each in both)
             error, size = float((actual - expected).norm()), float(expected.norm())
+            if not math.isfinite(size):
+                raise ValueError(
+                    f"what {type(self.model).__name__} says of a frame of the core must be finite, but its {name} is "
+                    "not; check the weights and the images"
+                )
             if not error <= self.eps**0.5 * size:
                 raise ValueError(
                     f"{type(self.model).__name__} cannot be opened: a frame of its core that runs again without the "

@@ -254,6 +254,8 @@ CASES = [
     Case("no such backend", "must be .*, got 'abacus'", ("--backend", "abacus")),
     Case("a backend of another machine", "--backend hopper cannot run here", ("--backend", "hopper")),
     Case("a budget without a GPU", "CUDA", ("--memory-budget", "4")),
+    Case("chunks without a core", "needs a closed core, .*got the 10 frames", ("--chunk", 2)),
+    Case("chunks within a budget without a GPU", "CUDA", ("--core", 2, "--chunk", 2, "--memory-budget", 4)),
     Case("frames below a patch", "long_side must be at least one patch", ("--long-side", "5")),
     Case(
         "a core and neighbours", "--core and --window both say|say both what each frame", ("--core", 2, "--window", 1)

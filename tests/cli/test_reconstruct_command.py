@@ -54,6 +54,15 @@ def test_what_is_not_installed_is_left_out_and_said(
     assert "depth_file_path" in (tmp_path / "out/transforms.json").read_text()
 
 
+def test_in_chunks_it_counts(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(photos, tmp_path / "out", "--chunk", 4) == 0
+    said = capsys.readouterr()
+    assert "  running toy on 6 frames, outputs: 4 of 6 frames, " in said.err
+    assert "  running toy on 6 frames, outputs: 6 of 6 frames, 0 s left" in said.err
+    assert "58.3 % of the pairs of tokens; backend " in said.out
+    assert "; 4 photos at a time\n" in said.out
+
+
 def refusal(capsys: pytest.CaptureFixture[str], photos: Path, output: Path, *words: object) -> str:
     assert run(photos, output, *words) == 2
     said = capsys.readouterr()

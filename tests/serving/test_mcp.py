@@ -203,6 +203,17 @@ def test_a_model_is_loaded_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(loaded) == 1
 
 
+def test_photos_run_in_chunks(folder: Path):
+    async def use(client: Client) -> None:
+        asked = {"photos": "walk/images", "output": "out", "run": RUN, "sparse": SPARSE, "export": {"formats": ["tum"]}}
+        made = await answer(client, "reconstruct", **asked, chunk=2)
+        assert made["result"]["photos"] == 6
+        assert json.loads((folder / "out/reconstruction.json").read_text())["facts"]["chunk"] == 2
+        assert "another chunk (2, now null)" in await refusal(client, "reconstruct", **asked)
+
+    in_memory(folder, use)
+
+
 def test_a_graph_is_written_and_read(folder: Path):
     async def use(client: Client) -> None:
         laid = await answer(client, "layout", photos="walk/images", sparse=SPARSE, output="graph")
@@ -257,6 +268,10 @@ OUTSIDE = {
         "reconstruct",
         {"photos": "walk/images", "output": "holds a link", "run": RUN, "sparse": SPARSE},
     ),
+    "an output whose chunks are a link": (
+        "reconstruct",
+        {"photos": "walk/images", "output": "links chunks", "run": RUN, "sparse": SPARSE, "chunk": 2},
+    ),
     "weights": ("compare", {"photos": "walk/images", "run": {**RUN, "weights": "/etc/passwd"}, "sparse": SPARSE}),
     "weights at home": ("compare", {"photos": "walk/images", "run": {**RUN, "weights": "../w.npz"}, "sparse": SPARSE}),
     "a graph": ("layout", {"photos": "walk/images", "sparse": {"graph": "../private/pairs.txt"}}),
@@ -273,6 +288,8 @@ def test_nothing_outside_is_read_or_written(folder: Path, tool: str, arguments: 
     (folder / "one linked/1.png").symlink_to(private / "walk/images/000000.png")
     (folder / "holds a link").mkdir()
     (folder / "holds a link/sparse").symlink_to(private)
+    (folder / "links chunks").mkdir()
+    (folder / "links chunks/chunks").symlink_to(private)
     before = sorted(str(file) for file in private.rglob("*"))
 
     async def use(client: Client) -> None:
