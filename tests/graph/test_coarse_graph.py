@@ -94,7 +94,8 @@ def test_a_core_of_all_that_are_seen_leaves_none():
 
 
 @pytest.mark.parametrize(
-    ("coarse", "message"), [([1, 1], "must differ, but 1"), ([], "none of them 0"), ([12], r"\[0, 10\), got 12")]
+    ("coarse", "message"),
+    [([1, 1], "differ, but 1 is given twice"), ([], "1 dimensions, none of them 0"), ([12], r"\[0, 10\), got 12")],
 )
 def test_what_is_wrong_with_the_frames_seen_coarsely_is_said_of_them(coarse, message):
     with pytest.raises(ValueError, match=f"^the frames that are seen coarsely must .*{message}"):
