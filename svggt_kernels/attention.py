@@ -6,11 +6,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import backends
 from .coarse import CoarseLayout
 from .compiling import uncompiled
+from .derivatives import require_reverse_mode
 from .layout import BlockLayout
 from .merging import merge
 from .streams import is_capturing
@@ -62,7 +62,7 @@ def block_sparse_attention(
             `prepare`; if differentiated twice or in forward mode; or inside a transform of torch.func.
     """
     _validate(q, k, v, layout)
-    _require_reverse_mode(q, k, v)
+    require_reverse_mode("block_sparse_attention", "q, k or v", q, k, v)
     q, k, v = _autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
@@ -236,22 +236,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _require_reverse_mode(*tensors: Tensor) -> None:
-    """Raise if a tensor has a forward-mode tangent or belongs to a transform of torch.func: neither would be seen."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError(
-            "block_sparse_attention has derivatives in reverse mode only, and q, k or v has a forward-mode tangent "
-            "(torch.autograd.forward_ad, torch.func.jvp, jacfwd); use torch.autograd.grad or backward()"
-        )
-    if any(torch.func.debug_unwrap(x) is not x for x in tensors):
-        raise RuntimeError(
-            "block_sparse_attention runs inside no transform of torch.func (grad, vjp, vmap); use torch.autograd.grad "
-            "or backward() for its derivatives in reverse mode, and B and H as batch dimensions"
-        )
 
 
 def _require_layout(layout: object) -> None:

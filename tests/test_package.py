@@ -23,7 +23,7 @@ COMPILER = os.environ.get("CXX", "c++")
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
     {"packages", "rigid_motions"},
-    {"graph", "streams", "compiling", "io", "demo"},
+    {"graph", "streams", "compiling", "derivatives", "io", "demo"},
     {"sources", "models", "layout"},
     {"coarse"},
     {"proof", "merging"},

@@ -245,8 +245,14 @@ def core_frames(frames: int, choice: Choice, covering: bool, scene: Scene, known
     # Frames are chosen one after another, so a smaller core is the beginning of a larger one.
     order = known.orders.get((by, covering))
     if order is None or len(order) < min(frames, scene.num_frames):
-        name = f"core-{max(frames, CHOSEN_AT_ONCE)}" + "-covering" * covering
-        order = known.orders[by, covering] = _core_by_the_package(name, by, scene, known)
+        # Of a core of all frames the package compares none: the last one is what is left.
+        wanted, compared = max(frames, CHOSEN_AT_ONCE), max(scene.num_frames - 1, 1)
+        name = f"core-{min(wanted, compared)}" + "-covering" * covering
+        order = _core_by_the_package(name, by, scene, known)
+        if wanted > compared:
+            everything = torch.arange(scene.num_frames)
+            order = torch.cat([order, everything[~torch.isin(everything, order)]])
+        known.orders[by, covering] = order
     return order[:frames]
 
 

@@ -106,7 +106,8 @@ class CoarseGraph:
         is_seen = torch.ones(full.num_frames, dtype=torch.bool, device=full.device)
         if not isinstance(coarse, str):
             is_seen[:] = False
-            is_seen[checked_core(full.num_frames, coarse).to(full.device)] = True
+            seen_coarsely = checked_core(full.num_frames, coarse, "the frames that are seen coarsely")
+            is_seen[seen_coarsely.to(full.device)] = True
         is_seen[full.core_frames] = False
         seen = is_seen.nonzero()[:, 0]
         _require_frames(seen)

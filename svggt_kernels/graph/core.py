@@ -79,17 +79,21 @@ def spread_evenly(num_frames: int, size: int) -> Tensor:
     return torch.linspace(0, num_frames - 1, size, dtype=torch.float64, device="cpu").round().long()
 
 
-def checked_core(num_frames: int, frames: Sequence[int] | Tensor | np.ndarray) -> Tensor:
-    """Return the frames of a core as `[K]` int64, a copy.
+def checked_core(
+    num_frames: int,
+    frames: Sequence[int] | Tensor | np.ndarray,  # [K]
+    name: str = "the frames of a core",
+) -> Tensor:
+    """Return the frames of a core, or those that messages call `name`, as `[K]` int64, a copy.
 
     Raises:
         TypeError: If they are not integers.
         ValueError: If there is none, one is out of range, or one is given twice.
     """
-    core = frames_tensor("the frames of a core", frames, 1, num_frames)
+    core = frames_tensor(name, frames, 1, num_frames)
     rising = core.sort().values
     if (at := first_true(rising[1:] == rising[:-1])) is not None:
-        raise ValueError(f"the frames of a core must differ, but {int(rising[at])} is given twice")
+        raise ValueError(f"{name} must differ, but {int(rising[at])} is given twice")
     return core
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..derivatives import require_reverse_mode
 from ..packages import runs_triton
 
 
@@ -39,6 +40,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     Raises:
         ValueError: If there is no part, not as many LSEs as outputs, or shapes or devices differ.
         TypeError: If a part is no tensor, or dtypes differ.
+        RuntimeError: If differentiated twice or in forward mode, or inside a transform of torch.func.
     """
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
@@ -59,6 +61,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
                 )
             if x.dtype != dtype:
                 raise TypeError(f"{name}[{i}] must be {dtype} to fit outs[0], got {x.dtype}; cast it first")
+    require_reverse_mode("merge", "a part", *outs, *lses)
     out, lse = torch.ops.svggt_kernels.merge(outs, lses)
     return out, lse
 
@@ -116,12 +119,11 @@ def _merge_backward(grad_out, grad_lse, outs, lses, lse):  # type: ignore[no-unt
 @torch.library.register_fake("svggt_kernels::merge", lib=_library)
 def _merge_fake(outs, lses):  # type: ignore[no-untyped-def]
     B, H, N, D = outs[0].shape
-    return outs[0].new_empty(B, N, H, D).transpose(1, 2), torch.empty_like(lses[0])
+    return outs[0].new_empty(B, N, H, D).transpose(1, 2), lses[0].new_empty(B, H, N)
 
 
-@torch.library.register_fake("svggt_kernels::merge_backward", lib=_library)
-def _merge_backward_fake(grad_out, grad_lse, outs, lses, lse):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x) for x in outs], [torch.empty_like(x) for x in lses]
+# Where its results lie in memory follows from its arguments as PyTorch's operators say.
+torch.library.register_fake("svggt_kernels::merge_backward", _merge_backward, lib=_library)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

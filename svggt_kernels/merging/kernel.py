@@ -1,4 +1,4 @@
-"""`merge` as a Triton kernel: each part is read once, and the sum written once."""
+"""`merge` as a Triton kernel: of up to four parts each is read once, and the sum written once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def obstacle(outs: list[Tensor]) -> str | None:
     B, H, N, _ = outs[0].shape
     if outs[0].dtype == torch.float64:
         return "it sums in float32"
-    if len(outs) > MOST_PARTS or B > MOST_SAMPLES or H * N > MOST_ROWS:
-        return f"it takes {MOST_PARTS} parts, {MOST_SAMPLES} samples and {MOST_ROWS} rows of each"
+    if B > MOST_SAMPLES or H * N > MOST_ROWS:
+        return f"it takes {MOST_SAMPLES} samples and {MOST_ROWS} rows of each"
     return None
 
 
@@ -59,11 +59,23 @@ def _merge(
 
 
 def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """See `merging.merge`; for parts to which there is no `obstacle`."""
+    """See `merging.merge`; for parts to which there is no `obstacle`.
+
+    Of more parts than `MOST_PARTS` the first ones become one part in float32, until there are no more.
+    """
+    dtype = outs[0].dtype
+    while len(outs) > MOST_PARTS:
+        out, lse = _launch(outs[:MOST_PARTS], lses[:MOST_PARTS], torch.float32)
+        outs, lses = [out, *outs[MOST_PARTS:]], [lse, *lses[MOST_PARTS:]]
+    return _launch(outs, lses, dtype)
+
+
+def _launch(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Merge at most `MOST_PARTS` parts to an output of a dtype."""
     B, H, N, D = outs[0].shape
     outs = [x.transpose(1, 2).contiguous() for x in outs]
     lses = [x.contiguous() for x in lses]
-    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    out, lse = torch.empty_like(outs[0], dtype=dtype), torch.empty_like(lses[0])
     if out.numel():
         unused = MOST_PARTS - len(outs)
         with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():

@@ -95,18 +95,24 @@ class PatchReport:
 
     @property
     def visible_pairs(self) -> int:
-        """(query token, key token) pairs that attend, summed over graphs; where layers differ, over layers too."""
-        return self._over_layers([layers.visible_pairs for layers in self.layers])
+        """(query token, key token) pairs that attend in a global layer, summed over graphs; a mean if layers differ."""
+        return self._in_one_layer([layers.visible_pairs for layers in self.layers])
 
     @property
     def dense_pairs(self) -> int:
         """The same under dense attention."""
-        return self._over_layers([layers.dense_pairs for layers in self.layers])
+        return self._in_one_layer([layers.dense_pairs for layers in self.layers])
 
-    def _over_layers(self, pairs: list[int]) -> int:
-        if len(pairs) == 1:
-            return pairs[0]
-        return sum(len(layers.layers) * count for layers, count in zip(self.layers, pairs, strict=True))
+    def _in_one_layer(self, pairs: list[int]) -> int:
+        """Return the rounded mean over layers; a graph for all samples counts as often as there are in other layers."""
+        if not pairs:
+            return 0
+        graphs = max(len(layers.graphs) for layers in self.layers)
+        of_layers = [
+            len(layers.layers) * count * graphs // len(layers.graphs)
+            for layers, count in zip(self.layers, pairs, strict=True)
+        ]
+        return round(sum(of_layers) / sum(len(layers.layers) for layers in self.layers))
 
     @property
     def token_density(self) -> float | None:

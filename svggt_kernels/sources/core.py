@@ -35,8 +35,8 @@ class Core:
     """Every frame sees itself and a core of frames that represent all; frames of the core see the core alone.
 
     All frames answer to the same frames, the model's reference frame among them, and so in one coordinate system; the
-    cost is linear in the number of frames. Up to `size` frames everything sees everything. Special tokens are ordinary
-    tokens of their frames unless `patch` is told otherwise.
+    cost is linear in the number of frames. Up to `size` frames everything sees everything, and no frame is described.
+    Special tokens are ordinary tokens of their frames unless `patch` is told otherwise.
 
     With `coarse`, all frames also see further ones at a stride of their patch grid (`CoarseGraph`); the core and these
     are closed together, unless all frames are seen so.
@@ -53,12 +53,12 @@ class Core:
     """
 
     size: int = CORE_SIZE
-    by: Similarity | PatchSimilarity | By | None = "megaloc"
+    by: Similarity | PatchSimilarity | By | None = field(default="megaloc", compare=False)
     choice: Choice = "covering"
     nearest: int = 0
     coarse: int | Literal["all"] = 0
     stride: int = 3
-    _similarity: Similarity | PatchSimilarity | None = field(init=False, repr=False, compare=False)
+    _similarity: Similarity | PatchSimilarity | None = field(init=False, repr=False)  # what `by` means, compared for it
     _graphs: LRUCache[AnyGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,11 +114,16 @@ class Core:
     def graph(self, scene: Scene) -> AnyGraph:
         """Return the graph of a scene; the same object for the same images, or without descriptors for as many frames.
 
+        Frames are described only where there are more than the core has.
+
         Raises:
             ValueError: If a descriptor is not finite or zero, or the scene has not what descriptors need.
         """
+        frames, reference_frame = scene.num_frames, scene.reference_frame
+        if frames <= self.size:
+            return self._graphs.get((frames, reference_frame), lambda: _everything(frames, reference_frame or 0))
         if self._similarity is None:
-            return self._graphs.get((scene.num_frames, scene.reference_frame), lambda: self._spread_evenly(scene))
+            return self._graphs.get((frames, reference_frame), lambda: self._spread_evenly(scene))
         if self._similarity.needs == "images":
             return self._graphs.get(content_of(scene, self._similarity.by), lambda: self._chosen(scene))
         return self._chosen(scene)
@@ -143,14 +148,12 @@ class Core:
 
     def _core(self, frames: int, core: Tensor, others: Tensor, nearest: Tensor | None = None) -> AnyGraph:
         """Return the graph of a core, and of others that are seen coarsely if there are any besides."""
-        if self.coarse == 0 or len(core) == frames:
+        if self.coarse == 0:
             return CovisibilityGraph.core(frames, core, nearest=nearest)
         seen: Tensor | Literal["all"] = "all" if self.coarse == "all" else others
         return CoarseGraph.core(frames, core, seen, stride=self.stride, nearest=nearest)
 
 
-@dataclass(frozen=True)
-class PatchCore(Core):
-    """A core chosen by patches of the model unless told otherwise: the word "patches" of `patch`."""
-
-    by: Similarity | PatchSimilarity | By | None = "patches"
+def _everything(frames: int, first: int) -> CovisibilityGraph:
+    """Return the graph of a core of all frames, one of them the first."""
+    return CovisibilityGraph.core(frames, [first, *(frame for frame in range(frames) if frame != first)])

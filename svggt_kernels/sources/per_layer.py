@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Source
-from .registry import Covisibility
+from .registry import Covisibility, named
 
 
 @dataclass(frozen=True)
 class PerLayer:
     """Global layers that differ in who sees whom: `patch(model, covisibility=PerLayer(...))`.
 
-    Layers for which it says the same, the same object or word or equal sources, share their graphs, layouts and tables.
+    Layers for which it says the same, the same object, equal sources or words for such, share their graphs, layouts and
+    tables.
 
     Attributes:
         covisibility: What `patch` takes as `covisibility`, for each global layer, in the order in which they run; or a
@@ -24,11 +25,11 @@ class PerLayer:
     covisibility: Sequence[Covisibility] | Callable[[int], Covisibility]
 
     def by_layers(self, num_layers: int) -> list[tuple[Covisibility, tuple[int, ...]]]:
-        """Return what differs, each with the layers that it is for.
+        """Return what differs, each with the layers that it is for; sources in place of words.
 
         Raises:
-            ValueError: If there is not one for each layer.
-            TypeError: If it is neither a sequence nor a function.
+            ValueError: If there is not one for each layer, or one is an unknown word.
+            TypeError: If it is neither a sequence nor a function, or one is a `PerLayer` itself.
         """
         given = self.covisibility
         if callable(given):
@@ -43,7 +44,12 @@ class PerLayer:
                 f"{len(each)}"
             )
         found: list[tuple[Any, list[int]]] = []
-        for layer, one in enumerate(each):
+        for layer, of_layer in enumerate(each):
+            if isinstance(of_layer, PerLayer):
+                raise TypeError(
+                    f"PerLayer holds no PerLayer, got one for layer {layer}; give what `patch` takes for one layer"
+                )
+            one = named(of_layer) if isinstance(of_layer, str) else of_layer
             alike = next((layers for other, layers in found if _alike(one, other)), None)
             if alike is None:
                 found.append((one, [layer]))
@@ -53,4 +59,12 @@ class PerLayer:
 
 
 def _alike(one: object, other: object) -> bool:
-    return one is other or (isinstance(one, str | Source) and type(one) is type(other) and one == other)
+    """Return whether two are the same object or equal sources; sources that cannot be compared are not."""
+    if one is other:
+        return True
+    if not isinstance(one, Source) or type(one) is not type(other):
+        return False
+    try:
+        return (one == other) is True
+    except (RuntimeError, ValueError):  # equality of tensors or arrays that they hold is no plain bool
+        return False

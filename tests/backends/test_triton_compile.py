@@ -89,7 +89,9 @@ for signed, values in ((False, 1), (True, 3)):
     compiled("_predict", 8, **arrays, n="i32", SIGNED=signed, VALUES=values, C=32, BLOCK=32, PIXELS=128)
 outs = dict.fromkeys(("out", *(f"out{i}" for i in range(4))), "*bf16")
 lses = dict.fromkeys(("lse", *(f"lse{i}" for i in range(4))), "*fp32")
-compiled("_merge", 4, merging, **outs, **lses, tokens="i32", PARTS=3, HEADS=16, D=64, BLOCK_D=64, ROWS=merging.ROWS)
+for mixed in ({}, {"out": "*fp32"}, {"out0": "*fp32"}):  # four parts, or some of more and what they became
+    given = {**outs, **mixed, **lses}
+    compiled("_merge", 4, merging, **given, tokens="i32", PARTS=4, HEADS=16, D=64, BLOCK_D=64, ROWS=merging.ROWS)
 """
 
 
@@ -101,7 +103,7 @@ def test_kernels_of_blocks_heads_and_merges_compile(capability: int):
     )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 15
+    assert len(kernels) == 17
     # A prediction of one value is stored by itself; what matters there is what is read.
     assert all(used["wide_loads"] > 0 for used in kernels), kernels
     assert all(used["wide_stores"] > 0 for used in kernels if used["kernel"] != "_predict"), kernels

@@ -93,6 +93,15 @@ def test_a_core_of_all_that_are_seen_leaves_none():
         CoarseGraph.core(3, [0], "all", stride=0)
 
 
+@pytest.mark.parametrize(
+    ("coarse", "message"),
+    [([1, 1], "differ, but 1 is given twice"), ([], "1 dimensions, none of them 0"), ([12], r"\[0, 10\), got 12")],
+)
+def test_what_is_wrong_with_the_frames_seen_coarsely_is_said_of_them(coarse, message):
+    with pytest.raises(ValueError, match=f"^the frames that are seen coarsely must .*{message}"):
+        CoarseGraph.core(10, [0], coarse, stride=2)
+
+
 def test_too_many_edges_are_refused_before_they_are_made():
     with pytest.raises(ValueError, match="holds at most"):
         CoarseGraph.core(50_000, [0], "all", stride=2)

@@ -8,7 +8,8 @@ import torch
 
 from svggt_kernels.graph import CovisibilityGraph
 from svggt_kernels.graph.core import choose_core, nearest_frames, spread_evenly
-from svggt_kernels.graph.pair_scores import ScoreMatrix
+from svggt_kernels.graph.neighbours import FrameSimilarity
+from svggt_kernels.graph.pair_scores import BOUNDS_AT_ONCE, ScoreMatrix
 from svggt_kernels.patching.order import in_order
 
 
@@ -103,6 +104,26 @@ def test_choice_equals_brute_force(choice, slow):
         matrix = ScoreMatrix(torch.from_numpy(np.minimum(similarity, similarity.T).clip(-1, 1)))
         assert choose_core(matrix, size, choice=choice, first=first).tolist() == expected
     assert sorted(choose_core(descriptors, 99, choice=choice).tolist()) == list(range(40))
+
+
+def test_a_cover_of_many_frames_equals_brute_force():
+    """More frames than bounds are renewed at once, so that most frames are judged by what they added before."""
+    frames, size = 300, 40
+    generator = torch.Generator().manual_seed(0)
+    descriptors = torch.randn(frames, 6, generator=generator)
+    descriptors[200:] = descriptors[torch.randint(200, (100,), generator=generator)]
+    matrix = torch.randint(-4, 5, (frames, frames), generator=generator).double() / 4  # many frames add the same
+    matrix = torch.maximum(matrix, matrix.T).fill_diagonal_(1)
+    for scores in (FrameSimilarity.from_descriptors(descriptors, 64), ScoreMatrix(matrix)):
+        rounded = scores.rounded().double()
+        expected = [5]
+        while len(expected) < size:
+            covered = rounded[expected].amax(0)
+            added = (rounded - covered).clamp(min=0).sum(1)
+            added[expected] = -1
+            expected.append(int(added.argmax()))
+        assert frames > BOUNDS_AT_ONCE
+        assert choose_core(scores, size, first=5).tolist() == expected
 
 
 def test_a_frame_that_nobody_resembles_is_taken_as_farthest_but_covers_little():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from svggt_kernels import merge
 from svggt_kernels.merging import merge_by_pytorch
@@ -104,7 +105,7 @@ IMPLEMENTATIONS = {"torch": merge_by_pytorch, "triton": by_triton}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)
 def test_within_the_budget(kind: str, count: int, dtype: torch.dtype):
     if kind == "triton" and not HAS_TRITON:
@@ -128,8 +129,7 @@ def test_what_the_kernel_leaves_to_pytorch():
     from svggt_kernels.merging import kernel
 
     out = torch.empty(1, 2, 7, 8, device="meta")
-    assert kernel.obstacle([out] * kernel.MOST_PARTS) is None
-    assert kernel.obstacle([out] * (kernel.MOST_PARTS + 1)) is not None
+    assert kernel.obstacle([out] * 9) is None
     assert kernel.obstacle([out.double()]) is not None
     assert kernel.obstacle([out.expand(kernel.MOST_SAMPLES + 1, 2, 7, 8)]) is not None
     assert kernel.obstacle([torch.empty(1, 16, 2**27, 1, device="meta")]) is not None
@@ -153,6 +153,41 @@ def test_operators_are_registered_rightly():
         torch.ops.svggt_kernels.merge_backward.default,
         (out, lse.nan_to_num(), [x.detach() for x in outs], lses, lse),
     )
+
+
+@pytest.mark.parametrize("moved", ["outs", "lses", "both"])
+def test_operators_are_registered_rightly_for_any_strides(moved: str):
+    outs, lses = parts_of(3, dtype=torch.float32)
+    if moved != "lses":
+        outs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in outs]
+    if moved != "outs":
+        lses = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in lses]
+    inputs = [x.requires_grad_() for x in (*outs, *lses)]
+    torch.library.opcheck(torch.ops.svggt_kernels.merge.default, (inputs[:3], inputs[3:]))
+    out, lse = (x.detach() for x in merge(outs, lses))
+    parts = [x.detach() for x in inputs]
+    for grad_lse in (None, lse.nan_to_num()):
+        torch.library.opcheck(
+            torch.ops.svggt_kernels.merge_backward.default, (out, grad_lse, parts[:3], parts[3:], lse)
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, from make_dual
+@pytest.mark.parametrize("argument", [0, 3])
+def test_forward_mode_is_refused(argument: int):
+    outs, lses = parts_of(2)
+    tensors = [*outs, *lses]
+    with forward_ad.dual_level():
+        tensors[argument] = forward_ad.make_dual(tensors[argument], torch.randn_like(tensors[argument]))
+        with pytest.raises(RuntimeError, match="merge has derivatives in reverse mode only, and a part has"):
+            merge(tensors[:2], tensors[2:])
+
+
+@pytest.mark.parametrize("transform", [torch.func.vjp, lambda function, x: torch.func.vmap(function)(x[None])])
+def test_transforms_of_torch_func_are_refused(transform):
+    outs, lses = parts_of(2)
+    with pytest.raises(RuntimeError, match=r"merge runs inside no transform of torch\.func"):
+        transform(lambda out: merge([out, outs[1]], lses)[0], outs[0])
 
 
 def test_bad_arguments_are_named():

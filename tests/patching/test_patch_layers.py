@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from svggt_kernels import CoarseGraph, CoarseLayout, Core, CovisibilityGraph, Patch, PerLayer, compare_dense, patch
 from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.sources import PatchSimilarity, Scene
 
 KNOWN = {name: double for name, double in FAMILY.items() if double.record is not None}
 known = pytest.mark.parametrize("double", KNOWN.values(), ids=KNOWN)
@@ -127,12 +129,48 @@ def test_a_report_of_layers_that_differ():
     report = handle.report()
     full, core = report.layers
     assert (full.layers, core.layers) == ((0, 1, 4), (2, 3))
-    assert report.dense_pairs == 5 * full.dense_pairs
-    assert report.visible_pairs == 3 * full.dense_pairs + 2 * core.visible_pairs
+    assert report.dense_pairs == full.dense_pairs == core.dense_pairs
+    assert report.visible_pairs == round((3 * full.dense_pairs + 2 * core.visible_pairs) / 5)
     assert "layers 0-1, 4: every frame sees every other" in str(report) and "layers 2-3: a given graph" in str(report)
     with torch.no_grad(), patch(model, covisibility=by_layer) as handle:
         model(torch.rand(6, 3, 28, 42))
         assert len(handle.report().layers) == 3  # two graphs that are equal are two objects
+
+
+def test_pairs_of_layers_that_differ_count_every_sample():
+    """Also where one layer has one graph for all samples."""
+    double = FAMILY["vggt"]
+    model, graphs = double.create(), [BAND, ISLANDS]
+    with patch(model, covisibility=PerLayer([graphs, "all"]), special_tokens="masked") as handle:
+        model(images(batch=2))
+    report = handle.report()
+    by_sample, full = report.layers
+    assert (len(by_sample.graphs), len(full.graphs)) == (2, 1)
+    assert report.dense_pairs == by_sample.dense_pairs == 2 * full.dense_pairs
+    assert report.visible_pairs == round((by_sample.visible_pairs + 2 * full.visible_pairs) / 2)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A user's source that holds a tensor."""
+
+    weights: Tensor
+    label: str = "a core"
+    needs: str = "nothing"
+
+    def graph(self, scene: Scene) -> CovisibilityGraph:
+        return CovisibilityGraph.core(scene.num_frames, [0])
+
+
+def test_layers_are_alike_where_their_sources_are():
+    twice, other = Holding(torch.ones(3)), Holding(torch.ones(3))
+    given = [twice, "patches", other, Core(by="patches"), twice, Core(by=PatchSimilarity()), "core", Core()]
+    assert [layers for _, layers in PerLayer(given).by_layers(8)] == [(0, 4), (1, 3, 5), (2,), (6, 7)]
+
+
+def test_layers_hold_no_layers():
+    with pytest.raises(TypeError, match="PerLayer holds no PerLayer, got one for layer 1"):
+        patch(FAMILY["vggt"].create(), covisibility=PerLayer(["all", PerLayer(["all", "all"])]))
 
 
 def test_layers_that_say_the_same_share_their_layouts():

@@ -14,6 +14,7 @@ from tiny import SIZE, megaloc
 from torch import Tensor
 
 from svggt_kernels import (
+    Core,
     CovisibilityGraph,
     MegaLoc,
     MegaLocSimilarity,
@@ -53,6 +54,8 @@ def test_the_default_is_megaloc(monkeypatch: pytest.MonkeyPatch, described: list
     with patch(model, backend="reference"):
         assert asked == ["gberton/MegaLoc"]
         model(images())
+        assert not described  # few frames see all
+        model(images(Core().size + 1))
     assert len(described) == 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svggt_kernels import CovisibilityGraph, patch
 from svggt_kernels.patching import plan
-from svggt_kernels.sources import SOURCES, Scene, Source, fingerprint, similarity
+from svggt_kernels.sources import SOURCES, PatchSimilarity, Scene, Source, fingerprint, similarity
 from svggt_kernels.sources.base import IMAGENET_DEVIATION, IMAGENET_MEAN
 from svggt_kernels.sources.cache import LRUCache
 from svggt_kernels.sources.thumbnails import thumbnails
@@ -41,6 +41,11 @@ def test_every_source_is_one(source: type[Source]):
 def test_what_is_no_source_is_refused_when_the_model_is_patched(source: object):
     with pytest.raises(TypeError, match=r"^covisibility must be a CovisibilityGraph"):
         patch(FAMILY["vggt"].create(), covisibility=source)  # type: ignore[arg-type]
+
+
+def test_what_only_compares_frames_is_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"write Core\(by=PatchSimilarity\(\)\)"):
+        patch(FAMILY["vggt"].create(), covisibility=PatchSimilarity())  # type: ignore[arg-type]
 
 
 def test_a_source_of_the_user_is_asked_about_each_sample():

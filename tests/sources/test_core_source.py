@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from svggt_kernels.graph import CoarseGraph, CovisibilityGraph
 from svggt_kernels.graph.core import choose_core
@@ -109,6 +110,35 @@ def test_the_same_images_seen_otherwise_are_other_images():
 
 def test_few_frames_see_all():
     assert as_source(Core(by=TokenSimilarity())).graph(scene(20)).to_dense().all()
+
+
+class Blind(ThumbnailSimilarity):
+    """Fails where it is asked to look."""
+
+    def descriptors(self, scene: Scene) -> Tensor:
+        raise AssertionError("few frames need no descriptors")
+
+
+class BlindPatches(PatchSimilarity):
+    """Likewise."""
+
+    def compared(self, scene: Scene) -> ScoreMatrix:
+        raise AssertionError("few frames need no tokens")
+
+
+@pytest.mark.parametrize("by", [Blind(), BlindPatches(), None], ids=["images", "tokens", "evenly"])
+@pytest.mark.parametrize("options", [{}, {"coarse": 3}, {"nearest": 2}], ids=str)
+def test_few_frames_are_not_looked_at(by, options):
+    if by is None and "nearest" in options:
+        options = {}
+    source = as_source(Core(6, by=by, **options))
+    graph = source.graph(Scene(6, reference_frame=2))
+    assert graph.to_dense().all() and graph.core_frames.tolist() == [2, 0, 1, 3, 4, 5]
+    assert source.graph(Scene(6, reference_frame=2)) is graph
+    assert source.graph(Scene(6)).core_frames.tolist() == [0, 1, 2, 3, 4, 5]
+    if by is not None:
+        with pytest.raises(AssertionError, match="few frames need no"):
+            source.graph(scene(7))
 
 
 def test_nearest_frames_are_added():
