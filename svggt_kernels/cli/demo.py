@@ -99,6 +99,8 @@ def _table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _speed(dense: Outcome, core: Outcome) -> str:
+    if core.pairs == 1:
+        return f"Layout {core.layout.name}: the core holds every frame, so it is dense too; --core takes a smaller one."
     factor = dense.cost.min_ms / core.cost.min_ms
     if factor > 1:
         return f"Layout {core.layout.name} is {times(factor)} as fast as dense, by backend {core.backend}."

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..reconstruction import Reconstruction
-from ..reconstruction.folder import RUN
+from ..reconstruction.scene import RUN
 from ..reconstruction.view import Viewer
 from .errors import CommandError, refusals
 

@@ -30,7 +30,7 @@ Outputs = Literal["read", "all"]
 PART = 0.4
 """In a verification so many of the tokens run together, so that what mixes tokens of different parts is seen."""
 
-ON_THE_CPU = "on the CPU it gains nothing; patch(model, fused=True) runs it all the same"
+ON_THE_CPU = "on the CPU fusing gains nothing; patch(model, fused=True) fuses all the same"
 
 
 class FusedForward:

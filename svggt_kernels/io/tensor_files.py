@@ -18,7 +18,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file that `torch.save` wrote (by its suffix, such as .pt) or a .safetensors file; runs no code from it.
+    """Read a file that `torch.save` wrote (told by its content, or a suffix such as .pt) or a .safetensors file.
+
+    It runs no code from it.
 
     Returns:
         The tensors by name, on the CPU, as they are in the file.
@@ -28,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ImportError: safetensors is needed and not installed.
     """
     try:
-        if path.suffix.lower() in PICKLES:
+        if path.suffix.lower() in PICKLES or zipfile.is_zipfile(path):
             held = torch.load(path, map_location="cpu", weights_only=True)
         else:
             held = optional("safetensors.torch", f"reading {path}", "safetensors", "safetensors").load_file(path)

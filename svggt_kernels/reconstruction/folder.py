@@ -15,10 +15,10 @@ from typing import Any
 
 from ..io.writing import replacing, write_all
 from .formats import FORMATS, Files
-from .scene import Reconstruction
+from .scene import RUN, Reconstruction
 
 LONGEST = 100  # of two values that a message quotes
-RUN, REPORT = "reconstruction.npz", "reconstruction.json"
+REPORT = "reconstruction.json"
 CHUNKS, REQUEST, CHUNK = "chunks", "request.json", "frames-*.npz"
 UNCHANGED = "; give --force (force=True) to replace it, or name another output folder"
 

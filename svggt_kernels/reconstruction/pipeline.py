@@ -25,6 +25,7 @@ from ..measure.wording import count, printable
 from ..models import RUNNABLE, RunnableModel
 from ..models.loading import RANDOM, LoadedModel, load_model
 from ..sources import Covisibility, GraphFile, Source
+from ..sources.registry import named
 from .folder import OutputFolder
 from .formats import DEFAULT, FORMATS, Files, Format, Material
 from .photos import IMAGES, Photos, is_video, photos_of, photos_of_video, request_of_video, stamp
@@ -279,7 +280,7 @@ def _stated_weights(model: str | LoadedModel, weights: str | Path | None) -> Any
 
 def _stated_graph(covisibility: Covisibility) -> Any:
     if isinstance(covisibility, str):
-        return covisibility
+        covisibility = named(covisibility)
     if isinstance(covisibility, GraphFile):
         path = covisibility.path
         files = sorted(path.iterdir()) if path.is_dir() else [path]

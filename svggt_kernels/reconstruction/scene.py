@@ -23,6 +23,7 @@ from ..io.depth_maps import depth_of_photo
 from ..io.photos import Crop, crop_of
 from .cameras import PhotoCamera, photo_camera, turned_as_stored
 
+RUN = "reconstruction.npz"
 ARRAYS = ("poses", "intrinsics", "depth", "confidence", "colours")
 
 
@@ -124,15 +125,20 @@ class Reconstruction:
         with path.open("wb") as file:
             np.savez(file, **arrays)
 
+    def __repr__(self) -> str:
+        frames, height, width = self.depth.shape
+        return f"Reconstruction({frames} photos of {self.folder}, frames of {width} x {height} pixels)"
+
     @classmethod
     def load(cls, path: str | Path) -> Reconstruction:
-        """Read what `save` wrote; runs no code from it.
+        """Read what `save` wrote, or a folder that `reconstruct` wrote; runs no code from it.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it holds something else, or is damaged.
         """
-        with _opened(Path(path)) as held:
+        path = Path(path)
+        with _opened(path / RUN if path.is_dir() else path) as held:
             words = _words(held)
             return cls(
                 folder=Path(words["folder"]),

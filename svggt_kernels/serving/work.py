@@ -28,10 +28,11 @@ from ..packages import optional
 from ..patching import patch
 from ..reconstruction import PointChoice, Reconstruction, frames_of, reconstruct
 from ..reconstruction.diagnosis import diagnose
-from ..reconstruction.folder import CHUNKS, REPORT, RUN
+from ..reconstruction.folder import CHUNKS, REPORT
 from ..reconstruction.formats import DEFAULT, FORMATS
 from ..reconstruction.photos import IMAGES, is_video, photos_of_video, request_of_video
 from ..reconstruction.pictures import near_is_bright, smaller
+from ..reconstruction.scene import RUN
 from ..sources import GraphFile, MegaLoc, PatchSimilarity, Scene, Similarity, Source, graph_bytes, hloc_pairs
 from ..sources.named import named_similarity, named_source
 from .answers import Compared, Export, Frames, Info, Layout, LayoutOutcome, Reconstructed, Run, Sparse, Swept

@@ -74,6 +74,8 @@ def open_scene(
         FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had.
         ImportError: If a package is missing.
     """
+    if isinstance(images, str | Path) and not Path(images).exists():  # before weights are looked for
+        raise FileNotFoundError(f"photos must be in a folder or a video, and there is no {images}")
     core = Core() if core is None else core
     if isinstance(core, Core):
         core = core.opened()

@@ -26,6 +26,7 @@ from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.loading import ROOMS_WEIGHTS, load_model
 from svggt_kernels.reconstruction import PointChoice, Reconstruction, reconstruct
 from svggt_kernels.reconstruction.formats import FORMATS
+from svggt_kernels.reconstruction.pipeline import _stated_graph
 from svggt_kernels.sources import GraphFile, Sequential
 
 CPU = torch.device("cpu")
@@ -118,6 +119,13 @@ class TestFolder:
         assert set(after) - set(before) == {"points.ply"}
         assert all(after[name] == content for name, content in before.items() if name != "reconstruction.json")
 
+    def test_a_word_asks_for_what_its_source_does(self) -> None:
+        assert _stated_graph("patches") == _stated_graph(Core(by="patches")) != _stated_graph("core")
+
+    def test_a_folder_is_loaded_and_shown_in_a_line(self, photos: Path, tmp_path: Path) -> None:
+        run(photos, tmp_path / "out")
+        assert repr(Reconstruction.load(tmp_path / "out")).startswith("Reconstruction(6 photos of ")
+
     @staticmethod
     def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*arguments: object) -> None:
@@ -128,7 +136,10 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("options", "difference"),
         [
-            ({"covisibility": "all"}, r'another graph \("a core of 3 frames at equal distances", now "all"\)'),
+            (
+                {"covisibility": "all"},
+                r'another graph \("a core of 3 frames at equal distances", now "every frame sees every other"\)',
+            ),
             ({"max_frames": 4}, "another photos"),
             ({"long_side": 28}, r"another long_side \(null, now 28\)"),
             (

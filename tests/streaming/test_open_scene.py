@@ -101,10 +101,10 @@ def test_frames_added_later(case):
 def test_saved_and_opened_again(case, keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, frames, expected, options = case
     scene = open_scene(model, frames, core=CORE, chunk=4, **options)
-    scene.save(tmp_path / "scene.pt", keys=keys)
+    scene.save(tmp_path / "kitchen.scene", keys=keys)  # of any name
     if keys:
         monkeypatch.setattr("svggt_kernels.streaming.session.Session.run_core", None)
-    again = open_saved_scene(copy.deepcopy(model), tmp_path / "scene.pt", **options)
+    again = open_saved_scene(copy.deepcopy(model), tmp_path / "kitchen.scene", **options)
     assert again.chunk == 4
     assert again.core_gib == scene.core_gib
     same(again.add(frames[rest(frames)]), {name: tensor[rest(frames)] for name, tensor in expected.items()})

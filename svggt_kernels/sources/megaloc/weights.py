@@ -14,9 +14,10 @@ from ...io.tensor_files import mismatch, read_tensors
 PUBLISHED = "gberton/MegaLoc"
 INSTALL = "pip install 'svggt-kernels[megaloc]'"
 OTHERWISE = (
-    'or choose the core in another way: patch(model, covisibility="patches") by the model\'s own tokens, '
-    "Core(by=None) at equal distances in their order (on the command line --covisibility patches, sequential "
-    "--core 52); graphs come from poses, COLMAP or any list of pairs, too (docs/covisibility.md)"
+    'or choose the core in another way: by the model\'s own tokens with patch(model, covisibility="patches") or '
+    'open_scene(model, images, core=Core(by="patches")), at equal distances in their order with Core(by=None) (on the '
+    "command line --covisibility patches, sequential --core 52); graphs come from poses, COLMAP or any list of pairs, "
+    "too (docs/covisibility.md)"
 )
 ADVICE = (
     f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
