@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.arguments = arguments
     try:
-        return options.run_command(options)
+        code = options.run_command(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has left (`| head`)
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
