@@ -75,7 +75,7 @@ def open_scene(
         ImportError: If a package is missing.
     """
     if isinstance(images, str | Path) and not Path(images).exists():  # before weights are looked for
-        raise FileNotFoundError(f"photos must be in a folder or a video, and there is no {images}")
+        raise FileNotFoundError(f"images must be a folder of photos or a video, but {images} does not exist")
     core = Core() if core is None else core
     if isinstance(core, Core):
         core = core.opened()
