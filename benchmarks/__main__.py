@@ -93,7 +93,7 @@ def _run_attention(options: argparse.Namespace, cases: list[Case], *setting: Any
 
 
 def _run_model(options: argparse.Namespace, cases: list[models.ModelCase], *setting: Any) -> Ran:
-    runner = models.ModelRunner(*setting, options.repeats)
+    runner = models.ModelRunner(*setting, options.repeats, options.aggregator)
     for case in cases:
         runner.run(case, options.systems, backend=options.backend, special_tokens=options.special_tokens)
     return runner.lines, runner.not_run, models.COLUMNS
@@ -139,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--backend", choices=BACKENDS, help="backend of the patched model; chosen by default")
     two.add_argument("--special-tokens", default="dense", choices=("dense", "masked"))
     two.add_argument("--repeats", type=int, default=3, help="timed runs after one warm-up; the median counts")
+    two.add_argument(
+        "--no-aggregator",
+        dest="aggregator",
+        action="store_false",
+        help="do not time the aggregator on its own too, which takes as many runs again",
+    )
     two.set_defaults(select=lambda names: [*map(models.ModelCase.parse, names)], run=_run_model, listing=_list_models)
 
     three = commands.add_parser("repeat", help="is a backend bitwise repeatable?")

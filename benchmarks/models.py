@@ -209,6 +209,7 @@ class ModelRunner:
         provenance: What every line says about the run.
         write: Called with each line as soon as it is known.
         repeats: Timed runs of each measurement, after one warm-up.
+        aggregator: Whether the aggregator is also timed on its own.
     """
 
     def __init__(
@@ -218,12 +219,13 @@ class ModelRunner:
         provenance: Line,
         write: Callable[[Line], None],
         repeats: int = 3,
+        aggregator: bool = True,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.provenance = provenance
         self.write = write
-        self.repeats = repeats
+        self.repeats, self.aggregator = repeats, aggregator
         self.lines: list[Line] = []
         self.not_run: list[str] = []
         self._models: dict[str, nn.Module] = {}
@@ -298,7 +300,7 @@ class ModelRunner:
     def _measure(self, case: ModelCase, model: nn.Module, line: Line) -> None:
         images = KINDS[case.model].feed(self._images(case.model, case.frames))
         with self._inference():
-            if hasattr(model, "aggregator"):
+            if self.aggregator and hasattr(model, "aggregator"):
                 line["seconds_aggregator"] = self._seconds(lambda: model.aggregator(images))
             memory = PeakMemory(self.device)
             line["seconds_full"] = self._seconds(lambda: model(images))
