@@ -27,7 +27,7 @@ def read_ahead(parts: Iterator[Tensor], device: torch.device | None) -> Iterator
         if part is None or device is None:
             return part
         with _on(stream):
-            part = part.to(device)
+            part = (part if stream is None or part.is_cuda else part.pin_memory()).to(device, non_blocking=True)
         if stream is not None:
             stream.synchronize()
         return part
@@ -64,8 +64,18 @@ class Downloads(Generic[Item]):
         with _on(self._stream):
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
-            host = {name: tensor.to("cpu") for name, tensor in tensors.items()}
+            host = self._in_host_memory(tensors)
             return self.then(host, frames, start)
+
+    def _in_host_memory(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._stream is None:
+            return {name: tensor.to("cpu") for name, tensor in tensors.items()}
+        # A copy to pageable memory would keep other threads from launching kernels meanwhile.
+        pinned = {name: torch.empty_like(tensor, device="cpu", pin_memory=True) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            pinned[name].copy_(tensor, non_blocking=True)
+        self._stream.synchronize()
+        return {name: tensor.clone() for name, tensor in pinned.items()}
 
     def __enter__(self) -> Downloads[Item]:
         return self
