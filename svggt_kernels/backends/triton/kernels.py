@@ -16,8 +16,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Counts differ from layout to layout: specialising on them would only compile the same kernel again.
-COUNTS = ["num_row_tiles", "num_first", "dense_group", "num_dense", "heads", "batch_heads"]
+# Counts differ from layout to layout: specialising on them would only compile the same kernel again. So does the number
+# of tokens, which is the stride from head to head of the LSE.
+COUNTS = ["num_row_tiles", "num_first", "dense_group", "num_dense", "heads", "batch_heads", "lse_head"]
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def forward(
     tl.store(lse_ptr + batch_head.to(tl.int64) * lse_head + rows, lse, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def inner_products(
     grad_ptr, out_ptr, grad_lse_ptr, inner_ptr,
     grad_batch, grad_head, grad_token, out_batch, out_head, out_token, tokens, heads,
