@@ -115,6 +115,17 @@ class TestOnHopper:
         tokens = layout.to_weights().sum(1)
         assert float((lse.double() / tokens.log() - 1).abs().max()) <= 4 * torch.finfo(torch.float32).eps
 
+    def test_the_lse_is_as_good_as_in_float32(self, head_size: int, dtype: torch.dtype):
+        layout = with_kept(700, 9, special=2)
+        q, k, v = inputs(layout, head_size, dtype)
+        _, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="hopper")
+        plain, exact = (
+            plain_attention(*(x.to(wide) for x in (q, k, v)), layout.to_weights())[1]
+            for wide in (torch.float32, torch.float64)
+        )
+        rounding = torch.finfo(torch.float32).eps * float(exact.square().mean().sqrt())
+        assert error_ratio(lse, plain, exact, floor=rounding) <= BUDGET
+
     def test_the_output_does_not_depend_on_asking_for_the_lse(self, head_size: int, dtype: torch.dtype):
         layout = with_kept(300, special=3)
         q, k, v = inputs(layout, head_size, dtype)

@@ -181,3 +181,17 @@ def test_one_pass_compiled_in_one_graph(in_one_pass: list[bool]):
     prepare(layout, torch.float64, 16, backend="reference")
     torch.testing.assert_close(compiled(q, k, v, layout), block_sparse_attention(q, k, v, layout, backend="reference"))
     assert in_one_pass == [False, False]
+
+
+@pytest.mark.parametrize("scale", [1e-35, 5e-38, -1e-38, 1e-40])
+def test_what_a_weight_adds_to_a_score_of_any_scale_is_finite(scale: float, in_one_pass: list[bool], monkeypatch):
+    """A kernel in float32 divides the logarithm of a weight, 31 log 2 at most, by the scale."""
+    layout, scales = random_coarse_layout(4), []
+    reference = backends.load("reference")
+    forward = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *given: scales.append(given[4]) or forward(*given))
+    q, k, v = (x.detach() for x in inputs(layout, torch.float32))
+    out = block_sparse_attention(1e18 * q, 1e18 * k, v, layout, scale=scale, backend="reference")
+    assert float(31 / torch.tensor(scales[0], dtype=torch.float32)) < torch.inf
+    expected, _ = plain_attention(*(x.double() for x in (1e18 * q, 1e18 * k, v)), layout.to_weights(), scale)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
