@@ -356,8 +356,8 @@ DEVICE void start_output(State& state, uint64 v) {
   }
 }
 
-// Wait for the last O += P V, release its stage, and turn S into the next P. `weight`, if not null, says what the output so
-// far is multiplied by.
+// Wait for the last O += P V, release its stage, and turn S into the next P. With `weight` the output so far is multiplied
+// by what it points to.
 DEVICE void finish_output(State& state, uint32 empty, bool takes_sums, [[maybe_unused]] const float* weight) {
   wgmma_wait<0>();
   hold(state.weights);
@@ -417,7 +417,8 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
     const int stage = ring.index;
     ring.next();
     const float* weight = WEIGHTED && tiles == border ? p.weight : nullptr;
-    finish_output(state, empty, ++tiles % TILES_OF_A_SUM == 0, weight); // not by the ring, whose place depends on other work
+    ++tiles; // not the ring, whose place depends on other work
+    finish_output(state, empty, tiles % TILES_OF_A_SUM == 0, weight);
     barrier_wait(shared.full(ring.index), ring.parity);
     wgmma_fence();
     start_scores(state, q, k + ring.index * STAGE);

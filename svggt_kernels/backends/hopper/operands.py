@@ -130,7 +130,7 @@ def make_coarse_tables(layout: CoarseLayout, row_block: int) -> tuple[Tables, We
     """Return the tables of all parts of a layout as one, and the weights of its last part. No host sync.
 
     A group sees its kept patches first, then special tokens of frames that it sees coarsely, then what it sees in full.
-    What is packed in the parts is a run of dense columns: they lie side by side in a copy, in the order of the parts.
+    Runs of what is packed in the parts are runs of dense columns: in one copy patches, special tokens, dense tokens.
     """
     whole, *special, patches = layout.parts
     # A copy, as what it keeps is made in the order of the streams of this layout, not in that of the part.
