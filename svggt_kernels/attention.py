@@ -16,6 +16,8 @@ from .merging import merge
 from .streams import is_capturing
 
 LOG2_E = math.log2(math.e)
+SMALLEST_SCALE = 2.0**-120
+"""Of kernels, which hold it in float32, and the logarithm of how many tokens a key stands for divided by it."""
 
 
 def block_sparse_attention(
@@ -71,39 +73,51 @@ def block_sparse_attention(
     else:
         q, scale = _with_normal_scale(q, scale)
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
-    if isinstance(layout, CoarseLayout):
-        out, lse = _attend_to_parts(q, k, v, layout, scale, name)
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if isinstance(layout, CoarseLayout) and (training or not _takes_coarse(name)):
+        out, lse = _attend_to_parts(q, k, v, layout, scale, training, name)
     else:
-        out, lse = _attend(q, k, v, layout, scale, return_lse, name)
+        out, lse = _attend(q, k, v, layout, scale, training, return_lse, name)
     return (out, lse) if return_lse else out
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout | CoarseLayout,
+    scale: float,
+    training: bool,
+    return_lse: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the LSE if it is asked for."""
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tables, backward_tables = _tables(layout, backend, q.dtype, q.shape[-1], training)
     need_lse = return_lse or (training and backends.load(backend).TRAITS.saves_lse)
     return torch.ops.svggt_kernels.attention(q, k, v, tables, backward_tables, float(scale), need_lse, backend)
 
 
 def _attend_to_parts(
-    q: Tensor, k: Tensor, v: Tensor, layout: CoarseLayout, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, layout: CoarseLayout, scale: float, training: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the LSE over the keys of all parts of a layout."""
     if not torch.compiler.is_compiling():
         layout.order.before_use(layout.device, layout.kept)
     outs, lses = [], []
     for part in layout.parts:
-        out, lse = _attend(q, part.packed(k), part.packed(v), part.layout, scale, True, backend)
+        out, lse = _attend(q, part.packed(k), part.packed(v), part.layout, scale, training, True, backend)
         outs.append(out)
         lses.append(lse if part.weight == 1 else lse + part.added_score)
     return merge(outs, lses)
 
 
+def _takes_coarse(backend: str) -> bool:
+    """Whether a backend attends to all parts of a CoarseLayout in one pass."""
+    return backends.load(backend).TRAITS.coarse_tables is not None
+
+
 def _with_normal_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Return q and a scale with the same scores, which is positive and, where kernels hold it in float32, normal there.
+    """Return q and a scale with the same scores, which is positive and, but for float64, at least `SMALLEST_SCALE`.
 
     Kernels take the maximum of the unscaled scores, and multiply a hidden score of -inf by the scale.
     """
@@ -115,9 +129,9 @@ def _with_normal_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
         float32 = torch.finfo(torch.float32)
         if scale * LOG2_E > float32.max:
             raise ValueError(f"scale * log2(e) must be finite in float32, got a scale of {scale}; multiply q instead")
-        if scale <= 2.0**-150 or (scale < float32.tiny and q.dtype == torch.float16):
+        if scale <= 2.0**-150 or (scale < SMALLEST_SCALE and q.dtype == torch.float16):
             scale = 0.0  # float32 rounds to 0 the scale, or all scores that float16 can have
-        elif scale < float32.tiny:
+        elif scale < SMALLEST_SCALE:
             scale, exponent = math.frexp(scale)
             q = q * 2.0**exponent
     if scale == 0:
@@ -148,8 +162,9 @@ def prepare(
         dtype: Dtype of q, k and v at the kernel.
         head_size: D.
         backend: As in `block_sparse_attention`.
-        training: If True also make the tables of the backward pass; needed too where a CUDA graph captures the hopper
-            backend with `return_lse` or a `CoarseLayout`, whose parts need the LSE: that has kernels of its own.
+        training: If True also make the tables of the backward pass, which takes a `CoarseLayout` by parts; needed too
+            where a CUDA graph captures the hopper backend with `return_lse` and a `BlockLayout`: the LSE has kernels of
+            its own.
 
     Raises:
         ValueError: If `backend` is unknown or cannot run such inputs.
@@ -160,10 +175,15 @@ def prepare(
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})")
     name = choose_backend(layout.device, dtype, head_size, backend)
-    if isinstance(layout, CoarseLayout):
-        layout.order.before_use(layout.device, layout.kept)
-    for each in [part.layout for part in layout.parts] if isinstance(layout, CoarseLayout) else [layout]:
-        _tables(each, name, dtype, head_size, training)
+    if isinstance(layout, BlockLayout):
+        _tables(layout, name, dtype, head_size, training)
+        return name
+    layout.order.before_use(layout.device, layout.kept)
+    if _takes_coarse(name):
+        _tables(layout, name, dtype, head_size, training=False)
+    if training or not _takes_coarse(name):
+        for part in layout.parts:
+            _tables(part.layout, name, dtype, head_size, training)
     return name
 
 
@@ -191,7 +211,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, bac
 
 
 def _tables(
-    layout: BlockLayout, backend: str, dtype: torch.dtype, head_size: int, training: bool
+    layout: BlockLayout | CoarseLayout, backend: str, dtype: torch.dtype, head_size: int, training: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tables for forward and, if training, for backward; made once and kept in the layout."""
     found = []
@@ -210,7 +230,7 @@ def _tables(
     reason="a layout must have its tables before torch.compile traces attention over it as one graph; call "
     "svggt_kernels.prepare(layout, dtype, head_size) first, with training=True for gradients",
 )
-def _make_tables(layout: BlockLayout, key: tuple[str, torch.dtype, int, str]) -> None:
+def _make_tables(layout: BlockLayout | CoarseLayout, key: tuple[str, torch.dtype, int, str]) -> None:
     backend, dtype, head_size, direction = key
     if is_capturing(layout.device):
         raise RuntimeError(
@@ -219,13 +239,17 @@ def _make_tables(layout: BlockLayout, key: tuple[str, torch.dtype, int, str]) ->
             f"training={direction == 'backward'}) first, or run once before with inputs of these sizes"
         )
     kernels = backends.load(backend)
-    make = kernels.tables if direction == "forward" else kernels.backward_tables
     # As in BlockLayout.runs: a later backward pass must be able to save them.
     with layout.order.lock, torch.inference_mode(False), torch.no_grad():
         if key in layout.tables:  # by another thread, meanwhile
             return
         layout.order.before_use(layout.device, layout.kept)
-        made = make(layout, dtype, head_size)
+        if isinstance(layout, CoarseLayout):
+            assert kernels.TRAITS.coarse_tables is not None
+            made = kernels.TRAITS.coarse_tables(layout, dtype, head_size)
+        else:
+            make = kernels.tables if direction == "forward" else kernels.backward_tables
+            made = make(layout, dtype, head_size)
         layout.order.after_making(layout.device)
         layout.tables[key] = made
 

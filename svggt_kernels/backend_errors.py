@@ -20,6 +20,7 @@ def error_ratios(
     scale: float | None = None,
     backend: str | None = None,
     head_size: int = 64,
+    gradients: bool = True,
     **sizes: Any,
 ) -> dict[str, float]:
     """Return the errors of a backend as `proof.error_ratios_of` states them.
@@ -30,12 +31,16 @@ def error_ratios(
         scale: As in `block_sparse_attention`.
         backend: Likewise.
         head_size: D.
+        gradients: If False the output and the LSE alone, as they are where no gradient is needed: a backend may then
+            compute them in another way.
         **sizes: The other arguments of `proof.error_ratios_of`.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        q, k, v = inputs = [x.detach().requires_grad_(gradients) for x in (q, k, v)]
         out, lse = block_sparse_attention(q, k, v, layout, scale=scale, return_lse=True, backend=backend)
+        if not gradients:
+            return out, lse
         return out, lse, *torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse.to(lse.dtype)))
 
     return error_ratios_of(attend, layout, dtype, head_size=head_size, scale=scale, **sizes)

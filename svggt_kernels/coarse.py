@@ -9,13 +9,14 @@ The softmax runs over all that is seen:
 with w_j = n for a patch that is seen coarsely, else 1. `CoarseLayout.to_weights` is this definition as a matrix.
 
 Keys of one weight are one part: a `BlockLayout` from all queries to keys that lie packed, so that frames which are seen
-coarsely touch. Attention over the whole is that over each part, log w added to its LSE, and the parts merged.
+coarsely touch. Attention over the whole is that over each part, log w added to its LSE, and the parts merged; or, where
+no gradient is needed and the backend can (`Traits.coarse_tables`), one pass over the keys of all parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,13 +72,15 @@ class CoarseLayout:
         graph: Which frames see which in full, and which coarsely.
         patch_grid: Rows and columns of patches of a frame.
         parts: Keys in full, special tokens of frames that are seen coarsely, if any, and their patches.
+        tables: What backends that take all parts in one pass made of the layout, as in `BlockLayout`.
         order: Lets any CUDA stream use what is kept.
     """
 
     graph: CoarseGraph
     patch_grid: tuple[int, int]
     parts: tuple[KeyPart, ...]
-    order: StreamOrder = field(init=False, default_factory=StreamOrder, compare=False)
+    tables: dict[tuple[Hashable, ...], list[Tensor]] = field(init=False, default_factory=dict)
+    order: StreamOrder = field(init=False, default_factory=StreamOrder)
 
     def __post_init__(self) -> None:
         self.order.after_making(self.device)
@@ -150,7 +153,7 @@ class CoarseLayout:
         return {"graph": self.graph, "patch_grid": self.patch_grid, "parts": self.parts}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, order=StreamOrder())
+        self.__dict__.update(state, tables={}, order=StreamOrder())
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +199,8 @@ class CoarseLayout:
 
     def kept(self) -> list[Tensor]:
         """Return every tensor of this object that kernels read, but for those of the layouts of its parts."""
-        return [part.tokens for part in self.parts if part.tokens is not None]
+        of_parts = [part.tokens for part in self.parts if part.tokens is not None]
+        return of_parts + [tensor for tables in self.tables.values() for tensor in tables]
 
     def to_dense(self, rows: slice = slice(None)) -> Tensor:
         """Return some rows of the mask, bool `[N, N]`, True where a query sees a key; for small layouts all."""

@@ -84,7 +84,8 @@ def error_ratios_of(
     and k the plain error counts as at least the float32 rounding of the terms whose difference they are.
 
     Args:
-        attend: Takes q, k, v and the gradients of output and LSE; returns output, LSE and the gradients of q, k, v.
+        attend: Takes q, k, v and the gradients of output and LSE; returns output, LSE and the gradients of q, k, v, or
+            the first of them alone.
         layout: Which key tokens each query token sees; attention runs on its device. Small: its dense mask is formed.
         dtype: Dtype of the inputs.
         head_size: D.
@@ -94,7 +95,7 @@ def error_ratios_of(
         seed: Seed of the inputs.
 
     Returns:
-        `error_ratio` of each of `QUANTITIES`.
+        `error_ratio` of each of `QUANTITIES` that `attend` returns.
     """
     if heads is None:
         heads = max(2, 1000 // min(layout.num_tokens, layout.num_key_tokens))
@@ -112,7 +113,7 @@ def error_ratios_of(
     q, k, v, grad_out, grad_lse = (x.double() for x in (q, k, v, grad_out, grad_lse))
     exact = plain_gradients(q, k, v, mask, grad_out, grad_lse, scale)
     floors = _cancellation(q, k, v, mask, grad_out, exact[0], exact[1], scale)
-    named = zip(QUANTITIES, results, plain, exact, strict=True)
+    named = zip(QUANTITIES, results, plain, exact, strict=False)
     return {name: error_ratio(*tensors, floor=floors.get(name, 0.0)) for name, *tensors in named}
 
 

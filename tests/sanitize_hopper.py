@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels import BlockLayout, CoarseGraph, CoarseLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.backends import _nvrtc as runtime
 from svggt_kernels.backends import hopper
 
@@ -52,6 +52,10 @@ def run(tokens: int, special: int, head_size: int, dtype: torch.dtype, scale: fl
     with torch.no_grad():
         q[:, :, [100, 210]] *= 100  # rows that fail the proof of the bounded softmax
         block_sparse_attention(q, k, v, seen, scale=scale, backend="hopper")
+        weighted = CoarseGraph.core(6, [0, 1], [3, 4], stride=2).to("cuda")
+        coarse = CoarseLayout.from_graph(weighted, (1, tokens - special), special_tokens=special)
+        for return_lse in (False, True):
+            block_sparse_attention(q, k, v, coarse, scale=scale, return_lse=return_lse, backend="hopper")
     torch.cuda.synchronize()
 
 

@@ -1,5 +1,5 @@
 // Forward pass: one persistent block per multiprocessor. Macros: HEAD_SIZE; COLUMNS of a tile; STAGES of
-// the ring; BFLOAT16, or it is float16; ONLINE; or UNIT_SCALE: `scale` is 1; WITH_LSE.
+// the ring; BFLOAT16, or it is float16; ONLINE; or UNIT_SCALE: `scale` is 1; WITH_LSE; WEIGHTED.
 //
 // Three warps load: rows of Q, which also hands out the work; K; V. The columns that a tile of rows sees pass as one
 // stream, by the copy engine: as one box where they lie side by side, else in boxes of 8 tokens, and row by row only where
@@ -13,6 +13,12 @@
 // than what softmax makes of it, or if no element is below SMALLEST_OUTPUT. Tiles with rows that fail are flagged, and
 // done again by the ONLINE kernel.
 //
+// WEIGHTED: the first columns that a row sees stand for n tokens each, as if log2 n were added to their scores. It is, in
+// the one tile where they end. Of the tiles before, what they added up to is multiplied by n once; with ONLINE it is the
+// maximum that grows by log2 n. In the proof what is flushed to zero of such a column counts n times, and so do its
+// products; but n times their number is the number of tokens that they stand for, so the bounds hold as they are. Softmax
+// makes n times its weight, divided by the sum, of such a column: for "no weight is smaller" the sum must be n or more.
+//
 // Ordinary instructions are what the tensor cores wait for, so a score costs little more than its scale and exponential.
 // The sum of a row is a column of the output: P times ones behind V. The tensor cores round sums towards zero, which over
 // thousands of steps would add up, so now and then it is taken out. That sum is of weights rounded to 16 bits, as those
@@ -20,6 +26,10 @@
 // as weights that are alike are rounded alike; WITH_LSE adds up the weights before they are rounded, an addition a score.
 
 #include "work.cuh"
+
+#if !defined(WEIGHTED)
+#define WEIGHTED 0
+#endif
 
 constexpr int D = HEAD_SIZE;
 constexpr int PANELS = D / 64;
@@ -41,7 +51,7 @@ constexpr int TILES_OF_A_SUM = 8; // that the tensor cores add up
 constexpr bool Q_IN_REGISTERS = D == 64; // where they suffice: the products then read half as much shared memory
 
 #if !defined(ONLINE)
-// What is flushed to zero, at most 2^31 columns of 2^-126, is below 2^-55 of a sum that passes.
+// What is flushed to zero, of at most 2^31 tokens 2^-126 each, is below 2^-55 of a sum that passes.
 constexpr float SMALLEST = 9.094947017729282e-13f; // 2^-40
 constexpr float LARGEST = 1.152921504606847e18f;   // 2^60
 // Products that are flushed to zero, likewise, are below 2^-10 of an element that passes.
@@ -57,6 +67,11 @@ struct Parameters {
   Layout layout;
   int tokens;
   float scale; // with log2(e)
+
+  // Null without WEIGHTED.
+  const int* weighted; // [groups]: how many of the columns of a group, the first, stand for n tokens each
+  const float* weight; // n, log2 n
+  float per_log2;      // 1 / scale: what 1 in units of log2 is as a score
 };
 
 // What lies where in shared memory.
@@ -190,6 +205,27 @@ struct State {
 #endif
   }
 
+  // Scores of the tile where the columns that stand for n end: `columns` of it do, and all before it.
+  DEVICE_MEMBER void weigh(int columns, const Parameters& p) {
+    const float added = __ldg(p.weight + 1) * p.per_log2;
+    const int first = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i) {
+      if (8 * (i / 4) + first + i % 2 < columns) s[i] += added;
+    }
+#if defined(ONLINE)
+    maximum[0] += added;
+    maximum[1] += added;
+#elif defined(WITH_LSE)
+    const float n = __ldg(p.weight);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      exact_sum[row] *= n;
+      excess[row] *= n;
+    }
+#endif
+  }
+
   // Scores of 64 rows and a tile of columns become weights.
   DEVICE_MEMBER void softmax(float scale) {
 #if defined(ONLINE)
@@ -320,8 +356,9 @@ DEVICE void start_output(State& state, uint64 v) {
   }
 }
 
-// Wait for the last O += P V, release its stage, and turn S into the next P.
-DEVICE void finish_output(State& state, uint32 empty, bool takes_sums) {
+// Wait for the last O += P V, release its stage, and turn S into the next P. With `weight` the output so far is multiplied
+// by what it points to.
+DEVICE void finish_output(State& state, uint32 empty, bool takes_sums, [[maybe_unused]] const float* weight) {
   wgmma_wait<0>();
   hold(state.weights);
   hold(state.out);
@@ -333,6 +370,14 @@ DEVICE void finish_output(State& state, uint32 empty, bool takes_sums) {
     state.sum[1] *= state.shrink[1];
 #pragma unroll
     for (int i = 0; i < OUT; ++i) state.out[i] *= state.shrink[i / 2 % 2];
+  }
+#else
+  if (weight != nullptr) {
+    const float n = __ldg(weight);
+    state.sum[0] *= n;
+    state.sum[1] *= n;
+#pragma unroll
+    for (int i = 0; i < OUT; ++i) state.out[i] *= n;
   }
 #endif
 #pragma unroll
@@ -348,8 +393,11 @@ DEVICE void skip(const Shared& shared, Ring<STAGES>& ring) {
   ring.next();
 }
 
-// The tiles of columns of one row tile, `left` columns in all.
-DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left) {
+// The tiles of columns of one row tile, `left` columns in all, of which the first `weighted` stand for n each.
+DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, State& state, Ring<STAGES>& ring, int left,
+                  int weighted) {
+  // The tile where those end; if they end with the last tile, that.
+  [[maybe_unused]] const uint32 border = min(weighted, left - 1) / COLUMNS;
   constexpr int STAGE = 2 * TILE_BYTES >> 4; // from descriptor to descriptor
   const uint64 q = descriptor(q_rows), k = descriptor(shared.k(0));
   const uint64 v = descriptor(shared.v(0), shared.ones() - shared.v(0));
@@ -361,13 +409,16 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
   wgmma_wait<0>();
   hold(state.s);
   if (left < COLUMNS) hide(state.s, left);
+  if (WEIGHTED && border == 0) state.weigh(weighted, p);
   state.softmax(p.scale);
   // ptxas moves a wait up within straight code, so the wait for the output stands at the loop's head, behind a branch.
   uint32 empty = 0, tiles = 0;
   for (left -= COLUMNS; left > 0; left -= COLUMNS) {
     const int stage = ring.index;
     ring.next();
-    finish_output(state, empty, ++tiles % TILES_OF_A_SUM == 0); // not by the ring, whose place depends on other work
+    const float* weight = WEIGHTED && tiles == border ? p.weight : nullptr;
+    ++tiles; // not the ring, whose place depends on other work
+    finish_output(state, empty, tiles % TILES_OF_A_SUM == 0, weight);
     barrier_wait(shared.full(ring.index), ring.parity);
     wgmma_fence();
     start_scores(state, q, k + ring.index * STAGE);
@@ -378,9 +429,10 @@ DEVICE void sweep(const Parameters& p, const Shared& shared, uint32 q_rows, Stat
     wgmma_wait<1>();
     hold(state.s);
     if (left < COLUMNS) hide(state.s, left);
+    if (WEIGHTED && tiles == border) state.weigh(weighted - border * COLUMNS, p);
     state.softmax(p.scale);
   }
-  finish_output(state, empty, false);
+  finish_output(state, empty, false, WEIGHTED && tiles == border ? p.weight : nullptr);
   wgmma_fence();
   start_output(state, v + ring.index * moved(STAGE));
   wgmma_commit();
@@ -410,7 +462,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
     if (work.length <= 64 * consumer) {
       for (int left = work.columns; left > 0; left -= COLUMNS) skip(shared, ring);
     } else if (work.columns > 0) {
-      sweep(p, shared, q_rows, state, ring, work.columns);
+      sweep(p, shared, q_rows, state, ring, work.columns, WEIGHTED ? warp_uniform(p.weighted[work.group]) : 0);
     }
 
     work = load_work(shared.work(q_ring.index)); // again, not to keep it in registers
@@ -429,7 +481,7 @@ DEVICE void consume(const Parameters& p, const Shared& shared) {
       [[maybe_unused]] const int r = 16 * warp + lane / 4 + 8 * row;
 #if !defined(ONLINE)
       bool proven = zero == 0.0f && state.sum[row] >= SMALLEST && state.sum[row] <= LARGEST;
-      if (state.sum[row] < 1.0f) {
+      if (state.sum[row] < (WEIGHTED ? __ldg(p.weight) : 1.0f)) {
 #pragma unroll
         for (int i = 2 * row; i < 32 * PANELS; i += 4) {
           proven &= fminf(fabsf(out[i]), fabsf(out[i + 1])) >= SMALLEST_OUTPUT;

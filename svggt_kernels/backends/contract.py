@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..coarse import CoarseLayout
 from ..layout import BlockLayout
 
 _IN_PACKAGE = Path(__file__).parents[1] / "csrc"
@@ -34,6 +35,9 @@ class Traits:
         trials: `trials(device)` returns what people without such a device want to know of the kernels there, as plain
             data; empty where it is known.
         choices: `choices(dtype)` returns which of several ways to compute the backend takes now, by what they concern.
+        coarse_tables: `coarse_tables(layout, dtype, head_size)` returns tables of a CoarseLayout that `forward` walks
+            in one pass, weights and all; None where a backend takes the parts of such a layout one by one. With
+            gradients all do.
         variants: Contexts in which it takes another way than by default, by name.
     """
 
@@ -43,6 +47,7 @@ class Traits:
     notes: Callable[[torch.dtype], Mapping[str, str | None]] = lambda dtype: {}
     trials: Callable[[torch.device], list[dict[str, object]]] = lambda device: []
     choices: Callable[[torch.dtype], Mapping[str, str]] = lambda dtype: {}
+    coarse_tables: Callable[[CoarseLayout, torch.dtype, int], list[Tensor]] | None = None
     variants: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
 
 

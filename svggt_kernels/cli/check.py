@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -71,14 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def judge(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
-    """Compare one backend in one dtype with float64 on every layout."""
+    """Compare one backend in one dtype with float64 on every layout, with gradients and without."""
     worst = dict.fromkeys(QUANTITIES, 0.0)
-    for layout in layouts().values():
+    for layout, gradients in itertools.product(layouts().values(), (True, False)):
         try:
-            ratios = error_ratios(layout.to(device), dtype, head_size=HEAD_SIZE, backend=backend)
+            ratios = error_ratios(layout.to(device), dtype, head_size=HEAD_SIZE, backend=backend, gradients=gradients)
         except Exception as error:  # whatever a kernel raises here is the finding
             return Verdict({}, f"{type(error).__name__}: {error}".splitlines()[0])
-        worst = {name: max(worst[name], ratio, key=_nan_last) for name, ratio in ratios.items()}
+        worst |= {name: max(worst[name], ratio, key=_nan_last) for name, ratio in ratios.items()}
     return Verdict(worst)
 
 

@@ -26,7 +26,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_BYTES_OF_A_BLOCK = 227 * 1024
 
 FORWARD = [
-    forward_pass.kernel(dtype, head_size, variant, with_lse)
+    forward_pass.kernel(dtype, head_size, variant, with_lse, weighted)
+    for weighted in (False, True)
     for with_lse in (False, True)
     for head_size in forward_pass.CONFIGS
     for dtype, variant in (*((torch.bfloat16, kind) for kind in forward_pass.VARIANTS), (torch.float16, "online"))

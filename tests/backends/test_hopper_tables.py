@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import random_layout
+from layouts import random_coarse_layout, random_layout
 from tiers import every
 
-from svggt_kernels import BlockLayout, CovisibilityGraph
-from svggt_kernels.backends.hopper.operands import Tables, make_tables
+from svggt_kernels import BlockLayout, CoarseGraph, CoarseLayout, CovisibilityGraph
+from svggt_kernels.backends.hopper.operands import Tables, make_coarse_tables, make_tables
 from svggt_kernels.layout import DENSE
 
 
@@ -57,3 +57,37 @@ def test_tables_are_made_without_reading_the_device():
     """Tensors on the meta device have no values: whatever needs one raises."""
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(8, 1).to("meta"), 10, special_tokens=2)
     assert make_tables(layout, 192).run_start.device.type == "meta"
+
+
+@pytest.mark.parametrize("seed", every(4, range(200)))
+def test_the_runs_of_a_coarse_layout_and_what_its_columns_stand_for(seed: int):
+    layout = random_coarse_layout(seed)
+    tables, weighted = make_coarse_tables(layout, 192)
+    n, log2_n = weighted.weight.double().tolist()
+    assert 2**log2_n == pytest.approx(n) and n == pytest.approx(layout.parts[-1].weight)
+    expected = layout.to_weights()
+    whole = layout.parts[0].layout
+    rows = [*(int(start) for start in whole.queries.ordinary[0]), *whole.queries.dense[:1]]
+    for group, row in enumerate(rows):
+        columns, first = columns_of(tables, group), int(weighted.columns[group])
+        assert len(columns) == len(set(columns)) == tables.columns[group]
+        counts = torch.zeros(layout.num_tokens, dtype=torch.float64)
+        counts[columns[:first]], counts[columns[first:]] = layout.parts[-1].weight, 1.0
+        assert torch.equal(counts, expected[row])
+
+
+def test_frames_that_are_seen_coarsely_are_one_run_of_each_kind():
+    layout = CoarseLayout.from_graph(CoarseGraph.core(9, [0, 1], [3, 4, 7], stride=2), (4, 4), special_tokens=2)
+    tables, weighted = make_coarse_tables(layout, 192)
+    runs = slice(tables.run_offsets[5], tables.run_offsets[6])
+    patches, special = DENSE, DENSE + 3 * 4
+    assert tables.run_start[runs].tolist() == [patches, special, 0, 5 * 18]
+    assert tables.run_length[runs].tolist() == [3 * 4, 3 * 2, 2 * 18, 18]
+    assert int(weighted.columns[5]) == 12 and int(weighted.weight[0]) == 4
+
+
+def test_coarse_tables_are_made_without_reading_the_device():
+    graph = CoarseGraph.core(7, [0], [2, 5], stride=2).to("meta")
+    layout = CoarseLayout.from_graph(graph, (4, 4), special_tokens=1, trailing_tokens=2)
+    tables, weighted = make_coarse_tables(layout, 192)
+    assert tables.run_start.device.type == weighted.columns.device.type == "meta"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,15 +23,17 @@ BACKENDS = [
 ]
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("start", every(5, range(0, 200, 20)))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fuzz_against_float64(backend: str, start: int, dtype: torch.dtype):
+def test_fuzz_against_float64(backend: str, start: int, dtype: torch.dtype, gradients: bool):
     if reason := backends.reasons(torch.device(DEVICE), dtype, 64)[backend]:
         pytest.skip(reason)
     for seed in range(start, start + 20):
         layout = random_coarse_layout(seed, max_side=9 if DEVICE == "cpu" else 30, device=DEVICE)
-        ratios = error_ratios(layout, dtype, head_size=(64, 128)[seed % 2], backend=backend, seed=seed)
+        sizes = {"head_size": (64, 128)[seed % 2], "seed": seed}
+        ratios = error_ratios(layout, dtype, backend=backend, gradients=gradients, **sizes)
         assert within_budget(ratios), (seed, ratios)
 
 
@@ -118,3 +125,73 @@ def test_under_autocast_and_with_any_scale():
     for scale in (-0.3, 0.0, 2.0):
         expected, _ = plain_attention(q, k, v, layout.to_weights(), scale)
         torch.testing.assert_close(block_sparse_attention(q, k, v, layout, scale=scale), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def in_one_pass(monkeypatch) -> list[bool]:
+    """The reference backend takes all parts in one pass where it may; returns whether each such call needed the LSE."""
+    calls: list[bool] = []
+    reference = backends.load("reference")
+    by_parts = reference.forward
+
+    def forward(q, k, v, tables, scale, need_lse):
+        if len(tables) > 1:
+            return by_parts(q, k, v, tables, scale, need_lse)
+        calls.append(need_lse)
+        out, lse = plain_attention(q, k, v, tables[0], scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse if need_lse else lse.new_empty(0)
+
+    def coarse_tables(layout: CoarseLayout, dtype: torch.dtype, head_size: int) -> list[torch.Tensor]:
+        return [layout.to_weights()]
+
+    monkeypatch.setattr(reference, "forward", forward)
+    monkeypatch.setattr(reference, "TRAITS", dataclasses.replace(reference.TRAITS, coarse_tables=coarse_tables))
+    return calls
+
+
+def test_one_pass_without_gradients_and_parts_with_them(in_one_pass: list[bool]):
+    layout = random_coarse_layout(7)
+    q, k, v = inputs(layout)
+    expected, expected_lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="reference")
+    assert in_one_pass == []
+    with torch.no_grad():
+        out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="reference")
+        alone = block_sparse_attention(q, k, v, layout, backend="reference")
+    assert in_one_pass == [True, False]
+    torch.testing.assert_close((out, lse, alone), (expected, expected_lse, expected))
+
+
+def test_tables_of_one_pass_are_made_once_kept_and_not_copied(in_one_pass: list[bool]):
+    layout = random_coarse_layout(7)
+    prepare(layout, torch.float64, 16, backend="reference")
+    assert not any(part.layout.tables for part in layout.parts)
+    [[table]] = layout.tables.values()
+    block_sparse_attention(*(x.detach() for x in inputs(layout)), layout, backend="reference")
+    assert [[id(kept) for kept in tables] for tables in layout.tables.values()] == [[id(table)]]
+    assert any(kept is table for kept in layout.kept())
+    assert not copy.deepcopy(layout).tables and not pickle.loads(pickle.dumps(layout)).tables
+    prepare(layout, torch.float64, 16, backend="reference", training=True)
+    assert all(len(part.layout.tables) == 2 for part in layout.parts)
+
+
+def test_one_pass_compiled_in_one_graph(in_one_pass: list[bool]):
+    layout = random_coarse_layout(2)
+    q, k, v = (x.detach() for x in inputs(layout))
+    compiled = torch.compile(partial(block_sparse_attention, backend="reference"), fullgraph=True, backend="aot_eager")
+    prepare(layout, torch.float64, 16, backend="reference")
+    torch.testing.assert_close(compiled(q, k, v, layout), block_sparse_attention(q, k, v, layout, backend="reference"))
+    assert in_one_pass == [False, False]
+
+
+@pytest.mark.parametrize("scale", [1e-35, 5e-38, -1e-38, 1e-40])
+def test_what_a_weight_adds_to_a_score_of_any_scale_is_finite(scale: float, in_one_pass: list[bool], monkeypatch):
+    """A kernel in float32 divides the logarithm of a weight, 31 log 2 at most, by the scale."""
+    layout, scales = random_coarse_layout(4), []
+    reference = backends.load("reference")
+    forward = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *given: scales.append(given[4]) or forward(*given))
+    q, k, v = (x.detach() for x in inputs(layout, torch.float32))
+    out = block_sparse_attention(1e18 * q, 1e18 * k, v, layout, scale=scale, backend="reference")
+    assert float(31 / torch.tensor(scales[0], dtype=torch.float32)) < torch.inf
+    expected, _ = plain_attention(*(x.double() for x in (1e18 * q, 1e18 * k, v)), layout.to_weights(), scale)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)

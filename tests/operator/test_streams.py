@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from svggt_kernels import BlockLayout, CovisibilityGraph, block_sparse_attention
+from svggt_kernels import BlockLayout, CoarseGraph, CoarseLayout, CovisibilityGraph, block_sparse_attention
 from svggt_kernels.streams import StreamOrder
 
 CUDA = torch.device("cuda", 0)
@@ -92,19 +92,26 @@ def test_a_layout_keeps_its_runs_and_tables_for_both_directions():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("coarse", [False, True], ids=["in full", "some coarsely"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_a_layout_made_on_a_busy_stream_serves_another_at_once(training: bool):
+def test_a_layout_made_on_a_busy_stream_serves_another_at_once(training: bool, coarse: bool):
+    both = CoarseGraph.core(8, [0], [2, 5], stride=2).to("cuda")
     graph = CovisibilityGraph.sequential(8, 2).to("cuda")
     q, k, v = (torch.randn(1, 4, 1600, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
 
-    def run(layout: BlockLayout) -> torch.Tensor:
+    def make() -> BlockLayout | CoarseLayout:
+        if coarse:
+            return CoarseLayout.from_graph(both, (15, 13), special_tokens=5)
+        return BlockLayout.from_graph(graph, 200, special_tokens=5)
+
+    def run(layout: BlockLayout | CoarseLayout) -> torch.Tensor:
         leaves = [x.detach().requires_grad_(training) for x in (q, k, v)]
         out = block_sparse_attention(*leaves, layout)
         return torch.cat(torch.autograd.grad(out.sum(), leaves)) if training else out
 
-    expected = run(BlockLayout.from_graph(graph, 200, special_tokens=5))
+    expected = run(make())
     torch.cuda.synchronize()
-    layout = BlockLayout.from_graph(graph, 200, special_tokens=5)
+    layout = make()
     busy, other = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(busy):
         torch.cuda._sleep(10**9)  # about half a second

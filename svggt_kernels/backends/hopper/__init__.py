@@ -11,11 +11,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ...coarse import CoarseLayout
 from ...layout import BlockLayout
 from .. import _nvrtc as runtime
 from ..contract import Traits, readable, unfit
 from . import backward_pass, forward_pass
-from .operands import Tables, make_tables
+from .operands import Tables, Weights, make_coarse_tables, make_tables
 
 NAME = "hopper"
 
@@ -116,14 +117,6 @@ def choices(dtype: torch.dtype) -> Mapping[str, str]:
     return _chosen | ({} if dtype == torch.bfloat16 else {"softmax": "online"})
 
 
-TRAITS = Traits(
-    # With fewer the host takes longer to launch the operator than the device to run PyTorch's attention.
-    beats_dense_from=2**15,
-    choices=choices,
-    variants={"online": partial(softmax, "online"), "accumulated": partial(gradients, "accumulated")},
-)
-
-
 def tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
     """Return the row tiles of the layout and its runs; on a CUDA device also load the kernels that walk them.
 
@@ -145,10 +138,31 @@ def backward_tables(layout: BlockLayout, dtype: torch.dtype, head_size: int) -> 
     return [*make_tables(layout, backward_pass.ROWS), *make_tables(layout.transposed(), backward_pass.ROWS)]
 
 
-def _forward_kernels(dtype: torch.dtype, head_size: int, with_lse: bool) -> list[runtime.Kernel]:
+def coarse_tables(layout: CoarseLayout, dtype: torch.dtype, head_size: int) -> list[Tensor]:
+    """Return the tables of all parts of the layout as one; on a CUDA device also load the kernels that walk them.
+
+    Likewise under the softmax that is chosen now; those with the LSE and those without.
+    """
+    for with_lse in (False, True):
+        _load(_forward_kernels(dtype, head_size, with_lse, weighted=True), layout.device)
+    return [tensor for tables in make_coarse_tables(layout, forward_pass.ROWS) for tensor in tables]
+
+
+TRAITS = Traits(
+    # With fewer the host takes longer to launch the operator than the device to run PyTorch's attention.
+    beats_dense_from=2**15,
+    choices=choices,
+    coarse_tables=coarse_tables,
+    variants={"online": partial(softmax, "online"), "accumulated": partial(gradients, "accumulated")},
+)
+
+
+def _forward_kernels(
+    dtype: torch.dtype, head_size: int, with_lse: bool, weighted: bool = False
+) -> list[runtime.Kernel]:
     """Return what the forward pass launches under the chosen softmax."""
     variants = forward_pass.VARIANTS if _is_bounded(dtype) else ("online",)
-    return [forward_pass.kernel(dtype, head_size, variant, with_lse) for variant in variants]
+    return [forward_pass.kernel(dtype, head_size, variant, with_lse, weighted) for variant in variants]
 
 
 def _backward_kernels(dtype: torch.dtype, head_size: int) -> list[runtime.Kernel]:
@@ -180,9 +194,12 @@ def forward(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out `[B, H, N, D]` and, if needed, LSE `[B, H, N]`."""
+    walk, weights = tables[: len(Tables._fields)], tables[len(Tables._fields) :]
     with torch.cuda.device(q.device):
         q, k, v = (readable(x) for x in (q, k, v))
-        return forward_pass.forward(q, k, v, Tables(*tables), scale, _is_bounded(q.dtype), need_lse)
+        return forward_pass.forward(
+            q, k, v, Tables(*walk), Weights(*weights) if weights else None, scale, _is_bounded(q.dtype), need_lse
+        )
 
 
 def backward(

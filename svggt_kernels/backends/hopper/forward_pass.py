@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._nvrtc import Kernel, launch, multiprocessors
 from . import operands
-from .operands import ColumnMaps, Layout, Tables, Tensor4, defines
+from .operands import ColumnMaps, Layout, Tables, Tensor4, Weights, defines
 
 LOG2_E = 1.4426950408889634
 
@@ -51,6 +51,9 @@ class Parameters(ctypes.Structure):
         ("layout", Layout),
         ("tokens", ctypes.c_int),
         ("scale", ctypes.c_float),
+        ("weighted", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("per_log2", ctypes.c_float),
     )
 
 
@@ -65,17 +68,25 @@ def variant(scale: float, bounded: bool) -> str:
     return "bounded-unit" if ctypes.c_float(scale * LOG2_E).value == 1.0 else "bounded"
 
 
-def kernel(dtype: torch.dtype, head_size: int, variant: str, with_lse: bool) -> Kernel:
-    """Return the kernel for a dtype, a head size and one of `VARIANTS`; with or without the LSE."""
+def kernel(dtype: torch.dtype, head_size: int, variant: str, with_lse: bool, weighted: bool = False) -> Kernel:
+    """Return the kernel for a dtype, a head size and one of `VARIANTS`; with or without the LSE, and weights."""
     macros = defines(dtype, head_size, Parameters, SHARED_BYTES[head_size])
     macros += tuple((name.upper(), value) for name, value in CONFIGS[head_size]._asdict().items())
     macros += {"bounded": (), "bounded-unit": (("UNIT_SCALE", 1),), "online": (("ONLINE", 1),)}[variant]
     macros += (("WITH_LSE", 1),) if with_lse else ()
+    macros += (("WEIGHTED", 1),) if weighted else ()
     return operands.kernel("forward.cu", "forward", 128 * (CONSUMERS + 1), SHARED_BYTES[head_size], macros)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, bounded: bool, with_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tables,
+    weights: Weights | None,
+    scale: float,
+    bounded: bool,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out `[B, H, N, D]`, laid out as `[B, N, H, D]`, and LSE `[B, H, N]`, without `with_lse` `[0]`.
 
@@ -95,9 +106,13 @@ def forward(
         *map(Tensor4.of, (q, k, v, out)), lse.data_ptr(), counters[0:].data_ptr(),
         counters[2:].data_ptr() if bounded else None, layout, N, scale * LOG2_E,
     )  # fmt: skip
+    if weights is not None:
+        parameters.weighted, parameters.weight = (table.data_ptr() for table in weights)
+        parameters.per_log2 = 1 / (scale * LOG2_E)
+    weighted = weights is not None
     blocks = min(layout.items, multiprocessors(q.device))
-    launch(kernel(q.dtype, D, variant(scale, bounded), with_lse), blocks, parameters, q.device)
+    launch(kernel(q.dtype, D, variant(scale, bounded), with_lse, weighted), blocks, parameters, q.device)
     if bounded:
         parameters.next = counters[1:].data_ptr()
-        launch(kernel(q.dtype, D, "online", with_lse), blocks, parameters, q.device)
+        launch(kernel(q.dtype, D, "online", with_lse, weighted), blocks, parameters, q.device)
     return out, lse

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout
+from ...coarse import CoarseLayout
+from ...layout import DENSE, BlockLayout, on_device
 from .._nvrtc import Kernel, checked, parameter_bytes
 from ..contract import SOURCES
 
@@ -114,6 +117,50 @@ def make_tables(layout: BlockLayout, row_block: int) -> Tables:
         layout.row_tiles(row_block), runs.columns, runs.offsets, runs.start, runs.length, runs.dense_rows,
         runs.dense_columns,
     )  # fmt: skip
+
+
+class Weights(NamedTuple):
+    """Which columns stand for n tokens each; for `Parameters` of forward.cu."""
+
+    columns: Tensor  # int32 [S + 1], how many of the columns of a group, its first
+    weight: Tensor  # float32 [2], n and log2 n
+
+
+def make_coarse_tables(layout: CoarseLayout, row_block: int) -> tuple[Tables, Weights]:
+    """Return the tables of all parts of a layout as one, and the weights of its last part. No host sync.
+
+    A group sees its kept patches first, then special tokens of frames that it sees coarsely, then what it sees in full.
+    Runs of what is packed in the parts are runs of dense columns: in one copy patches, special tokens, dense tokens.
+    """
+    whole, *special, patches = layout.parts
+    # A copy, as what it keeps is made in the order of the streams of this layout, not in that of the part.
+    whole_layout = BlockLayout(whole.layout.graph, whole.layout.queries, whole.layout.keys)
+    packed = [patches, *special]
+    runs = [part.find_runs(through_dense=True) for part in (*(part.layout for part in packed), whole_layout)]
+    groups = len(runs[-1].columns)  # the other parts have one more where trailing tokens are dense
+    num_packed, starts = 0, []
+    for part, of_part in zip(packed, runs, strict=False):
+        starts.append(of_part.start + (DENSE + num_packed))
+        num_packed += part.layout.num_key_tokens
+    in_full = runs[-1].start
+    starts.append(torch.where(in_full < 0, in_full + num_packed, in_full))
+
+    # Sorted by group, and in each by part; behind the last group those that are not used.
+    places = [torch.arange(len(start), dtype=torch.int32, device=layout.device) for start in starts]
+    group = [torch.searchsorted(r.offsets[1 : groups + 1], at, right=True) for r, at in zip(runs, places, strict=True)]
+    order = torch.cat(group).argsort(stable=True)
+    tokens = [part.tokens for part in packed if part.tokens is not None]
+    tables = Tables(
+        rows=whole_layout.row_tiles(row_block),
+        columns=torch.stack([of_part.columns[:groups] for of_part in runs]).sum(0, dtype=torch.int32),
+        run_offsets=torch.stack([of_part.offsets[: groups + 1] for of_part in runs]).sum(0, dtype=torch.int32),
+        run_start=torch.cat(starts)[order],
+        run_length=torch.cat([of_part.length for of_part in runs])[order],
+        dense_rows=runs[-1].dense_rows,
+        dense_columns=torch.cat([*tokens, runs[-1].dense_columns]).int(),
+    )
+    weight = np.array([patches.weight, math.log2(patches.weight)], dtype=np.float32)
+    return tables, Weights(runs[0].columns[:groups].contiguous(), on_device(weight, layout.device))
 
 
 class ColumnMaps(ctypes.Structure):
