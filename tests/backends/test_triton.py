@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from device_waits import no_device_waits
 from layouts import random_coarse_layout, random_layout
 from tiers import every
 
@@ -182,19 +183,15 @@ def test_cuda_graph_replays_forward_and_backward():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_no_host_sync():
     graph = CovisibilityGraph.sequential(8, 1).to("cuda")
     q, k, v = (torch.randn(1, 4, 800, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     warm = BlockLayout.from_graph(graph, 100, special_tokens=5)
     block_sparse_attention(q, k, v, warm, backend="triton").sum().backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_waits():
         layout = BlockLayout.from_graph(graph, 100, special_tokens=5)
         block_sparse_attention(q, k, v, layout, backend="triton").sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
