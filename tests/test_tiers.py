@@ -59,7 +59,7 @@ def ran(folder: Path, *options: str) -> str:
     ("options", "passed", "skipped", "reasons"),
     [
         (("-n", "2", "--dist", "worksteal"), 5, 6, [f"5  {LEFT_OUT}", "1  no such machine"]),
-        (("--full",), 10, 1, ["1  no such machine"]),
+        pytest.param(("--full",), 10, 1, ["1  no such machine"], marks=full),
     ],
     ids=["quick, two workers", "full, one process"],
 )

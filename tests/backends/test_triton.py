@@ -35,13 +35,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     [(dtype, descriptors) for dtype in DTYPES for descriptors in (True, False) if descriptors or dtype.itemsize == 2],
     ids=lambda value: {True: "descriptors", False: "pointers"}.get(value, str(value).removeprefix("torch.")),
 )
-@pytest.mark.parametrize("start", every(3, range(0, 500 if ON_GPU else 12, 4)))
+@pytest.mark.parametrize("start", every(4, range(0, 501 if ON_GPU else 12, 3)))
 def test_fuzz_against_float64(
     start: int, dtype: torch.dtype, descriptors: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ):
     if not descriptors:
         monkeypatch.setattr(backend, "uses_descriptors", lambda device, dtype: False)
-    for seed in range(start, start + 4):
+    for seed in range(start, start + 3):
         ratios = error_ratios(
             random_layout(seed, max_tokens=400 if ON_GPU else 80, device=device),
             dtype,
@@ -62,7 +62,7 @@ def test_keys_at_a_stride(seed: int, dtype: torch.dtype, device: str):
     assert within_budget(ratios), ratios
 
 
-@pytest.mark.parametrize("tail", every(3, range(1, 128, 1 if ON_GPU else 21)))
+@pytest.mark.parametrize("tail", every(4, range(1, 128, 1 if ON_GPU else 21)))
 def test_every_tail_length(tail: int, device: str):
     graph = CovisibilityGraph.from_pairs(3, [(0, 2), (2, 0)]).to(device)
     layout = BlockLayout.from_graph(graph, 64 + tail)
@@ -140,7 +140,7 @@ def test_the_error_of_the_lse_does_not_grow_with_the_number_of_tiles(device: str
     assert error <= BUDGET * max(allowed, rounding), (error, allowed)
 
 
-@pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])
+@pytest.mark.parametrize("scale", every(2, [0.7, 0.0, -0.3]))
 def test_scale(scale: float, device: str):
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1).to(device), 70, special_tokens=2)
     ratios = error_ratios(layout, torch.float16, head_size=32, scale=scale, backend="triton", heads=HEADS)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import files_of
+from tiers import every
 
 from svggt_kernels import (
     CovisibilityGraph,
@@ -93,33 +94,6 @@ class TestMain:
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.count(".") == 2
-
-    @pytest.mark.parametrize(
-        "words, asked, message",
-        [
-            ([], "svggt-kernels", "arguments are required: COMMAND"),
-            (["--fast"], "svggt-kernels", "arguments are required: COMMAND"),
-            (["fly"], "svggt-kernels", "invalid choice: 'fly'"),
-            (["compare"], "svggt-kernels compare", "arguments are required: PHOTOS"),
-            (["layout", "photos", "--fast"], "svggt-kernels layout", "unrecognized arguments: --fast"),
-            (["view", "folder", "other"], "svggt-kernels view", "unrecognized arguments: other"),
-            (
-                ["demo", "--frames", "many"],
-                "svggt-kernels demo",
-                "argument --frames: must be a whole number, got 'many'",
-            ),
-            (["demo", "--frames"], "svggt-kernels demo", "argument --frames: expected one argument"),
-        ],
-        ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
-    )
-    def test_wrong_words_end_in_a_line_that_says_how_to_ask_for_help(
-        self, capsys: pytest.CaptureFixture[str], words: list[str], asked: str, message: str
-    ) -> None:
-        assert main(words) == 2
-        captured = capsys.readouterr()
-        (line,) = captured.err.splitlines()
-        assert line.startswith(f"{asked}: ") and message in line and line.endswith(f"; '{asked} --help' says more")
-        assert not captured.out
 
     def test_interrupted(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*arguments: object) -> None:
@@ -410,7 +384,7 @@ class TestCompare:
         succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
 
-    @pytest.mark.parametrize("repeats", [1, 2])
+    @pytest.mark.parametrize("repeats", every(2, [1, 2]))
     def test_one_run_is_not_called_a_median(
         self,
         folder: Path,
