@@ -33,7 +33,7 @@ def differentiated(q, k, v, layout, weights) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("start", every(10, range(0, 500, 25)))
+@pytest.mark.parametrize("start", every(20, range(0, 500, 25)))
 def test_fuzz_against_float64(start: int, dtype: torch.dtype):
     """500 random layouts: forward, LSE and all gradients within the error budget."""
     for seed in range(start, start + 25):
