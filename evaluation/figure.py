@@ -13,9 +13,14 @@ import numpy as np
 from svggt_kernels.measure.pictures import require_matplotlib
 
 from .groups import lines_of
-from .results import DENSE, ENOUGH_SCENES, METRICS, Section, read_results, sections
+from .results import DENSE, ENOUGH_SCENES, METRICS, Section, read_results, section_key, sections
 from .table import add_choice, chosen_metrics
 
+DPI = 110
+RADIUS = 3.0
+"""Of a point, in pixels."""
+PLACES = ((3, 3), (3, -3))
+"""Where a label may stand beside its point, in points."""
 AXES = {"pairs": "share of token pairs", "seconds": "seconds of a forward"}
 
 
@@ -30,14 +35,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, default=Path("curve.png"), help="the picture (default: curve.png)")
     parser.add_argument("--against", nargs="+", choices=AXES, default=list(AXES), help="a row for each (default: both)")
     add_choice(parser)
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="KIND",
+        help="with --group, kinds of layouts of other groups on the same scenes, such as core-K-patches-covering",
+    )
     parser.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw; return the exit code."""
     require_matplotlib()
-    lines = lines_of(options.group, (line for file in options.results for line in read_results(file)))
-    draw(sections(lines), chosen_metrics(options), options.against, options.output)
+    every = [line for file in options.results for line in read_results(file)]
+    lines = list(lines_of(options.group, every))
+    shown = {section_key(line) for line in lines}
+    beside = [line for line in every if _kind(line["layout"]) in options.also and section_key(line) in shown]
+    if missing := set(options.also) - {_kind(line["layout"]) for line in beside}:
+        raise ValueError(f"--also must name kinds of layouts that these scenes have, got {', '.join(sorted(missing))}")
+    draw(sections([*lines, *beside]), chosen_metrics(options), options.against, options.output)
     print(options.output)
     return 0
 
@@ -74,7 +91,11 @@ def draw(shown: Sequence[Section], metrics: Sequence[str], axes: Sequence[str], 
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
     figure.suptitle("bars: 95 % intervals of the difference from dense on the same scenes", fontsize=9)
-    figure.savefig(file, dpi=110)
+    figure.set_dpi(DPI)
+    figure.draw_without_rendering()  # panels are then where they will be
+    for panel in grid.flat:
+        _separate(panel.texts, [line.get_xydata() for line in panel.lines if line.get_marker() == "o"])
+    figure.savefig(file, dpi=DPI)
 
 
 def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: Sequence[str]) -> None:
@@ -96,13 +117,33 @@ def _draw_panel(panel: Any, section: Section, axis_name: str, name: str, kinds: 
             # Kinds of the same size stand above one another.
             if number and kind != layout and (number[0], round(at, 2)) not in labelled:
                 labelled.add((number[0], round(at, 2)))
-                panel.annotate(number[0], (at, mean), xytext=(3, 3), textcoords="offset points", fontsize=7)
+                panel.annotate(number[0], (at, mean), xytext=PLACES[0], textcoords="offset points", fontsize=7)
     if DENSE in section.layouts:
         mean, low, high, _ = section.interval(DENSE, name)
         panel.axhspan(low, high, color="0.85", zorder=0)
         panel.axhline(mean, color="0.4", linewidth=1, label="dense, and its interval")
         panel.plot(section.interval(DENSE, axis_name, np.median).mean, mean, "o", color="0.4", markersize=4)
     panel.grid(alpha=0.3)
+
+
+def _separate(labels: Sequence[Any], points: Sequence[np.ndarray]) -> None:
+    """Move labels that would cover a point or another label, from left to right; hide those that find no room."""
+    if not labels:
+        return
+    from matplotlib.transforms import Bbox
+
+    panel = labels[0].axes
+    centres = panel.transData.transform(np.concatenate(points))
+    taken = [Bbox.from_bounds(x - RADIUS, y - RADIUS, 2 * RADIUS, 2 * RADIUS) for x, y in centres]
+    for label in sorted(labels, key=lambda one: one.xy[0]):
+        for place in PLACES:
+            label.set(position=place, verticalalignment="bottom" if place[1] > 0 else "top")
+            box = label.get_window_extent()
+            if not box.count_overlaps(taken):
+                taken.append(box)
+                break
+        else:
+            label.set_visible(False)
 
 
 def _kind(layout: str) -> str:

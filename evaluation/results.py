@@ -158,12 +158,17 @@ def value(line: Line, name: str) -> float:
     return line["seconds"] if name == "seconds" else line["metrics"][name]
 
 
+def section_key(line: Line) -> tuple[Any, ...]:
+    """Return what tells the section of a line from others."""
+    return tuple(line[key] for key in SECTION)
+
+
 def sections(lines: Iterable[Line]) -> list[Section]:
     """Return the lines by kind of scene, model and device, in the order in which they first come."""
     found: dict[tuple[Any, ...], Section] = {}
     for line in lines:
-        common = {key: line[key] for key in SECTION}
-        section = found.setdefault(tuple(common.values()), Section(common))
+        key = section_key(line)
+        section = found.setdefault(key, Section(dict(zip(SECTION, key, strict=True))))
         section.layouts.setdefault(line["layout"], {})[line["seed"], line["scene"]] = line
     for section in found.values():
         density = {layout: section.interval(layout, "pairs").mean for layout in section.layouts}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..packages import installed
 from .arguments import (
@@ -60,9 +61,24 @@ READ_BY_IN_LAYOUT = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the words of a command and how to ask for its help; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what was asked."""
+        self.exit(2, f"{self.prog}: {message}; '{self.prog} --help' says more\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, unknown words refused by the command that they were given to rather than by the program."""
+        arguments, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="svggt-kernels",
         description="Attention for multi-view transformers in which a graph says which frame attends to which.",
         epilog="'svggt-kernels COMMAND --help' shows the options of a command.",

@@ -70,9 +70,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _weights(lses: list[Tensor], lse: Tensor) -> list[Tensor]:
-    """Return exp(lse_i - lse), 0 where a part sees nothing."""
-    return [(x - lse).exp().masked_fill(x == -torch.inf, 0) for x in lses]
+def _weights(lses: list[Tensor]) -> list[Tensor]:
+    """Return exp(lse_i - lse), 0 where a part sees nothing; lse, whose rounding all would share, is not rounded."""
+    parts = torch.stack(lses)
+    return list(parts.softmax(0).masked_fill(parts == -torch.inf, 0))
 
 
 def merge_by_pytorch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def merge_by_pytorch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
     lse = torch.stack(lses).logsumexp(0)
     B, H, N, D = outs[0].shape
     total = lse.new_zeros(B, N, H, D).transpose(1, 2)
-    for out, lse_of_part, weight in zip(outs, lses, _weights(lses, lse), strict=True):
+    for out, lse_of_part, weight in zip(outs, lses, _weights(lses), strict=True):
         seen = out.to(lse.dtype).masked_fill((lse_of_part == -torch.inf)[..., None], 0)
         total.addcmul_(weight[..., None], seen)
     return total.to(outs[0].dtype), lse
@@ -89,8 +90,7 @@ def merge_by_pytorch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
 _library = torch.library.Library("svggt_kernels", "FRAGMENT")
 _library.define("merge(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)")
 _library.define(
-    "merge_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor lse) "
-    "-> (Tensor[], Tensor[])"
+    "merge_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> (Tensor[], Tensor[])"
 )
 
 
@@ -105,9 +105,9 @@ def _merge(outs, lses):  # type: ignore[no-untyped-def]
 
 
 @torch.library.impl(_library, "merge_backward", "CompositeExplicitAutograd")
-def _merge_backward(grad_out, grad_lse, outs, lses, lse):  # type: ignore[no-untyped-def]
-    wide_grad = grad_out.to(lse.dtype)
-    weights = _weights(lses, lse)
+def _merge_backward(grad_out, grad_lse, outs, lses):  # type: ignore[no-untyped-def]
+    wide_grad = grad_out.to(lses[0].dtype)
+    weights = _weights(lses)
     inner = [(wide_grad * out).sum(-1).masked_fill(x == -torch.inf, 0) for out, x in zip(outs, lses, strict=True)]
     total = sum(weight * of_part for weight, of_part in zip(weights, inner, strict=True))
     if grad_lse is not None:
@@ -128,16 +128,16 @@ torch.library.register_fake("svggt_kernels::merge_backward", _merge_backward, li
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     outs, lses = inputs
-    ctx.save_for_backward(output[1], *outs, *lses)
+    ctx.save_for_backward(*outs, *lses)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    lse, *parts = ctx.saved_tensors
+    parts = list(ctx.saved_tensors)
     outs, lses = parts[: len(parts) // 2], parts[len(parts) // 2 :]
     if grad_out is None:
         grad_out = torch.zeros_like(outs[0])
-    return torch.ops.svggt_kernels.merge_backward(grad_out, grad_lse, outs, lses, lse)
+    return torch.ops.svggt_kernels.merge_backward(grad_out, grad_lse, outs, lses)
 
 
 torch.library.register_autograd("svggt_kernels::merge", _differentiate, setup_context=_save, lib=_library)

@@ -43,10 +43,10 @@ class _Origin:
     function: Callable[[Any], Any] | None = None
 
     @classmethod
-    def of(cls, covisibility: Covisibility, layers: tuple[int, ...]) -> _Origin:
+    def of(cls, covisibility: Covisibility, layers: tuple[int, ...], beside: Sequence[_Origin]) -> _Origin:
         if callable(covisibility) and not isinstance(covisibility, Source):
             return cls(layers, GivenGraphs(()), covisibility)
-        return cls(layers, as_source(covisibility))
+        return cls(layers, as_source(covisibility, [origin.source for origin in beside]))
 
 
 class Planner:
@@ -83,7 +83,9 @@ class Planner:
             of_layers = covisibility.by_layers(num_layers)
         else:
             of_layers = [(covisibility, tuple(range(num_layers)))]
-        self._origins = [_Origin.of(one, layers) for one, layers in of_layers]
+        self._origins: list[_Origin] = []
+        for one, layers in of_layers:
+            self._origins.append(_Origin.of(one, layers, self._origins))
         self._layouts: LRUCache[tuple[AnyGraph, AnyLayout]] = LRUCache(max(LAYOUTS_KEPT, 2 * len(self._origins)))
         # CUDA graphs read the tables of these wherever they are replayed.
         self._captured: set[AnyLayout] = set()
@@ -146,7 +148,7 @@ class Planner:
         tokens = cache(partial(_patch_tokens, name, module_inputs, (batch, frames, per_frame), inputs))
         images = _images(inputs)
 
-        def scene(sample: int) -> Scene:
+        def scene_of(sample: int) -> Scene:
             return Scene(
                 frames,
                 images=None if images is None else images[sample],
@@ -156,11 +158,12 @@ class Planner:
                 word_sums=forward.word_sums[sample] if forward.word_sums else None,
                 sample=(sample, batch),
                 step=forward.step,
+                compare_once=len(self._origins) > 1,
             )
 
-        planned = []
+        planned, scenes = [], [scene_of(sample) for sample in range(batch)]
         for origin in self._origins:
-            graphs = _one_if_same([origin.source.graph(scene(sample)) for sample in range(batch)])
+            graphs = _one_if_same([origin.source.graph(scene) for scene in scenes])
             for graph in graphs:
                 self._check(graph, frames, per_frame, origin.source.label, inputs)
             # Full graphs are the same in every order.

@@ -38,6 +38,8 @@ class Scene:
         sample: Which sample this is, and of how many.
         step: Times what is done inside its context under a name.
         progress: Whether what takes long may show a bar on stderr.
+        compare_once: Whether what frames are compared by is kept for further sources that use the same similarity; what
+            the scene shows must then stay as it is.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scene:
         sample: tuple[int, int] = (0, 1),
         step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         progress: bool = False,
+        compare_once: bool = False,
     ) -> None:
         self.num_frames = num_frames
         self.images = images
@@ -62,6 +65,7 @@ class Scene:
         self.progress = progress
         self._tokens = tokens
         self._reference_frame = reference_frame
+        self._compared: dict[int, tuple[Any, Any]] | None = {} if compare_once else None
 
     @property
     def rgb(self) -> Tensor:
@@ -85,10 +89,31 @@ class Scene:
             raise ValueError("a source that needs tokens is asked outside a model; patch a model with it")
         return tokens
 
+    def compared_by(self, similarity: Any) -> Any:
+        """Return what `similarity.compared` returns of this scene."""
+        if self._compared is None:
+            return similarity.compared(self)
+        if id(similarity) not in self._compared:
+            # Kept with it, so that no other object can have its id.
+            self._compared[id(similarity)] = similarity, similarity.compared(self)
+        return self._compared[id(similarity)][1]
+
     @property
     def reference_frame(self) -> int | None:
         """The frame that sets the model's coordinate system, in the order of the images; None if there is none."""
         return self._reference_frame() if callable(self._reference_frame) else self._reference_frame
+
+
+def alike(one: object, other: object) -> bool:
+    """Return whether two are the same object, or equal and of one type; what cannot be compared is not."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    try:
+        return (one == other) is True
+    except (RuntimeError, ValueError):  # equality of tensors or arrays that they hold is no plain bool
+        return False
 
 
 @runtime_checkable

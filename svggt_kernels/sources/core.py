@@ -131,7 +131,7 @@ class Core:
     def _chosen(self, scene: Scene) -> AnyGraph:
         assert self._similarity is not None
         with scene.step("descriptors"):
-            compared = self._similarity.compared(scene)
+            compared = scene.compared_by(self._similarity)
         with scene.step("graph"):
             size = self.size + (0 if self.coarse == "all" else self.coarse)
             chosen = choose_core(compared, size, choice=self.choice, first=scene.reference_frame or 0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Source
+from .base import Source, alike
 from .registry import Covisibility, named
 
 
@@ -15,7 +15,7 @@ class PerLayer:
     """Global layers that differ in who sees whom: `patch(model, covisibility=PerLayer(...))`.
 
     Layers for which it says the same, the same object, equal sources or words for such, share their graphs, layouts and
-    tables.
+    tables. Frames are described once for all sources that compare them alike.
 
     Attributes:
         covisibility: What `patch` takes as `covisibility`, for each global layer, in the order in which they run; or a
@@ -50,21 +50,11 @@ class PerLayer:
                     f"PerLayer holds no PerLayer, got one for layer {layer}; give what `patch` takes for one layer"
                 )
             one = named(of_layer) if isinstance(of_layer, str) else of_layer
-            alike = next((layers for other, layers in found if _alike(one, other)), None)
-            if alike is None:
+            same = (
+                layers for other, layers in found if one is other or (isinstance(one, Source) and alike(one, other))
+            )
+            if (layers := next(same, None)) is None:
                 found.append((one, [layer]))
             else:
-                alike.append(layer)
+                layers.append(layer)
         return [(one, tuple(layers)) for one, layers in found]
-
-
-def _alike(one: object, other: object) -> bool:
-    """Return whether two are the same object or equal sources; sources that cannot be compared are not."""
-    if one is other:
-        return True
-    if not isinstance(one, Source) or type(one) is not type(other):
-        return False
-    try:
-        return (one == other) is True
-    except (RuntimeError, ValueError):  # equality of tensors or arrays that they hold is no plain bool
-        return False

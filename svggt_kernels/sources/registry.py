@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from ..graph import AnyGraph
-from .base import Source
+from .base import Source, alike
 from .core import Core
 from .given import GivenGraphs
 from .megaloc import MegaLocSimilarity
 from .sequence import AllFrames, Sequential
+from .similarity import Similarity
 from .thumbnails import ThumbnailSimilarity
 from .tokens import PatchSimilarity, TokenSimilarity
 
@@ -41,8 +43,12 @@ def named(word: str) -> Source:
     return Core(by="patches") if word == "patches" else SOURCES[word]()
 
 
-def as_source(covisibility: Word | Source | Graphs) -> Source:
+def as_source(covisibility: Word | Source | Graphs, beside: Iterable[Source] = ()) -> Source:
     """Return the source that a word, a source or graphs stand for, ready to be used by one patch.
+
+    Args:
+        covisibility: The word, source or graphs.
+        beside: Sources of the same patch, which are ready: an equal similarity of theirs is used and not opened again.
 
     Raises:
         ValueError: If it is an unknown word, or MegaLoc's weights are not what they must be.
@@ -59,5 +65,16 @@ def as_source(covisibility: Word | Source | Graphs) -> Source:
         )
     if isinstance(covisibility, type) or not isinstance(covisibility, Source):
         covisibility = GivenGraphs.of("covisibility", covisibility)
+    wanted = _similarity_of(covisibility)
+    ready = next((one for one in map(_similarity_of, beside) if one is not None and alike(one, wanted)), None)
+    if ready is not None:
+        return replace(covisibility, by=ready) if isinstance(covisibility, Core) else ready
     opened = getattr(covisibility, "opened", None)
     return covisibility if opened is None else opened()
+
+
+def _similarity_of(source: Source) -> Any:
+    """Return what a source compares frames by, or None."""
+    if isinstance(source, Core):
+        return source.similarity
+    return source if isinstance(source, Similarity) else None

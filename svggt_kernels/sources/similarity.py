@@ -63,7 +63,7 @@ class Similarity:
             ValueError: If a descriptor is not finite or zero, or `also` is over other frames.
         """
         with scene.step("descriptors"):
-            descriptors = self.descriptors(scene)
+            descriptors = scene.compared_by(self)
         with scene.step("graph"):
             return self.from_descriptors(descriptors, scene.reference_frame)
 

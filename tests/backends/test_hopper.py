@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from device_waits import no_device_waits
 from layouts import random_layout
 from tiers import every
 
@@ -570,19 +571,15 @@ class TestOnHopper:
         ):
             block_sparse_attention(q, k, v, layout, backend="hopper")
 
-    @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
     def test_no_host_sync(self):
         graph = CovisibilityGraph.sequential(8, 1).to("cuda")
         q, k, v = (torch.randn(1, 4, 800, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
         warm = BlockLayout.from_graph(graph, 100, special_tokens=5)
         block_sparse_attention(q, k, v, warm, backend="hopper").sum().backward()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_device_waits():
             layout = BlockLayout.from_graph(graph, 100, special_tokens=5)
             block_sparse_attention(q, k, v, layout, backend="hopper").sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_offsets_beyond_two_to_the_31(self):
         frames, tokens = 1600, 1374

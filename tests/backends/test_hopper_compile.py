@@ -46,7 +46,7 @@ def name(kernel: runtime.Kernel) -> str:
 
 
 @pytest.mark.parametrize("extra", [{}, {"EVERY_LANE_ARRIVES": 1}], ids=["as it runs", "for racecheck"])
-@pytest.mark.parametrize("kernel", every(3, [*FORWARD, *BACKWARD]), ids=name)
+@pytest.mark.parametrize("kernel", every(7, [*FORWARD, *BACKWARD]), ids=name)
 def test_compiles_without_spills_and_without_a_warning(kernel: runtime.Kernel, extra: dict[str, int], tmp_path: Path):
     cubin = tmp_path / "kernel.cubin"
     code, log = runtime.compile_to_cubin(kernel.source, kernel.architecture, {**dict(kernel.defines), **extra})

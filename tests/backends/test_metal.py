@@ -11,7 +11,7 @@ import pytest
 import torch
 from layouts import random_coarse_layout, random_layout
 from metal import emulator
-from tiers import every
+from tiers import every, full
 
 import svggt_kernels
 from svggt_kernels import (
@@ -82,7 +82,7 @@ def rms(x: torch.Tensor) -> float:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize(("dtype", "head_size"), VARIANTS, ids=name)
+    @pytest.mark.parametrize(("dtype", "head_size"), every(3, VARIANTS), ids=name)
     @pytest.mark.parametrize("seed", every(3, range(3)))
     def test_fuzz_against_float64(self, seed: int, dtype: torch.dtype, head_size: int):
         """Every schedule must give the same bits."""
@@ -91,10 +91,10 @@ class TestNumbers:
         assert within_budget(ratios), (seed, ratios)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-    @pytest.mark.parametrize("start", every(3, range(10, 19, 3)))
+    @pytest.mark.parametrize("start", every(5, range(10, 20, 2)))
     def test_more_fuzz(self, start: int, dtype: torch.dtype, emulated):
         emulated(one_schedule)
-        for seed in range(start, start + 3):
+        for seed in range(start, start + 2):
             layout = random_layout(seed, max_frames=4, max_tokens=50)
             ratios = error_ratios(layout, dtype, head_size=64, backend="metal", batch=1 + seed % 2, heads=2, seed=seed)
             assert within_budget(ratios), (seed, ratios)
@@ -115,7 +115,7 @@ class TestNumbers:
         assert within_budget(error_ratios(layout, dtype, backend="metal", heads=16))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-    @pytest.mark.parametrize("tokens", [782, 1041, 1374])
+    @pytest.mark.parametrize("tokens", every(3, [782, 1041, 1374]))
     def test_frames_of_full_length(self, tokens: int, dtype: torch.dtype, emulated):
         emulated(one_schedule)
         graph = CovisibilityGraph.from_pairs(2, [(0, 1)], num_key_frames=2)
@@ -384,10 +384,14 @@ class TestFirstUse:
         ("break_it", "words"),
         [
             (lambda text: text.replace("row_sum(total)", "total.x"), "errors beyond 2 times .*'blind'"),
-            (lambda text: text.replace("column < count ? products.x", "true ? products.x"), "errors beyond 2 times"),
             (lambda text: text.replace("float2 q_row", "float5 q_row"), "SyntaxError: EmulatorError: the shader did"),
+            pytest.param(
+                lambda text: text.replace("column < count ? products.x", "true ? products.x"),
+                "errors beyond 2 times",
+                marks=full,
+            ),
         ],
-        ids=["wrong sums", "tails", "does not compile"],
+        ids=["wrong sums", "does not compile", "tails"],
     )
     def test_a_wrong_shader_is_not(self, break_it, words: str, emulated, monkeypatch):
         class Compiler(emulator.Library):

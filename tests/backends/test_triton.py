@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from device_waits import no_device_waits
 from layouts import random_coarse_layout, random_layout
 from tiers import every
 
@@ -34,13 +35,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     [(dtype, descriptors) for dtype in DTYPES for descriptors in (True, False) if descriptors or dtype.itemsize == 2],
     ids=lambda value: {True: "descriptors", False: "pointers"}.get(value, str(value).removeprefix("torch.")),
 )
-@pytest.mark.parametrize("start", every(3, range(0, 500 if ON_GPU else 12, 4)))
+@pytest.mark.parametrize("start", every(4, range(0, 501 if ON_GPU else 12, 3)))
 def test_fuzz_against_float64(
     start: int, dtype: torch.dtype, descriptors: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ):
     if not descriptors:
         monkeypatch.setattr(backend, "uses_descriptors", lambda device, dtype: False)
-    for seed in range(start, start + 4):
+    for seed in range(start, start + 3):
         ratios = error_ratios(
             random_layout(seed, max_tokens=400 if ON_GPU else 80, device=device),
             dtype,
@@ -61,7 +62,7 @@ def test_keys_at_a_stride(seed: int, dtype: torch.dtype, device: str):
     assert within_budget(ratios), ratios
 
 
-@pytest.mark.parametrize("tail", every(3, range(1, 128, 1 if ON_GPU else 21)))
+@pytest.mark.parametrize("tail", every(4, range(1, 128, 1 if ON_GPU else 21)))
 def test_every_tail_length(tail: int, device: str):
     graph = CovisibilityGraph.from_pairs(3, [(0, 2), (2, 0)]).to(device)
     layout = BlockLayout.from_graph(graph, 64 + tail)
@@ -139,7 +140,7 @@ def test_the_error_of_the_lse_does_not_grow_with_the_number_of_tiles(device: str
     assert error <= BUDGET * max(allowed, rounding), (error, allowed)
 
 
-@pytest.mark.parametrize("scale", [0.7, 0.0, -0.3])
+@pytest.mark.parametrize("scale", every(2, [0.7, 0.0, -0.3]))
 def test_scale(scale: float, device: str):
     layout = BlockLayout.from_graph(CovisibilityGraph.sequential(3, 1).to(device), 70, special_tokens=2)
     ratios = error_ratios(layout, torch.float16, head_size=32, scale=scale, backend="triton", heads=HEADS)
@@ -182,19 +183,15 @@ def test_cuda_graph_replays_forward_and_backward():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_no_host_sync():
     graph = CovisibilityGraph.sequential(8, 1).to("cuda")
     q, k, v = (torch.randn(1, 4, 800, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     warm = BlockLayout.from_graph(graph, 100, special_tokens=5)
     block_sparse_attention(q, k, v, warm, backend="triton").sum().backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_waits():
         layout = BlockLayout.from_graph(graph, 100, special_tokens=5)
         block_sparse_attention(q, k, v, layout, backend="triton").sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -338,7 +338,7 @@ def test_there_are_enough():
 )
 def test_words_that_mean_nothing(words: tuple[object, ...], place: Place, capsys: pytest.CaptureFixture[str]):
     assert run(place, *words) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("svggt-kernels reconstruct: error: argument ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("svggt-kernels reconstruct: argument ")
 
 
 @pytest.mark.parametrize("stage", ["frames_of", "predict", "save", "export", "load_model"])

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import files_of
+from tiers import every
 
 from svggt_kernels import (
     CovisibilityGraph,
@@ -93,11 +94,6 @@ class TestMain:
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.count(".") == 2
-
-    @pytest.mark.parametrize("words", [[], ["fly"], ["compare"]], ids=["nothing", "unknown", "incomplete"])
-    def test_usage(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-        assert main(words) == 2
-        assert "usage: svggt-kernels" in capsys.readouterr().err
 
     def test_interrupted(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*arguments: object) -> None:
@@ -388,7 +384,7 @@ class TestCompare:
         succeed("compare", folder, *TOY, "--max-frames", 1, "--repeats", 1, "--output", tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["density"] == 1
 
-    @pytest.mark.parametrize("repeats", [1, 2])
+    @pytest.mark.parametrize("repeats", every(2, [1, 2]))
     def test_one_run_is_not_called_a_median(
         self,
         folder: Path,

@@ -1,4 +1,4 @@
-"""Words of the command line that say which frames see each other, and what they stand for."""
+"""Words of the command line: which frames see each other, what they stand for, and what is said of wrong ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from svggt_kernels import CovisibilityGraph, MegaLoc, MegaLocSimilarity, PatchSimilarity, TokenSimilarity
-from svggt_kernels.cli import arguments, options, parser
+from svggt_kernels.cli import arguments, main, options, parser
 from svggt_kernels.cli.errors import CommandError
 from svggt_kernels.models import RUNNABLE
 from svggt_kernels.reconstruction import PointChoice, reconstruct
@@ -66,3 +66,31 @@ def test_sequential_is_the_window_and_the_reference_frame():
     expected = CovisibilityGraph.sequential(40, 2).to_dense()
     expected[0] = expected[:, 0] = True
     assert torch.equal(graph.to_dense(), expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "message"),
+    [
+        ([], "svggt-kernels", "arguments are required: COMMAND"),
+        (["--fast"], "svggt-kernels", "arguments are required: COMMAND"),
+        (["fly"], "svggt-kernels", "invalid choice: 'fly'"),
+        (["compare"], "svggt-kernels compare", "arguments are required: PHOTOS"),
+        (["layout", "photos", "--fast"], "svggt-kernels layout", "unrecognized arguments: --fast"),
+        (["view", "folder", "other"], "svggt-kernels view", "unrecognized arguments: other"),
+        (
+            ["demo", "--frames", "many"],
+            "svggt-kernels demo",
+            "argument --frames: must be a whole number, got 'many'",
+        ),
+        (["demo", "--frames"], "svggt-kernels demo", "argument --frames: expected one argument"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_wrong_words_end_in_a_line_that_says_how_to_ask_for_help(
+    capsys: pytest.CaptureFixture[str], words: list[str], asked: str, message: str
+) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"{asked}: ") and message in line and line.endswith(f"; '{asked} --help' says more")
+    assert not captured.out

@@ -6,11 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from evaluation import curve, running
 from evaluation.__main__ import main
+from evaluation.figure import draw
 from evaluation.layouts import named
 from evaluation.measuring import SceneSet
 from evaluation.results import IDENTITY, METRICS, SECTION, read_results, sections
@@ -193,6 +195,25 @@ def test_table_and_figure_of_a_run(results: Path, tmp_path: Path, capsys):
     assert "AUC@3 " in walk and "accuracy" in rotation and "AUC@3 " not in rotation and "Medians" in walk
     assert main(["figure", str(results), "--output", str(tmp_path / "curve.png"), "--metrics", "auc30", "absrel"]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_label_of_a_figure_covers_another_or_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the figure needs matplotlib")
+    figures = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda drawn, file, **options: figures.append(drawn))
+    lines = [result("dense", 0, 100, auc30=0.9)]
+    for size in (8, 20, 21, 22, 23, 60):
+        for kind, better in (("core-{}", 0.0), ("core-{}-covering", 0.002)):
+            lines.append(result(kind.format(size), 0, size, auc30=size / 100 + better))
+    draw(sections(lines), ["auc30"], ["pairs"], tmp_path / "curve.png")
+    (panel,) = figures[0].axes
+    shown = [label for label in panel.texts if label.get_visible()]
+    assert {"8", "20", "60"} <= {label.get_text() for label in shown} < {"8", "20", "21", "22", "23", "60"}
+    boxes = [label.get_window_extent() for label in shown]
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # itself
+    places = [(line["pairs"] / 100, line["metrics"]["auc30"]) for line in lines]
+    points = panel.transData.transform(np.array(places))
+    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.name)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import groups
+from evaluation import figure, groups
 from evaluation.__main__ import main
 from evaluation.groups import STUDY, Group, Part
 from evaluation.layouts import named
 from evaluation.measuring import SceneSet
-from evaluation.results import read_results
+from evaluation.results import Section, read_results
 from evaluation.study import planned
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.model.weights import write_weights
@@ -125,7 +125,9 @@ def test_what_raises_is_told_and_the_rest_measured(
     assert "not measured: layers(0-2:own) on walk-2r-4f scene 0" in told and "the model's 1 global layers" in told
 
 
-def test_tables_and_figures_of_a_group(small: None, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_tables_and_figures_of_a_group(
+    small: None, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "study.jsonl"
     assert study(path, weights, "--scenes", "1") == 0
     capsys.readouterr()
@@ -137,3 +139,11 @@ def test_tables_and_figures_of_a_group(small: None, weights: Path, tmp_path: Pat
     picture = tmp_path / "curve.png"
     assert main(["figure", str(path), "--group", "layers", "--metrics", "absrel", "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn: list[Section] = []
+    monkeypatch.setattr(figure, "draw", lambda shown, *others: drawn.extend(shown))
+    words = ["figure", str(path), "--group", "layers", "--also"]
+    assert main([*words, "core-K"]) == 0
+    (section,) = drawn
+    assert {"core-3", "layers(0:own)"} <= set(section.layouts)
+    assert main([*words, "core-K", "core-K-covering"]) == 2
+    assert "that these scenes have, got core-K-covering" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import every
 from torch import Tensor
 
 from evaluation import train
@@ -105,7 +106,7 @@ def test_a_tuning_begins_with_the_weights_and_at_the_end_of_the_curriculum(tmp_p
     assert options(tmp_path, "--from", "shipped", "--steps", "1").start == TRAINED
 
 
-@pytest.mark.parametrize("name", ["core-2", "nearest-1", "random-1"])
+@pytest.mark.parametrize("name", every(3, ["core-2", "nearest-1", "random-1"]))
 def test_a_tuning_continues_exactly(name: str, tmp_path: Path, weights: Path):
     words = ("--steps", "4", "--from", str(weights), "--layout", name)
     whole = train.Training(options(tmp_path / "whole", *words))

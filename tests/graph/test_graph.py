@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from device_waits import no_device_waits
 from graphs import assert_same_graph, with_diagonal
 
 from svggt_kernels.graph import CovisibilityGraph, GraphSummary
@@ -154,18 +155,14 @@ def test_layout_operations_read_no_value_from_the_device():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_cuda_gives_the_same_graphs_and_layout_operations_do_not_sync():
     descriptors = torch.randn(300, 48, generator=torch.Generator().manual_seed(0))
     expected = CovisibilityGraph.from_descriptors(descriptors, neighbours=3, chunk=64)
     graph = CovisibilityGraph.from_descriptors(descriptors.cuda(), neighbours=3, chunk=50)
     assert graph.device.type == "cuda"
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_waits():
         turned = graph.transposed()
         expected.to("cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph.validate()
     turned.validate()
     assert_same_graph(graph.to("cpu"), expected)

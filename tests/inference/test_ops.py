@@ -92,8 +92,8 @@ def test_layer_norm_takes_any_strides(kind: str, dtype: torch.dtype, into: torch
     torch.manual_seed(0)
     layer = norm(96)
     function = implementation(kind, "layer_norm", into)
-    wide = torch.randn(6, 96, 192).to(DEVICE, dtype)
-    for x in (wide.mT, wide[0].mT, wide[..., ::2]):
+    wide = torch.randn(2, 96, 12).to(DEVICE, dtype)
+    for x in (wide.mT, wide[0].mT, torch.randn(2, 12, 192).to(DEVICE, dtype)[..., ::2]):
         assert x.stride(-1) != 1
         out = function(x, layer.weight, layer.bias, layer.eps, into) if kind == "triton" else function(x, layer, into)
         rounded_once(out, F.layer_norm(x.double(), (96,), layer.weight.double(), layer.bias.double(), layer.eps))

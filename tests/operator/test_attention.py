@@ -44,10 +44,10 @@ def band() -> BlockLayout:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("start", every(5, range(0, 500, 50)))
+@pytest.mark.parametrize("start", every(20, range(0, 500, 25)))
 def test_fuzz_against_float64(start: int, dtype: torch.dtype):
     """500 random layouts: forward, LSE and all gradients within the error budget."""
-    for seed in range(start, start + 50):
+    for seed in range(start, start + 25):
         ratios = error_ratios(
             random_layout(seed, max_tokens=40), dtype, head_size=(8, 32, 64)[seed % 3], backend="reference", seed=seed
         )

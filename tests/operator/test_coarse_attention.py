@@ -25,12 +25,12 @@ BACKENDS = [
 
 @pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("start", every(5, range(0, 200, 20)))
+@pytest.mark.parametrize("start", every(20, range(0, 200, 5)))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fuzz_against_float64(backend: str, start: int, dtype: torch.dtype, gradients: bool):
     if reason := backends.reasons(torch.device(DEVICE), dtype, 64)[backend]:
         pytest.skip(reason)
-    for seed in range(start, start + 20):
+    for seed in range(start, start + 5):
         layout = random_coarse_layout(seed, max_side=9 if DEVICE == "cpu" else 30, device=DEVICE)
         sizes = {"head_size": (64, 128)[seed % 2], "seed": seed}
         ratios = error_ratios(layout, dtype, backend=backend, gradients=gradients, **sizes)

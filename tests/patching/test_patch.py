@@ -8,6 +8,7 @@ from collections.abc import Callable
 import doubles
 import pytest
 import torch
+from device_waits import no_device_waits
 from doubles import ALONE, BAND, FAMILY, ISLANDS, Double, MaskedAttention, images, sparse
 from torch import Tensor, nn
 
@@ -444,7 +445,6 @@ def test_masks_pass_only_where_the_graph_shows_no_more():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_gpu():
     """The best backend answers under autocast, and a fixed graph costs no wait for the device after the first call."""
     model = RoomsModel.create(dim=128, depth=2, num_heads=2)
@@ -456,11 +456,8 @@ def test_on_a_gpu():
         with torch.autocast("cuda", torch.bfloat16):
             model(pictures)
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with no_device_waits():
                 out = model(pictures)["depth"]
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         handle = Patch.of(model)
         assert handle.report().backend == choose_backend(handle.layout.device, torch.bfloat16, head_size=64)
         assert handle.layout.device.type == "cuda"

@@ -8,15 +8,27 @@ import pickle
 from dataclasses import dataclass
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from doubles import BAND, FAMILY, HEIGHT, ISLANDS, PATCH, WIDTH, Double, fused, images, token_mask
+from graphs import assert_same_graph
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from svggt_kernels import CoarseGraph, CoarseLayout, Core, CovisibilityGraph, Patch, PerLayer, compare_dense, patch
+from svggt_kernels import (
+    CoarseGraph,
+    CoarseLayout,
+    Core,
+    CovisibilityGraph,
+    MegaLoc,
+    Patch,
+    PerLayer,
+    compare_dense,
+    patch,
+)
 from svggt_kernels.demo.model import RoomsModel
-from svggt_kernels.sources import PatchSimilarity, Scene
+from svggt_kernels.sources import MegaLocSimilarity, PatchSimilarity, Scene
 
 KNOWN = {name: double for name, double in FAMILY.items() if double.record is not None}
 known = pytest.mark.parametrize("double", KNOWN.values(), ids=KNOWN)
@@ -184,6 +196,35 @@ def test_layers_that_say_the_same_share_their_layouts():
         model(torch.rand(6, 3, 28, 42))
         again = [handle.layers[layer].layouts[0] for layer in (0, 1, 3)]
     assert all(one is other for one, other in zip(layouts, again, strict=True))
+
+
+def test_frames_are_described_once_for_all_layers(monkeypatch: pytest.MonkeyPatch):
+    described, loaded, network = [], [], tiny.megaloc()
+    describe = MegaLocSimilarity.descriptors
+
+    def noted(similarity: MegaLocSimilarity, scene: Scene) -> Tensor:
+        described.append(scene.sample[0])
+        return describe(similarity, scene)
+
+    monkeypatch.setattr(MegaLoc, "from_pretrained", lambda source: loaded.append(source) or network)
+    monkeypatch.setattr(MegaLocSimilarity, "descriptors", noted)
+    model, pictures = RoomsModel.create(dim=16, depth=4, num_heads=1).eval(), torch.rand(6, 3, 28, 42)
+    alone = []
+    for one in (Core(2), Core(3, choice="farthest"), MegaLocSimilarity()):
+        with torch.no_grad(), patch(model, covisibility=one) as handle:
+            model(pictures)
+            alone.append(handle.graph)
+    described.clear(), loaded.clear()
+    given = PerLayer([Core(2), Core(3, choice="farthest"), MegaLocSimilarity(), Core(3, by="thumbnails")])
+    with torch.no_grad(), patch(model, covisibility=given) as handle:
+        model(pictures)
+        assert (len(loaded), described) == (1, [0])
+        for planned, graph in zip(handle.layers, alone, strict=False):
+            assert_same_graph(planned.graphs[0], graph)
+        model(pictures)
+        assert len(described) == 1
+        model(pictures.flip(0))
+        assert len(described) == 2
 
 
 def test_layers_that_see_everything_are_dense():

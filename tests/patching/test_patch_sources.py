@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from device_waits import no_device_waits
 from doubles import BAND, FAMILY, images
 from torch import Tensor
 
@@ -130,11 +131,8 @@ def test_fingerprints_are_begun_before_the_model_runs(monkeypatch: pytest.Monkey
 def test_fingerprints_are_begun_without_waiting():
     pictures = images(24)[0].cuda()
     plan.word_sums(pictures)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_waits():
         sums = plan.word_sums(pictures)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert fingerprint.fingerprint(pictures, sums) == fingerprint.fingerprint(pictures)
 
 
