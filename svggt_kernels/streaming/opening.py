@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..graph.arguments import integer
 from ..graph.core import checked_core, choose_core, spread_evenly
 from ..inference.memory import MemoryBudget
+from ..patching.chunks.session import Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
 from .apart import described, likeness_of
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
 from .saved import SavedScene
 from .scene import CHUNK, OpenScene
-from .session import Outputs, Session
 
 
 def open_scene(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..io.tensor_files import read_tensors
-from .attention import Kept
+from ..patching.chunks.attention import Kept
+from ..patching.chunks.session import Outputs, Session
 from .identity import as_tensor, as_text, of_model
-from .session import Outputs, Session
 
 if TYPE_CHECKING:
     from .scene import OpenScene

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import on_device
+from ..patching.chunks.session import Outputs, Session
 from ..sources import PatchSimilarity
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described, more_than_by_chance
@@ -20,7 +21,6 @@ from .identity import of_frames, of_model
 from .outputs import OutputFolder
 from .progress import Progress
 from .saved import save_scene
-from .session import Outputs, Session
 from .transfers import Downloads, Item, finished
 
 CHUNK = 32

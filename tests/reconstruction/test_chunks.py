@@ -25,11 +25,11 @@ from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.cameras import poses_of_encoding
 from svggt_kernels.models.loading import load_model
 from svggt_kernels.patching import patch
+from svggt_kernels.patching.chunks.session import Session
 from svggt_kernels.reconstruction import Reconstruction, reconstruct
 from svggt_kernels.streaming import open_scene
 from svggt_kernels.streaming.apart import Yardstick
 from svggt_kernels.streaming.outputs import OutputFolder
-from svggt_kernels.streaming.session import Session
 
 CORE = Core(3, by="thumbnails")
 CHUNKED = ("frames-0000000-0000004.npz", "frames-0000004-0000008.npz", "frames-0000008-0000010.npz")

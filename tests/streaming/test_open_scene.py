@@ -103,7 +103,7 @@ def test_saved_and_opened_again(case, keys: bool, tmp_path: Path, monkeypatch: p
     scene = open_scene(model, frames, core=CORE, chunk=4, **options)
     scene.save(tmp_path / "kitchen.scene", keys=keys)  # of any name
     if keys:
-        monkeypatch.setattr("svggt_kernels.streaming.session.Session.run_core", None)
+        monkeypatch.setattr("svggt_kernels.patching.chunks.session.Session.run_core", None)
     again = open_saved_scene(copy.deepcopy(model), tmp_path / "kitchen.scene", **options)
     assert again.chunk == 4
     assert again.core_gib == scene.core_gib

@@ -11,7 +11,7 @@ from torch import nn
 from svggt_kernels import open_scene
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
-from svggt_kernels.streaming.attention import CoreAttention
+from svggt_kernels.patching.chunks.attention import CoreAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
 

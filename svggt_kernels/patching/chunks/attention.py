@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import block_sparse_attention, choose_backend
-from ..compiling import uncompiled
-from ..graph import CovisibilityGraph
-from ..layout import BlockLayout
-from ..models import ForwardInputs, ModelRecord
-from ..patching.interception import Answering, StandIn
-from ..patching.masks import require_redundant
-from ..sources.cache import LRUCache
+from ...attention import block_sparse_attention, choose_backend
+from ...compiling import uncompiled
+from ...graph import CovisibilityGraph
+from ...layout import BlockLayout
+from ...models import ForwardInputs, ModelRecord
+from ...sources.cache import LRUCache
+from ..interception import Answering, StandIn
+from ..masks import require_redundant
 
 Call = tuple[str, int]
 """An attention call in a forward: the module's name, and how often it was called before."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from ..inference import memory
-from ..inference.fused_forward import FusedForward
+from ...inference import memory
+from ...inference.fused_forward import FusedForward
 from .attention import CoreAttention, Run
 
 MOST_FRAMES = 256

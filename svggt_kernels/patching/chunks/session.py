@@ -12,17 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..compiling import uncompiled
-from ..inference import memory
-from ..inference.fused_forward import FusedForward
-from ..inference.memory import MemoryBudget
-from ..inference.report import InferenceReport
-from ..models import find_model
-from ..models.wrappers import arguments_of, each_once
-from ..patching.forwards import Forwards
-from ..patching.interception import StandIn
-from ..patching.order import frame_order
-from ..patching.parts import FrameOrder
+from ...compiling import uncompiled
+from ...inference import memory
+from ...inference.fused_forward import FusedForward
+from ...inference.memory import MemoryBudget
+from ...inference.report import InferenceReport
+from ...models import find_model
+from ...models.wrappers import arguments_of, each_once
+from ..forwards import Forwards
+from ..interception import StandIn
+from ..order import frame_order
+from ..parts import FrameOrder
 from .attention import CoreAttention, Described, Run
 from .budget import Budget
 
