@@ -67,6 +67,8 @@ class Sizes:
         present: Bytes that are there when the forward begins: weights and images.
         casts: Bytes of the weights that autocast keeps in its dtype.
         tokens_describe: Whether the graph is made of the tokens that enter the first global attention.
+        parts: Parts of keys over which a global layer attends, one after another, before they are merged.
+        packed: Keys of all samples that are copied for one of these parts.
     """
 
     samples: int
@@ -83,6 +85,8 @@ class Sizes:
     present: int
     casts: int
     tokens_describe: bool = False
+    parts: int = 1
+    packed: int = 0
 
     @property
     def output(self) -> int:
@@ -194,6 +198,11 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     of_embedding = of_images + 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
     attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
+    if (
+        sizes.parts > 1
+    ):  # the output and log-sum-exp of each; then what is merged, or before that keys and values of one
+        attention += sizes.parts * (product + tokens * BYTES_PER_TOKEN)
+        attention += max(0, 2 * sizes.packed * sizes.channels * sizes.product - product)
     # Beside it, as the last global block runs, the outputs that stay; of the last layer nothing but what enters.
     earlier = sizes.output * sum(layer != sizes.depth - 1 for layer in staying)
 

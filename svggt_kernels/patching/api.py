@@ -143,10 +143,7 @@ def patch(
             'use patch(model, special_tokens="masked"), or leave it out'
         )
     dense_special = False if record.causal else None if special_tokens is None else special_tokens == "dense"
-    frames_in_full = None
-    if memory_budget is not None:
-        frames_in_full = "no plan of memory_budget counts what that needs; leave memory_budget out"
-    planner = Planner(record, covisibility, dense_special, len(attention), frames_in_full)
+    planner = Planner(record, covisibility, dense_special, len(attention), counted=memory_budget is not None)
     own = None
     if fused is not False:
         own = FusedForward(

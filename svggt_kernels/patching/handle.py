@@ -223,9 +223,10 @@ class Patch:
         """Read the arguments of a forward, and plan what can be planned before it runs."""
         inputs = self.record.read(root, arguments_of(root, args, kwargs))
         forward = Forward(inputs, recomputable=torch.is_grad_enabled(), reorders=self._reorders is not None)
-        if self._own is not None:
-            self._own.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens, self._attention)
         self._planner.begin(forward)
+        if self._own is not None:
+            self._own.key_parts = self._planner.key_parts(inputs)
+            self._own.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens, self._attention)
         return forward
 
 

@@ -253,7 +253,7 @@ def test_models_that_cannot_be_opened_say_why():
         open_scene(model, frames, core=CORE)
     with pytest.raises(ValueError, match="VGGT's shape"):
         open_scene(model, frames, core=CORE, memory_budget=8)
-    with pytest.raises(ValueError, match="keys of its core alone"):
+    with pytest.raises(ValueError, match="keys of frames that all see"):
         open_scene(model, frames, core=svggt_kernels.Core(by="thumbnails", nearest=2))
     for core in ([], [3], [0, 0], [8]):
         with pytest.raises(ValueError, match="core"):

@@ -25,6 +25,7 @@ from ..order import frame_order
 from ..parts import FrameOrder
 from .attention import CoreAttention, Described, Run
 from .budget import Budget
+from .layouts import ClosedFrames
 
 TF32_EPS = 2.0**-10
 """Of TensorFloat-32, in which CUDA may compute products and convolutions of float32."""
@@ -172,23 +173,31 @@ class Session:
         """The forward that runs, or None."""
         return self.attention.run
 
-    def run_core(self, frames: Tensor) -> Outputs:
+    def run_core(self, frames: Tensor, closed: ClosedFrames | None = None) -> Outputs:
         """Run the core, keep its keys and values, and return its outputs.
 
         Args:
-            frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first.
+            frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first, those that are seen at a stride last.
+            closed: How many of them are seen how; None for all in full.
 
         Raises:
-            ValueError: If the model does something across frames that does not follow a core, or there is one frame.
+            ValueError: If the model does something across frames that does not follow a core, there is one frame in
+                full, or frames cannot be seen at a stride.
         """
+        closed = ClosedFrames(len(frames)) if closed is None else closed
         self.attention.kept.clear()
-        if len(frames) < 2:
-            raise ValueError(f"the core must hold at least 2 frames, got {len(frames)}")
+        self.attention.closed = closed
+        if closed.full < 2:
+            raise ValueError(f"the core must hold at least 2 frames in full, got {closed.full}")
+        if closed.coarse and self.record.causal:
+            raise ValueError(
+                f"frames of a causal model ({self.record.name}) must be seen in full; give a Core without `coarse`"
+            )
         run = Run(len(frames))
         outputs = self._forward(frames, run)
         self._tokens = run.inputs.tokens_per_frame
         self._runs_fused = self._own is not None and self._own.report.reason is None
-        self._test(frames, outputs)
+        self._test(frames[: closed.full], {name: tensor[: closed.full] for name, tensor in outputs.items()})
         return outputs
 
     def frames_of_chunk(self, core_frames: Tensor) -> int | None:
