@@ -48,6 +48,22 @@ OUTPUTS_PER_PIXEL = 16
 """What it returns for each pixel: a point and its confidence, in float32."""
 
 
+class BudgetTooSmall(ValueError):
+    """No plan of a forward fits its budget.
+
+    Attributes:
+        least: The least budget that one fits, in GiB.
+        budget: What was given, in GiB.
+    """
+
+    def __init__(self, message: str, least: float, budget: float) -> None:
+        super().__init__(message)
+        self.least, self.budget = least, budget
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.least, self.budget)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of one forward from which its memory follows.
@@ -141,15 +157,17 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
     and frames that run together are halved, both, up to four times.
 
     Raises:
-        ValueError: If no plan fits; the message says what the least budget is.
+        BudgetTooSmall: If no plan fits.
     """
     for plan in _plans(sizes):
         if plan.peak_bytes <= budget:
             return plan
-    raise ValueError(
+    raise BudgetTooSmall(
         f"memory_budget must be at least {least(sizes):.1f} GiB for {sizes.frames} frames of {sizes.tokens} tokens"
         + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
-        + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"'
+        + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"',
+        least(sizes),
+        budget / GIB,
     )
 
 

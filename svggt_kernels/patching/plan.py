@@ -96,6 +96,11 @@ class Planner:
         """Whether graphs are made of the tokens that enter the first global attention."""
         return any(origin.source.needs == "tokens" for origin in self._origins)
 
+    @property
+    def source(self) -> Source | None:
+        """Where the graphs of all layers come from; None if layers differ. Of a function, those of the last forward."""
+        return self._origins[0].source if len(self._origins) == 1 else None
+
     def forget(self) -> None:
         """Drop what is kept, the source among it, but for what CUDA graphs read; nothing can be planned after that."""
         self._layouts.clear()
@@ -182,22 +187,43 @@ class Planner:
                 self._check(graph, frames, per_frame, origin.source, inputs)
             # Full graphs are the same in every order.
             is_full = all(isinstance(graph, CovisibilityGraph) and graph.num_edges == frames**2 for graph in graphs)
-            of_samples = zip(
-                graphs if len(graphs) == batch else graphs * batch,
-                [None] * batch if is_full else orders(),
-                strict=True,
-            )
+            of_samples = [None] * batch if is_full else orders()
             with forward.step("layout"):
-                pairs = [
-                    self._layout(graph, order, per_frame, inputs, query.device, origin.source)
-                    for graph, order in of_samples
-                ]
-            used = tuple(graph for graph, _ in pairs[: len(graphs)])
-            layouts = _one_if_same([layout for _, layout in pairs])
-            planned.append(PlannedLayers(origin.layers, origin.source.label, used, layouts))
+                planned.append(self._over(origin, graphs, of_samples, per_frame, inputs, query.device))
         forward.planned = tuple(planned)
         if is_capturing(query.device):
             self._captured.update(forward.layouts)
+
+    def plan_graphs(
+        self, forward: Forward, graphs: Sequence[AnyGraph], per_frame: int, inputs: ForwardInputs, device: torch.device
+    ) -> None:
+        """Lay graphs that are known over the tokens of a forward that kept the order of its images.
+
+        Args:
+            forward: Where graphs and layouts are put.
+            graphs: One for each sample, of the one source.
+            per_frame: Tokens of a frame.
+            inputs: What the record read.
+            device: Where attention runs.
+        """
+        (origin,) = self._origins
+        planned = self._over(origin, _one_if_same(list(graphs)), [None] * len(graphs), per_frame, inputs, device)
+        forward.planned = (planned,)
+
+    def _over(
+        self,
+        origin: _Origin,
+        graphs: tuple[AnyGraph, ...],
+        orders: Sequence[Order],
+        per_frame: int,
+        inputs: ForwardInputs,
+        device: torch.device,
+    ) -> PlannedLayers:
+        """Lay the graphs of some layers over tokens; one for each sample, which has an order, or one for all."""
+        of_samples = zip(graphs if len(graphs) == len(orders) else graphs * len(orders), orders, strict=True)
+        pairs = [self._layout(graph, order, per_frame, inputs, device, origin.source) for graph, order in of_samples]
+        used = tuple(graph for graph, _ in pairs[: len(graphs)])
+        return PlannedLayers(origin.layers, origin.source.label, used, _one_if_same([layout for _, layout in pairs]))
 
     def _check(self, graph: object, frames: int, per_frame: int, source: Source, inputs: ForwardInputs) -> None:
         if not isinstance(graph, CovisibilityGraph | CoarseGraph):

@@ -13,13 +13,13 @@ from ..graph.arguments import integer
 from ..graph.core import checked_core
 from ..inference.memory import MemoryBudget
 from ..patching.chunks.layouts import ClosedFrames
-from ..patching.chunks.session import Outputs, Session
+from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
 from .apart import described, likeness_of
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
 from .saved import SavedScene
-from .scene import CHUNK, OpenScene
+from .scene import OpenScene
 
 
 def open_scene(
@@ -88,7 +88,9 @@ def open_scene(
             )
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
-    session = Session(model, feed=feed, read=read, fused=fused, backend=backend, memory_budget=memory_budget)
+    session = Session(
+        model, feed=feed, read=_of_any_count(read), fused=fused, backend=backend, memory_budget=memory_budget
+    )
     frame_size = session.frame_size(long_side)
     frames = open_frames(images, frame_size)
     among = frames
@@ -138,7 +140,7 @@ def open_saved_scene(
         FileNotFoundError: If there is no such file.
     """
     saved = SavedScene(Path(path))
-    session = Session(model, feed=feed, read=read, fused=fused, backend=backend)
+    session = Session(model, feed=feed, read=_of_any_count(read), fused=fused, backend=backend)
     saved.require(session)
     frame_size = saved.settings["frame_size"]
     return OpenScene(
@@ -192,6 +194,11 @@ def chosen_core(
         return *_rising(chosen), float(likeness_of(compared, compared[torch.cat(chosen)]).min())
     scores = reader.compared(Scene(len(compared), tokens=compared.to(session.device)))
     return *_rising(core.chosen(scores, 0)), None
+
+
+def _of_any_count(read: Callable[[Any], Outputs] | None) -> Callable[[Any, int], Outputs] | None:
+    """Return what reads a result as `read` does, and is told how many frames it is of."""
+    return None if read is None else lambda result, frames: read(result)
 
 
 def _rising(chosen: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:

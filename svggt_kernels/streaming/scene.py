@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import on_device
 from ..patching.chunks.layouts import ClosedFrames
-from ..patching.chunks.session import Outputs, Session
+from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import PatchSimilarity
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described, more_than_by_chance
@@ -24,9 +24,6 @@ from .outputs import OutputFolder
 from .progress import Progress
 from .saved import save_scene
 from .transfers import Downloads, Item, finished
-
-CHUNK = 32
-"""Frames of a chunk, unless told otherwise."""
 
 
 class OpenScene:

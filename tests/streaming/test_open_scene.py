@@ -249,7 +249,10 @@ def test_models_that_cannot_be_opened_say_why():
         open_scene(FAMILY["stranger"].create(), frames, core=CORE)
     with pytest.raises(ValueError, match=r"eval\(\)"):
         open_scene(copy.deepcopy(model).train(), frames, core=CORE)
-    with svggt_kernels.patch(model, covisibility="all"), pytest.raises(ValueError, match="is patched; call undo"):
+    with (
+        svggt_kernels.patch(model, covisibility="all"),
+        pytest.raises(ValueError, match="is patched already; call"),
+    ):
         open_scene(model, frames, core=CORE)
     with pytest.raises(ValueError, match="VGGT's shape"):
         open_scene(model, frames, core=CORE, memory_budget=8)

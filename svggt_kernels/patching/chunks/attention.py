@@ -108,6 +108,9 @@ class CoreAttention:
         closed: The frames of which keys and values are kept; None before they have run.
         kept: Theirs, by attention call.
         run: The forward that runs, or None.
+        kind: Device, dtype and head size of global attention; None before it has run.
+        answered: Calls of global attention answered so far, of all runs.
+        per_frame: Tokens of a frame in it; 0 before it has run.
     """
 
     def __init__(
@@ -122,13 +125,14 @@ class CoreAttention:
         self.closed: ClosedFrames | None = None
         self.kept: dict[Call, Kept] = {}
         self.run: Run | None = None
-        self._kind: tuple[torch.device, torch.dtype, int] | None = None
+        self.answered = self.per_frame = 0
+        self.kind: tuple[torch.device, torch.dtype, int] | None = None
         self._layouts = ChunkLayouts()
 
     @property
     def chosen_backend(self) -> str | None:
         """The backend that runs the global attention; None before it has run."""
-        return None if self._kind is None else choose_backend(*self._kind, self.backend)
+        return None if self.kind is None else choose_backend(*self.kind, self.backend)
 
     @property
     def kept_bytes(self) -> int:
@@ -207,7 +211,8 @@ class CoreAttention:
         # Camera heads run in float32, which the backend that was named may not take.
         backend = None
         if name in self.modules:
-            backend, self._kind = self.backend, (query.device, query.dtype, query.shape[3])
+            backend, self.kind = self.backend, (query.device, query.dtype, query.shape[3])
+            self.answered, self.per_frame = self.answered + 1, per_frame
         tokens = FrameTokens(run.frames, per_frame, trailing, query.device)
         if run.sees_itself is None:
             layout = self._of_closed(name, tokens, run.inputs)

@@ -30,10 +30,14 @@ class Budget:
         own: The fused forward that keeps to a plan.
         attention: Holds what is kept.
         gib: GiB, or "auto": what is free on the device when a run begins, less 1 GiB.
+
+    Attributes:
+        held: Bytes on the device that the caller holds beside: images and results of all frames.
     """
 
     def __init__(self, own: FusedForward, attention: CoreAttention, gib: memory.MemoryBudget) -> None:
         self.own, self.attention, self.gib = own, attention, gib
+        self.held = 0
 
     def begin(self, run: Run) -> None:
         """Leave to the forward that begins what is not needed beside it.
@@ -82,15 +86,15 @@ class Budget:
     def _allowed(self, device: torch.device, present: int) -> int:
         assert self.gib is not None
         allowed = memory.allowed(self.gib, device, present)
-        return allowed + self.attention.kept_bytes if self.gib == "auto" else allowed
+        return allowed + self.attention.kept_bytes + self.held if self.gib == "auto" else allowed
 
     def _beside_core(self, sizes: memory.Sizes, seen: int) -> int:
         """Return the bytes beside a run of the closed frames, of which so many tokens will be seen."""
-        return sizes.depth * 2 * seen * sizes.channels * sizes.product
+        return self.held + sizes.depth * 2 * seen * sizes.channels * sizes.product
 
     def _beside_chunk(self, sizes: memory.Sizes) -> int:
         """Return the bytes beside a run of a chunk."""
         kept = self.attention.kept_bytes
         own = 2 * sizes.frames * sizes.tokens * sizes.channels * sizes.product
         passing = sizes.frames * sizes.pixels * (3 * sizes.wide + memory.OUTPUTS_PER_PIXEL * sizes.heads)
-        return kept + kept // sizes.depth + own + passing
+        return self.held + kept + kept // sizes.depth + own + passing

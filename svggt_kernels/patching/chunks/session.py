@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,18 +15,21 @@ from torch import Tensor, nn
 
 from ...compiling import uncompiled
 from ...inference import memory
-from ...inference.fused_forward import FusedForward
+from ...inference.fused_forward import FusedForward, Precision
 from ...inference.memory import MemoryBudget
 from ...inference.report import InferenceReport
-from ...models import find_model
+from ...models import ForwardInputs, find_model
 from ...models.wrappers import arguments_of, each_once
 from ..forwards import Forwards
-from ..interception import StandIn
+from ..interception import StandIn, StandIns
 from ..order import frame_order
 from ..parts import FrameOrder
 from .attention import CoreAttention, Described, Run
 from .budget import Budget
 from .layouts import ClosedFrames
+
+CHUNK = 32
+"""Frames of a chunk, unless told otherwise."""
 
 TF32_EPS = 2.0**-10
 """Of TensorFloat-32, in which CUDA may compute products and convolutions of float32."""
@@ -42,14 +46,17 @@ class Session:
     Args:
         model: The model.
         feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward; None as its record says.
-        read: Reads the result of its forward into named tensors `[S, ...]`; None for `read_frames`.
+        read: Reads the result of its forward of so many frames into named tensors `[S, ...]`; None for `read_frames`.
         fused: As in `patch`.
+        precision: As in `patch`.
         backend: As in `patch`.
         memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
 
     Attributes:
         record: What is known about the model.
         autocast: Whether it is on, and its dtype: those of the time when the session was made.
+        options: Arguments of its forward by which its first frame is the reference frame.
+        inputs: What its record read of the last run of the core.
         budget: Keeps to the memory budget, if there is one.
         attention: Holds what is kept of the core.
 
@@ -62,8 +69,9 @@ class Session:
         model: nn.Module,
         *,
         feed: Callable[[Tensor], Any] | None = None,
-        read: Callable[[Any], Outputs] | None = None,
+        read: Callable[[Any, int], Outputs] | None = None,
         fused: bool | None = None,
+        precision: Precision = "upstream",
         backend: str | None = None,
         memory_budget: MemoryBudget = None,
     ) -> None:
@@ -72,6 +80,7 @@ class Session:
             "feed": feed,
             "read": read,
             "fused": fused,
+            "precision": precision,
             "backend": backend,
             "memory_budget": memory_budget,
         }
@@ -83,9 +92,9 @@ class Session:
         self.reference = self.record.reference_frame is not None
         runnable = self.record.runnable
         self._feed: Callable[[Tensor], Any] = feed or (one_sample if runnable is None else runnable.feed)
-        self._read: Callable[[Any, int], Outputs] = read_frames if read is None else lambda result, _: read(result)
+        self._read: Callable[[Any, int], Outputs] = read or read_frames
         accepted = inspect.signature(type(model).forward).parameters
-        self._options = {name: value for name, value in self.record.first_is_reference.items() if name in accepted}
+        self.options = {name: value for name, value in self.record.first_is_reference.items() if name in accepted}
 
         def full(name: str) -> str:
             return f"{path}.{name}" if path else name
@@ -102,7 +111,7 @@ class Session:
                 path,
                 tuple(attention.values()),
                 fused=fused if memory_budget is None else True,
-                precision="upstream",
+                precision=precision,
                 keep="read",
                 backend=backend,
                 memory_budget=memory_budget,
@@ -117,13 +126,26 @@ class Session:
             before, after = ((self.root.get_submodule(block), full(block)) for block in self._reorders)
             sites += FrameOrder(before, after, cast(Forwards, self)).sites()  # which asks for `running` alone
         # The model's own comes last: it stands around what a part puts in the place of the same forward.
-        self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
-        self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))
+        self._stand_ins = StandIns([*sites, (self.root, path or type(self.root).__name__, self._run_root)])
         self._turn = threading.Lock()
-        self._tokens: int | None = None
+        self.inputs: ForwardInputs | None = None
         self._runs_fused = False
+        self.follow_autocast()
+
+    def follow_autocast(self) -> None:
+        """Compute from now on in the dtype that autocast has at this moment."""
         device = self._parameter.device.type
         self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def forget(self) -> None:
+        """Drop what is kept of the core."""
+        self.attention.kept.clear()
+        self.attention.closed = None
+
+    def hold(self, held: int) -> None:
+        """Count bytes that the caller holds on the device as part of the memory budget, if there is one."""
+        if self.budget is not None:
+            self.budget.held = held
 
     def again(self) -> Session:
         """Return a new session of the same model and settings, for another core."""
@@ -195,17 +217,17 @@ class Session:
             )
         run = Run(len(frames))
         outputs = self._forward(frames, run)
-        self._tokens = run.inputs.tokens_per_frame
+        self.inputs = replace(run.inputs, images=None)
         self._runs_fused = self._own is not None and self._own.report.reason is None
         self._test(frames[: closed.full], {name: tensor[: closed.full] for name, tensor in outputs.items()})
         return outputs
 
     def frames_of_chunk(self, core_frames: Tensor) -> int | None:
         """Return how many further frames run together within the memory budget, after the core; None without one."""
-        if self.budget is None or self._tokens is None:
+        if self.budget is None or self.inputs is None or self.inputs.tokens_per_frame is None:
             return None
         itemsize = self._parameter.itemsize
-        return self.budget.frames_of_chunk(core_frames.shape, itemsize, self._tokens, self.device)
+        return self.budget.frames_of_chunk(core_frames.shape, itemsize, self.inputs.tokens_per_frame, self.device)
 
     def run_chunk(self, reference: Tensor, frames: Tensor) -> Outputs:
         """Return the outputs of further frames.
@@ -287,7 +309,7 @@ class Session:
         try:
             with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
                 images = frames.to(self.device, self._parameter.dtype)
-                result = self.model(self._feed(images), **self._options)
+                result = self.model(self._feed(images), **self.options)
                 self._check(run)
                 return self._read(result, len(frames))
         finally:
@@ -297,20 +319,13 @@ class Session:
     @contextmanager
     def _installed(self) -> Iterator[None]:
         """Inside this context the stand-ins are in the place of the model's forwards."""
-        patched = [stand_in.name for stand_in in self._stand_ins if isinstance(stand_in.in_place, StandIn)]
-        if patched:
-            raise ValueError(f"{patched[0]} is patched; call undo() on that patch first (Patch.of(model) returns it)")
         if self.model.training:
-            raise ValueError("a scene is for inference; call model.eval() first")
-        done: list[StandIn] = []
+            raise ValueError("what runs in chunks is for inference; call model.eval() first")
+        self._stand_ins.install()
         try:
-            for stand_in in self._stand_ins:
-                stand_in.install()
-                done.append(stand_in)
             yield
         finally:
-            for stand_in in reversed(done):
-                stand_in.remove()
+            self._stand_ins.remove()
 
     @uncompiled(recursive=False)
     def _run_root(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
