@@ -141,12 +141,12 @@ class Core:
             compared: What the similarity makes of all frames.
             first: The frame that is chosen first.
         """
-        both = choose_core(compared, self._closed_size, choice=self.choice, first=first)
+        both = choose_core(compared, self.chosen_size, choice=self.choice, first=first)
         return both[: self.size], both[self.size :]
 
     def spread(self, num_frames: int, reference_frame: int | None) -> tuple[Tensor, Tensor]:
         """Return both at equal distances in the order of the frames; a reference frame takes the place next to it."""
-        both = spread_evenly(num_frames, self._closed_size)
+        both = spread_evenly(num_frames, self.chosen_size)
         core = both[spread_evenly(len(both), self.size)]
         if reference_frame is not None:
             for frames in (both, core):
@@ -154,8 +154,8 @@ class Core:
         return core, both[~torch.isin(both, core)]
 
     @property
-    def _closed_size(self) -> int:
-        """Frames that are chosen: seen in full, or so many at a stride."""
+    def chosen_size(self) -> int:
+        """Frames that are chosen, to be seen in full or, a number of them, at a stride."""
         return self.size + (0 if self.coarse == "all" else self.coarse)
 
     def _chosen(self, scene: Scene) -> AnyGraph:

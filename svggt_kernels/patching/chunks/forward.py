@@ -100,7 +100,7 @@ class ChunkedForward:
             try:
                 return stand_in.original(*args, **kwargs), None
             except BudgetTooSmall as error:
-                too_small = error
+                too_small = error.with_traceback(None)  # which would keep what the forward held
             reason = f"one forward needs {too_small.least:.1f} GiB, memory_budget is {too_small.budget:.1f}"
         else:
             too_small, reason = None, f"chunk={self.chunk}"
