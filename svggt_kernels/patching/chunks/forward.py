@@ -19,10 +19,14 @@ from ...sources import SOURCES, Core, PatchSimilarity, Scene, TokenSimilarity
 from ..forwards import Forward
 from ..interception import StandIn
 from ..plan import Planner
+from .cameras import CameraHeads
 from .layouts import ClosedFrames
 from .report import ChunksReport
 from .results import WholeResult
 from .session import CHUNK, Session
+
+TOKENS = "camera tokens of "
+"""Before the name of a camera head, what its camera tokens are called among the outputs of frames."""
 
 
 class ChunkedForward:
@@ -65,14 +69,18 @@ class ChunkedForward:
         }
         if (reason := not_closed(planner)) is not None:
             raise ValueError(f"in chunks frames see a core and themselves, {reason}; give a Core, or leave chunk out")
+        self._heads = CameraHeads(self.model)
+        self._places: dict[str, dict[str, int]] = {}
+        self._over: dict[str, Callable[[Tensor], list[Tensor]]] = {}
+        self._derived: dict[tuple[Any, ...], bool] = {}
         self._result: WholeResult | None = None
         self._session: Session | None = self._new_session()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_result": None}
+        return {**self.__dict__, "_session": None, "_result": None, "_over": {}}
 
     def _new_session(self) -> Session:
-        return Session(self.model, feed=self._feed, read=self._read, **self._settings)
+        return Session(self.model, feed=self._feed, read=self._read, parts=[self._heads], **self._settings)
 
     @property
     def session(self) -> Session:
@@ -120,11 +128,55 @@ class ChunkedForward:
 
     def _feed(self, frames: Tensor) -> Tensor:
         assert self._result is not None
+        self._heads.runs.clear()
         return self._result.feed(frames)
 
     def _read(self, result: Any, frames: int) -> dict[str, Tensor]:
+        """Read a result; beside its tensors also the camera tokens of the heads that gave some of them."""
         assert self._result is not None
-        return self._result.read(result, frames)
+        named = self._result.read(result, frames)
+        self._places = self._heads.places(self._result.leaves)
+        for name, run in self._heads.runs.items():
+            if run is not None and name in self._places:
+                named[TOKENS + name], self._over[name] = run.tokens[0], run.over
+        self._heads.runs.clear()
+        self._result.leaves.clear()
+        return named
+
+    def _joined(self, core: Tensor, outputs: dict[str, Tensor]) -> dict[str, dict[str, int]]:
+        """Return the camera heads that run over all frames at once, and which outputs are theirs.
+
+        They are those that give the core, by its camera tokens alone, what they gave in its run, if no other output
+        follows from theirs: such an output would stay as the chunks give it.
+
+        Args:
+            core: Its frames.
+            outputs: Theirs.
+        """
+        session, places = self.session, self._places
+        if not places:
+            return {}
+        key = core.shape[-2:], session.dtype
+        if key not in self._derived:
+            plain, disturbed = self._last_again(core, False), self._last_again(core, True)
+            others = set(plain) - {leaf for of_head in places.values() for leaf in of_head}
+            self._derived[key] = not all(session.agree(plain[name], disturbed[name]) for name in others)
+        if self._derived[key]:
+            return {}
+        joined = {}
+        for head, leaves in places.items():
+            results = self._over[head](outputs[TOKENS + head][None])
+            if all(session.agree(outputs[leaf], results[place][0]) for leaf, place in leaves.items()):
+                joined[head] = leaves
+        return joined
+
+    def _last_again(self, core: Tensor, disturbed: bool) -> dict[str, Tensor]:
+        """Return the outputs of the last frame of the core in a chunk."""
+        self._heads.disturbed = disturbed
+        try:
+            return self.session.run_chunk(core[:1], core[-1:])
+        finally:
+            self._heads.disturbed = False
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str) -> tuple[Any, Forward] | None:
         """Run one forward, with no stand-in in the model; None if all frames are closed, so that nothing is gained.
@@ -153,6 +205,7 @@ class ChunkedForward:
                 return self._run(forward, images, graphs, reason)
         finally:
             session.forget()
+            self._heads.runs.clear()
             self._result = None
 
     def _run(self, forward: Forward, images: Tensor, graphs: list[AnyGraph], reason: str) -> tuple[Any, Forward] | None:
@@ -163,26 +216,36 @@ class ChunkedForward:
             return None
         present = images.nbytes if images.device == session.device else 0
         answered, chunks, kept, chunk = session.attention.answered, 0, 0.0, self.chunk or CHUNK
+        joined: dict[str, dict[str, int]] = {}
         for sample, (places, closed) in enumerate(of_samples):
             frames = images[sample]
             core, others = frames[places], _others(places, len(frames))
             session.hold(present + whole.nbytes)
-            whole.put(sample, places, session.run_core(core, closed))
+            outputs = session.run_core(core, closed)
+            whole.put(sample, places, outputs)
             session.hold(present + whole.nbytes)
             kept = max(kept, session.attention.kept_bytes / GIB)
             chunk = self.chunk or session.frames_of_chunk(core) or CHUNK
+            joined = self._joined(core, outputs)
+            del outputs
             for some in others.split(chunk) if len(others) else ():
                 whole.put(sample, some, session.run_chunk(core[:1], frames[some]))
                 chunks += 1
+            for head, leaves in joined.items():
+                results = self._over[head](whole.of_sample(TOKENS + head, sample)[None])
+                every = torch.arange(len(frames), device=places.device)
+                whole.put(sample, every, {leaf: results[place][0] for leaf, place in leaves.items()})
         assert session.inputs is not None and session.attention.kind is not None
         inputs, device = session.inputs, session.attention.kind[0]
         self.planner.plan_graphs(forward, graphs, session.attention.per_frame, inputs, device)
         forward.kind = session.attention.kind
         forward.answered["in chunks"] = session.attention.answered - answered
         _, closed = max(of_samples, key=lambda of_sample: of_sample[1].count)
-        forward.chunks = ChunksReport(
-            reason, chunk, chunks, closed.full, closed.coarse, kept, tuple(session.attention.followers)
+        closed_over_core = tuple(
+            name for name in session.attention.followers if not any(name.startswith(f"{head}.") for head in joined)
         )
+        forward.dense = set(session.attention.followers) - set(closed_over_core)
+        forward.chunks = ChunksReport(reason, chunk, chunks, closed.full, closed.coarse, kept, closed_over_core)
         forward.inputs = ForwardInputs(None, images.shape[1])
         return whole.whole(), forward
 

@@ -31,6 +31,9 @@ class WholeResult:
     Args:
         images: All frames, `[B, S, 3, H, W]`.
         model: What messages call the model.
+
+    Attributes:
+        leaves: The tensors of frames in the result that was read last, as they were there, by name.
     """
 
     def __init__(self, images: Tensor, model: str) -> None:
@@ -38,6 +41,7 @@ class WholeResult:
         self._fed: Tensor | None = None
         self._form: Any = None
         self._tensors: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +60,7 @@ class WholeResult:
             ValueError: If it holds something else that belongs to no frame, or other things than before.
         """
         tensors: dict[str, Tensor] = {}
+        self.leaves = {}
 
         def at(name: str, value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -63,7 +68,7 @@ class WholeResult:
                 if fed is not None and value.shape == fed.shape and value.data_ptr() == fed.data_ptr():
                     return Place(None)
                 if value.shape[:2] == (1, frames):
-                    tensors[name] = value[0]
+                    self.leaves[name], tensors[name] = value, value[0]
                     return Place(name)
             elif isinstance(value, PLAIN):
                 return value
@@ -95,6 +100,10 @@ class WholeResult:
             if name not in self._tensors:
                 self._tensors[name] = tensor.new_empty(*self.images.shape[:2], *tensor.shape[1:])
             self._tensors[name][sample].index_copy_(0, places.to(tensor.device), tensor)
+
+    def of_sample(self, name: str, sample: int) -> Tensor:
+        """Return what was put of a sample under a name, `[S, ...]`."""
+        return self._tensors[name][sample]
 
     def whole(self) -> Any:
         """Return the result for all frames, in the form of the parts'."""

@@ -23,7 +23,7 @@ from ...models.wrappers import arguments_of, each_once
 from ..forwards import Forwards
 from ..interception import StandIn, StandIns
 from ..order import frame_order
-from ..parts import FrameOrder
+from ..parts import FrameOrder, Part
 from .attention import CoreAttention, Described, Run
 from .budget import Budget
 from .layouts import ClosedFrames
@@ -51,6 +51,7 @@ class Session:
         precision: As in `patch`.
         backend: As in `patch`.
         memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
+        parts: Further parts that stand in for modules while it runs.
 
     Attributes:
         record: What is known about the model.
@@ -74,6 +75,7 @@ class Session:
         precision: Precision = "upstream",
         backend: str | None = None,
         memory_budget: MemoryBudget = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         self._arguments: dict[str, Any] = {
             "model": model,
@@ -83,6 +85,7 @@ class Session:
             "precision": precision,
             "backend": backend,
             "memory_budget": memory_budget,
+            "parts": parts,
         }
         memory.check(memory_budget)
         if memory_budget is not None and fused is False:
@@ -125,6 +128,7 @@ class Session:
         if self._reorders is not None:
             before, after = ((self.root.get_submodule(block), full(block)) for block in self._reorders)
             sites += FrameOrder(before, after, cast(Forwards, self)).sites()  # which asks for `running` alone
+        sites += [site for part in parts for site in part.sites()]
         # The model's own comes last: it stands around what a part puts in the place of the same forward.
         self._stand_ins = StandIns([*sites, (self.root, path or type(self.root).__name__, self._run_root)])
         self._turn = threading.Lock()
@@ -281,9 +285,7 @@ class Session:
         last = frames[-1:]
         again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
         for name, tensor in outputs.items():
-            both = (each.cpu().double() for each in (tensor[-1], again[name][0]))
-            expected, actual = (each.sign() * each.abs().log1p() for each in both)
-            error, size = float((actual - expected).norm()), float(expected.norm())
+            error, size = _deviation(tensor[-1], again[name][0])
             if not math.isfinite(size):
                 raise ValueError(
                     f"what {type(self.model).__name__} says of a frame of the core must be finite, but its {name} is "
@@ -295,6 +297,11 @@ class Session:
                     f"others gets another {name} (by {error / max(size, 1e-300):.2g} of its size), so something in it "
                     "looks across frames that does not follow the core; use patch(model), which runs all frames at once"
                 )
+
+    def agree(self, expected: Tensor, actual: Tensor) -> bool:
+        """Whether two outputs agree to half of the digits with which the model computes."""
+        error, size = _deviation(expected, actual)
+        return error <= self.eps**0.5 * size
 
     def _forward(self, frames: Tensor, run: Run) -> Outputs:
         """Run the model on frames `[S, 3, H, W]` and return its outputs.
@@ -362,6 +369,13 @@ class Session:
                 f"{self.record.name} chose another reference frame than the first of its frames, which a scene needs; "
                 f"give the model a forward that takes {self.record.first_is_reference}"
             )
+
+
+def _deviation(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+    """Return how far an output is from another, and how large that is, both compressed by the logarithm."""
+    both = (each.cpu().double() for each in (expected, actual))
+    expected, actual = (each.sign() * each.abs().log1p() for each in both)
+    return float((actual - expected).norm()), float(expected.norm())
 
 
 def one_sample(
