@@ -180,9 +180,10 @@ def chosen_core(
     if reader is None and similarity is not None and similarity.needs == "tokens":
         raise ValueError(f'a scene reads tokens for Core(by="tokens") and "patches" alone, got {similarity.by}')
     with Progress("descriptors", count, tell) as progress:
-        count = 0
+        count, first = 0, torch.empty(0)
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
-            made = described(similarity, part) if reader is None else session.describe(part, reader.read)
+            reference, first = (first, first) if count else (part[:0], part[:1].clone())
+            made = described(similarity, part) if reader is None else session.describe(reference, part, reader.read)
             parts.append(None if made is None else made.to("cpu"))
             count += len(part)
             progress.add(len(part))

@@ -11,10 +11,10 @@ import torch
 from closed_core import joint
 from doubles import FAMILY, HEIGHT, PATCH, WIDTH, StreamVGGT, images
 from doubles import vggt as double_of_vggt
-from tiers import every, full
+from tiers import every
 from torch import Tensor, nn
 
-from svggt_kernels import Core, OpenScene, open_saved_scene, open_scene
+from svggt_kernels import CoarseGraph, Core, OpenScene, open_saved_scene, open_scene, patch
 from svggt_kernels.coarse import patches_seen
 from svggt_kernels.demo.model import RoomsModel
 
@@ -117,11 +117,10 @@ def test_a_larger_core_is_behind_the_core_and_before_frames_at_a_stride():
     same(larger.add(frames[[3]]), {name: tensor[[3]] for name, tensor in expected.items()})
 
 
-@full
-def test_frames_are_chosen_as_a_patch_chooses_them():
-    from svggt_kernels import CoarseGraph, patch
-
-    core, model = Core(3, by="thumbnails", coarse=2, stride=2), toy()
+@pytest.mark.parametrize("by", every(2, ["tokens", "thumbnails", "patches"]))
+def test_frames_are_chosen_as_a_patch_chooses_them(by: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("svggt_kernels.streaming.opening.CHUNK", 3)
+    core, model = Core(3, by=by, coarse=2, stride=2), toy()
     scene = open_scene(model, FRAMES, core=core)
     with torch.no_grad(), patch(model, covisibility=core) as handle:
         model(FRAMES[None])

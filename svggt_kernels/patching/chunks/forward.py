@@ -290,18 +290,16 @@ class ChunkedForward:
         )
 
     def _tokens(self, frames: Tensor) -> Tensor:
-        """Return what describes frames by the model's tokens, the reference frame told apart as in one forward."""
+        """Return what describes frames by the model's tokens, as these are in one forward."""
         similarity = getattr(self.planner.source, "similarity", None)
         reader = similarity if isinstance(similarity, TokenSimilarity | PatchSimilarity) else None
         size = min(self.chunk or CHUNK, CHUNK)
 
-        def described(some: Tensor) -> Tensor:
-            return self.session.describe(some, lambda tokens: tokens if reader is None else reader.read(tokens))
+        def described(some: Tensor, first: bool) -> Tensor:
+            reference = frames[: 0 if first else 1]
+            return self.session.describe(reference, some, lambda x: x if reader is None else reader.read(x))
 
-        if not self.session.reference:
-            return torch.cat([described(some) for some in frames.split(size)])
-        parts = [described(torch.cat([frames[:1], some])) for some in frames[1:].split(size)]
-        return torch.cat([parts[0][:1], *(part[1:] for part in parts)])
+        return torch.cat([described(some, place == 0) for place, some in enumerate(frames.split(size))])
 
     def _closed(self, graph: AnyGraph) -> tuple[Tensor, ClosedFrames]:
         """Return the closed frames of a graph, the reference frame first, and how many of them are seen how.

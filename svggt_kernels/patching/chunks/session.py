@@ -243,19 +243,21 @@ class Session:
         """
         return self._run_chunk(reference, frames, (True,) * len(frames))
 
-    def describe(self, frames: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    def describe(self, reference: Tensor, frames: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what is read of the patch tokens of frames as they enter the first attention across frames.
 
-        Each part of the frames that is described counts its own first frame as reference.
-
         Args:
+            reference: The first of all frames, `[1, 3, H, W]`, which models whose first frame sets the axes run too;
+                none, `[0, 3, H, W]`, where `frames` begins with it.
             frames: `[n, 3, H, W]` in [0, 1].
             read: What is read of these tokens, `[n, P, C]`.
         """
+        first = len(reference) if self.reference else 0
+        both = torch.cat([reference.to(frames), frames]) if first else frames
         try:
-            self._forward(frames, Run(len(frames), describes=read))
+            self._forward(both, Run(len(both), describes=read))
         except Described as described:
-            return described.tokens
+            return described.tokens[first:]
         raise AssertionError("a forward without global attention is refused")
 
     def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
