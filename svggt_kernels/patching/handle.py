@@ -205,8 +205,8 @@ class Patch:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nothing stands in for modules of the model inside this context, and nothing else runs them."""
-        with self._forwards.turn("it cannot be called now"), self._stand_ins.removed():
+        """Only `_run_whole` stands in for a module inside this context, and nothing else runs the model."""
+        with self._forwards.turn("it cannot be called now"), self._stand_ins.last_alone():
             self._last = None
             yield
 

@@ -31,6 +31,9 @@ class StandIn:
         module: The module whose forward is replaced.
         name: What messages call the module.
         around: Called with this object and the arguments of forward; a method that can be pickled.
+
+    Attributes:
+        alone: Whether it is the only one of its patch in place, so that others may stand in around it.
     """
 
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -39,6 +42,7 @@ class StandIn:
         self.around = around
         # Other tools (offloading hooks) put forwards on instances too, and a patch several; they run inside this one.
         self.replaced: Callable[..., Any] | None = None
+        self.alone = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the module's forward.
@@ -120,13 +124,18 @@ class StandIns:
             )
 
     @contextmanager
-    def removed(self) -> Iterator[None]:
-        """Inside this context the modules have the forwards that they had."""
+    def last_alone(self) -> Iterator[None]:
+        """Inside this context the modules have the forwards that they had, but for the last stand-in."""
         self.require_in_place("call the model")
+        last = self._all[-1]
         self.remove()
+        last.install()
+        last.alone = True
         try:
             yield
         finally:
+            last.remove()
+            last.alone = False
             self.install()
 
     def install(self) -> None:
@@ -136,7 +145,7 @@ class StandIns:
             ValueError: If another patch is there.
         """
         for stand_in in self._all:
-            if isinstance(stand_in.in_place, StandIn):
+            if isinstance(stand_in.in_place, StandIn) and not stand_in.in_place.alone:
                 raise ValueError(
                     f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -236,6 +237,33 @@ def test_a_forward_that_raised_leaves_the_patch_as_it_was():
             model(FRAMES[:, :2])
         assert handle.report().backend is None
         torch.testing.assert_close(model(FRAMES)["depth"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["vggt", "pi3"])
+def test_another_thread_is_told_that_a_forward_runs(name: str):
+    """It does not find the model without its patch, between chunks or in one."""
+    model, told = FAMILY[name].create(), []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                model(images(10))
+        except RuntimeError as error:
+            told.append(str(error))
+
+    def call_from_elsewhere(*_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        expected = model(images(10))
+        hook = next(model.children()).register_forward_hook(call_from_elsewhere)
+        torch.testing.assert_close(model(images(10)), expected)
+        hook.remove()
+    assert len(told) == 4
+    assert all("is running already" in text for text in told)
 
 
 # What is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,6 +45,7 @@ class ChunkedForward:
     Attributes:
         model: The module whose forward is run in chunks.
         chunk: Frames of a chunk, if that was given.
+        thread: The thread that runs chunks now, or None.
 
     Raises:
         ValueError: If the graphs of the planner are not those of a closed core, or the model is not known.
@@ -69,6 +71,7 @@ class ChunkedForward:
         }
         if (reason := not_closed(planner)) is not None:
             raise ValueError(f"in chunks frames see a core and themselves, {reason}; give a Core, or leave chunk out")
+        self.thread: int | None = None
         self._heads = CameraHeads(self.model)
         self._places: dict[str, dict[str, int]] = {}
         self._over: dict[str, Callable[[Tensor], list[Tensor]]] = {}
@@ -77,7 +80,7 @@ class ChunkedForward:
         self._session: Session | None = self._new_session()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_result": None, "_over": {}}
+        return {**self.__dict__, "_session": None, "_result": None, "_over": {}, "thread": None}
 
     def _new_session(self) -> Session:
         return Session(self.model, feed=self._feed, read=self._read, parts=[self._heads], **self._settings)
@@ -102,9 +105,12 @@ class ChunkedForward:
             stand_in: Runs one forward of all frames.
             args: Arguments of the model's forward.
             kwargs: Likewise.
-            alone: Inside this context nothing stands in for modules of the model.
+            alone: Inside this context nothing but this method stands in for modules of the model; raises where a
+                forward runs in another thread.
         """
-        if self.chunk is None:
+        if self.thread == threading.get_ident():  # which runs chunks
+            return stand_in.original(*args, **kwargs), None
+        if self.chunk is None and self.thread is None:
             try:
                 return stand_in.original(*args, **kwargs), None
             except BudgetTooSmall as error:
@@ -114,7 +120,11 @@ class ChunkedForward:
             too_small, reason = None, f"chunk={self.chunk}"
         try:
             with alone():
-                done = self.run(args, kwargs, reason)
+                self.thread = threading.get_ident()
+                try:
+                    done = self.run(args, kwargs, reason)
+                finally:
+                    self.thread = None
         except ValueError as error:
             if too_small is None:
                 raise

@@ -132,6 +132,7 @@ class Session:
         # The model's own comes last: it stands around what a part puts in the place of the same forward.
         self._stand_ins = StandIns([*sites, (self.root, path or type(self.root).__name__, self._run_root)])
         self._turn = threading.Lock()
+        self._thread: int | None = None
         self.inputs: ForwardInputs | None = None
         self._runs_fused = False
         self.follow_autocast()
@@ -313,7 +314,7 @@ class Session:
         """
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("this scene is running already; a scene runs one chunk at a time")
-        self.attention.run = run
+        self.attention.run, self._thread = run, threading.get_ident()
         enabled, dtype = self.autocast
         try:
             with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
@@ -340,7 +341,11 @@ class Session:
     def _run_root(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run the module that runs all global attention."""
         run = self.attention.run
-        assert run is not None
+        if run is None or self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"{stand_in.name} is running already, in chunks of another thread; give each thread its own "
+                "copy.deepcopy(model)"
+            )
         run.inputs = self.record.read(self.root, arguments_of(self.root, args, kwargs))
         if run.inputs.frames not in (None, run.frames):
             raise ValueError(
