@@ -134,7 +134,7 @@ class Derived(nn.Module):
         return outputs | {"centres": outputs["pose_enc"][..., :3] * 2}
 
 
-@pytest.mark.parametrize("kind", ["derived", "twice", "copied"])
+@pytest.mark.parametrize("kind", every(3, ["derived", "twice", "copied"]))
 def test_camera_heads_follow_the_core_where_they_cannot_be_joined(kind: str):
     model, frames = Derived(kind).double().eval(), FRAMES.double()
     expected = joint(model, frames, CORE_FRAMES)
@@ -193,7 +193,7 @@ def test_results_that_cannot_be_put_together_are_refused(returned: Callable[...,
         model(images(10))
 
 
-@pytest.mark.parametrize("by", ["tokens", "patches", "thumbnails"])
+@pytest.mark.parametrize("by", every(3, ["tokens", "patches", "thumbnails"]))
 def test_the_core_is_that_of_one_forward(by: str):
     model, graphs = toy(), []
     for chunk in (None, 2):
@@ -239,7 +239,7 @@ def test_a_forward_that_raised_leaves_the_patch_as_it_was():
         torch.testing.assert_close(model(FRAMES)["depth"], expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["vggt", "pi3"])
+@pytest.mark.parametrize("name", every(2, ["pi3", "vggt"]))
 def test_another_thread_is_told_that_a_forward_runs(name: str):
     """It does not find the model without its patch, between chunks or in one."""
     model, told = FAMILY[name].create(), []
