@@ -29,6 +29,9 @@ from .graph.coarse import CoarseGraph
 from .layout import BlockLayout, FrameTokens, on_device
 from .streams import StreamOrder
 
+MOST_PARTS = 3
+"""Parts of keys: in full, special tokens and patches of frames that are seen coarsely."""
+
 
 @dataclass(frozen=True, eq=False)
 class KeyPart:

@@ -52,6 +52,8 @@ class FusedForward:
     Attributes:
         reference: Whether frame 0 of the forwards to come is the reference frame; the model's own forward knows no
             other, so if not, a report with a reason says that what was computed is of no use.
+        key_parts: Over how many parts of keys global layers attend in the forwards to come, and how many keys are
+            packed for one of them, as `memory.Sizes` counts them.
 
     Raises:
         ValueError: If residuals should be bfloat16, or a budget is given, and the model is not of VGGT's shape.
@@ -73,6 +75,7 @@ class FusedForward:
         self.aggregator = aggregator
         self.fused = fused
         self.reference = True
+        self.key_parts = (1, 0)
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.budget = memory_budget
         self._obstacle = obstacle_of_aggregator(aggregator)
@@ -214,6 +217,8 @@ class FusedForward:
             present=sum(present.values()) + math.prod(shape) * itemsize,
             casts=sum(p.numel() * product.itemsize for p in cast),
             tokens_describe=tokens_describe,
+            parts=self.key_parts[0],
+            packed=self.key_parts[1],
         )
 
     @uncompiled(recursive=False)

@@ -48,6 +48,22 @@ OUTPUTS_PER_PIXEL = 16
 """What it returns for each pixel: a point and its confidence, in float32."""
 
 
+class BudgetTooSmall(ValueError):
+    """No plan of a forward fits its budget.
+
+    Attributes:
+        least: The least budget that one fits, in GiB.
+        budget: What was given, in GiB.
+    """
+
+    def __init__(self, message: str, least: float, budget: float) -> None:
+        super().__init__(message)
+        self.least, self.budget = least, budget
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.least, self.budget)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of one forward from which its memory follows.
@@ -67,6 +83,8 @@ class Sizes:
         present: Bytes that are there when the forward begins: weights and images.
         casts: Bytes of the weights that autocast keeps in its dtype.
         tokens_describe: Whether the graph is made of the tokens that enter the first global attention.
+        parts: Parts of keys over which a global layer attends, one after another, before they are merged.
+        packed: Keys of all samples that are copied for one of these parts.
     """
 
     samples: int
@@ -83,6 +101,8 @@ class Sizes:
     present: int
     casts: int
     tokens_describe: bool = False
+    parts: int = 1
+    packed: int = 0
 
     @property
     def output(self) -> int:
@@ -137,15 +157,17 @@ def make_plan(sizes: Sizes, budget: int) -> Plan:
     and frames that run together are halved, both, up to four times.
 
     Raises:
-        ValueError: If no plan fits; the message says what the least budget is.
+        BudgetTooSmall: If no plan fits.
     """
     for plan in _plans(sizes):
         if plan.peak_bytes <= budget:
             return plan
-    raise ValueError(
+    raise BudgetTooSmall(
         f"memory_budget must be at least {least(sizes):.1f} GiB for {sizes.frames} frames of {sizes.tokens} tokens"
         + (f" in each of {sizes.samples} samples" if sizes.samples > 1 else "")
-        + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"'
+        + f', got {budget / GIB:.2f} GiB; give fewer or smaller images, or precision="bf16"',
+        least(sizes),
+        budget / GIB,
     )
 
 
@@ -194,6 +216,11 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     of_embedding = of_images + 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
     attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
+    if (
+        sizes.parts > 1
+    ):  # the output and log-sum-exp of each; then what is merged, or before that keys and values of one
+        attention += sizes.parts * (product + tokens * BYTES_PER_TOKEN)
+        attention += max(0, 2 * sizes.packed * sizes.channels * sizes.product - product)
     # Beside it, as the last global block runs, the outputs that stay; of the last layer nothing but what enters.
     earlier = sizes.output * sum(layer != sizes.depth - 1 for layer in staying)
 

@@ -9,11 +9,13 @@ from typing import Literal
 from torch import nn
 
 from .. import backends
+from ..graph.arguments import integer
 from ..inference import memory
 from ..inference.fused_forward import FusedForward, Outputs, Precision
 from ..models import find_model, stated_record
 from ..models.wrappers import each_once, named_modules
 from ..sources import PerLayer
+from .chunks.forward import ChunkedForward, not_closed
 from .handle import Patch
 from .plan import Covisibility, Planner
 
@@ -27,6 +29,7 @@ def patch(
     fused: bool | None = None,
     precision: Precision = "upstream",
     outputs: Outputs = "read",
+    chunk: int | None = None,
     memory_budget: memory.MemoryBudget = None,
     modules: Iterable[str | nn.Module] | None = None,
     tokens_per_frame: int | None = None,
@@ -78,10 +81,19 @@ def patch(
             bfloat16, which halves them and deviates (docs/whole-model.md). Needs a model of VGGT's shape.
         outputs: "read": of VGGT's layer outputs the fused forward keeps those that the heads of `model` read; "all":
             all of them, as the model does.
+        chunk: Run the core of each forward once, and all other frames so many at a time, as `open_scene` does: memory
+            on the device then follows the core and the chunk, and what is returned. Needs a closed core (`Core` without
+            `nearest`, with no or a number of `coarse`; `CovisibilityGraph.core`), inference, and images as the only
+            argument of `model` itself; a module inside it that is called by itself runs all frames at once. VGGT's
+            camera head runs once over all frames, as in one forward; what else looks across frames beside global
+            attention follows the core (docs/many-photos.md). None: one forward of all frames, unless `memory_budget`
+            says otherwise.
         memory_budget: What one forward may allocate on the device in all, in GiB; weights and images count. To keep to
             it, kept layer outputs wait in host memory until heads read them, and fewer tokens and frames run together;
             what is computed is the same up to rounding. "auto": what is free on the CUDA device when a forward begins,
             less 1 GiB. None: whatever it takes. Needs CUDA, `outputs="read"` and VGGT's shape (docs/whole-model.md).
+            Where one forward of all frames does not fit and they see a closed core, they run in chunks of as many as
+            fit; with `chunk`, of so many.
         modules: The global attention modules of a model that no record knows: modules of `model`, or their names.
         tokens_per_frame: With `modules`, the tokens P of a frame, special ones included. Not needed if `covisibility`
             gives graphs, whose number of frames tells.
@@ -143,10 +155,14 @@ def patch(
             'use patch(model, special_tokens="masked"), or leave it out'
         )
     dense_special = False if record.causal else None if special_tokens is None else special_tokens == "dense"
-    frames_in_full = None
-    if memory_budget is not None:
-        frames_in_full = "no plan of memory_budget counts what that needs; leave memory_budget out"
-    planner = Planner(record, covisibility, dense_special, len(attention), frames_in_full)
+    if chunk is not None:
+        chunk = integer("chunk", chunk, 1)
+        if modules is not None or outputs == "all":
+            raise ValueError(
+                "chunk needs a model that a record knows, and heads that read its layer outputs; leave out "
+                + ("modules" if modules is not None else 'outputs="all"')
+            )
+    planner = Planner(record, covisibility, dense_special, len(attention), counted=memory_budget is not None)
     own = None
     if fused is not False:
         own = FusedForward(
@@ -159,4 +175,9 @@ def patch(
             backend=backend,
             memory_budget=memory_budget,
         )
-    return Patch(root, path, attention, planner, backend, own)
+    chunks = None
+    if chunk is not None or (memory_budget is not None and modules is None and not_closed(planner) is None):
+        chunks = ChunkedForward(
+            model, planner, chunk, fused=fused, precision=precision, backend=backend, memory_budget=memory_budget
+        )
+    return Patch(root, path, attention, planner, backend, own, chunks)

@@ -21,6 +21,7 @@ from ..compiling import uncompiled
 from ..graph import AnyGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs
+from .chunks.report import ChunksReport
 from .masks import CheckedMasks
 
 FORWARDS_KEPT = 16
@@ -68,6 +69,7 @@ class Forward:
         word_sums: Sums that tell the content of each sample's images, where a graph is kept for it.
         masks: The masks of its attention that were checked, by the layouts that they were checked for.
         awaiting: Names of modules that ran without gradients though these were on: backward will run them again.
+        chunks: How it ran in chunks; None if it ran as one.
         nodes: Numbers of the autograd nodes made in it.
         caller: The thread and the backward that run it.
     """
@@ -87,6 +89,7 @@ class Forward:
     word_sums: list[Tensor] = field(default_factory=list)
     masks: dict[PlannedLayers, CheckedMasks] = field(default_factory=dict)
     awaiting: set[str] = field(default_factory=set)
+    chunks: ChunksReport | None = None
     nodes: range = range(0)
     caller: tuple[int, int] = (0, -1)
 

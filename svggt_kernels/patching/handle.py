@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from ..inference.fused_forward import FusedForward
 from ..layout import BlockLayout
 from ..models import ForwardInputs
 from ..models.wrappers import arguments_of
+from .chunks.forward import ChunkedForward
 from .forwards import Forward, Forwards, PlannedLayers
 from .graph_attention import GraphAttention
-from .interception import StandIn
+from .interception import StandIn, StandIns
 from .parts import FrameOrder, Part, UnknownAttention
 from .plan import Planner
 from .report import LayersReport, PatchReport
@@ -44,13 +47,14 @@ class Patch:
         planner: Planner,
         backend: str | None,
         own: FusedForward | None,
+        chunks: ChunkedForward | None = None,
     ) -> None:
         def full(name: str) -> str:
             return f"{path}.{name}" if path else name
 
         self.record = planner.record
         self.modules = tuple(full(name) for name in attention)
-        self._planner, self._backend, self._own = planner, backend, own
+        self._planner, self._backend, self._own, self._chunks = planner, backend, own, chunks
         name = path or type(root).__name__
         self._forwards = Forwards(name)
         modules = dict(zip(self.modules, attention.values(), strict=True))
@@ -64,15 +68,11 @@ class Patch:
             parts.append(FrameOrder(before, after, self._forwards))
         # The model's own comes last: it stands around what a part puts in the place of the same forward.
         sites = [site for part in parts for site in part.sites()]
-        self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
-        self._stand_ins.append(StandIn(root, name, self._run_model))
-        for stand_in in self._stand_ins:
-            if isinstance(stand_in.in_place, StandIn):
-                raise ValueError(
-                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
-                )
-        for stand_in in self._stand_ins:
-            stand_in.install()
+        sites.append((root, name, self._run_model))
+        if chunks is not None:
+            sites.append((chunks.model, type(chunks.model).__name__, self._run_whole))
+        self._stand_ins = StandIns(sites)
+        self._stand_ins.install()
         self._installed = True
         self._last: Forward | None = None
 
@@ -99,11 +99,7 @@ class Patch:
         """
         if not self._installed:
             raise RuntimeError("this patch was undone already; patch(model) makes a new one")
-        covered = [stand_in.name for stand_in in self._stand_ins if stand_in.in_place not in self._stand_ins]
-        if covered:
-            raise RuntimeError(
-                f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then undo()"
-            )
+        self._stand_ins.require_in_place("undo()")
         with self._forwards.turn("the patch cannot be undone now"):
             if awaiting := self._forwards.awaiting:
                 warnings.warn(
@@ -111,8 +107,7 @@ class Patch:
                     f"and {len(awaiting) - 1} other modules again, dense now; call backward() first, then undo()",
                     stacklevel=2,
                 )
-            for stand_in in reversed(self._stand_ins):
-                stand_in.remove()
+            self._stand_ins.remove()
             self._installed = False
             self._forwards.forget()
             self._planner.forget()
@@ -150,7 +145,8 @@ class Patch:
         """
         with self._forwards.pause() as paused:
             last = self._last if paused else None
-            forward, own = last or Forward(ForwardInputs(None, None)), None if last is None else self._own
+            forward = last or Forward(ForwardInputs(None, None))
+            own = None if last is None else self._own if forward.chunks is None else self._chunks
             chosen, passed_over = None, {}
             if forward.kind is not None:
                 chosen = choose_backend(*forward.kind, self._backend)
@@ -167,6 +163,7 @@ class Patch:
                 passed_over=passed_over,
                 step_seconds=dict(forward.seconds),
                 inference=None if own is None else own.report,
+                chunks=forward.chunks,
             )
 
     def __repr__(self) -> str:
@@ -197,6 +194,23 @@ class Patch:
         return planned[0]
 
     @uncompiled(recursive=False)
+    def _run_whole(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
+        """Run the whole model, in chunks where that is asked for or one forward of all frames does not fit."""
+        assert self._chunks is not None
+        output, forward = self._chunks.around(stand_in, args, kwargs, self._alone)
+        if forward is not None:
+            self._last = forward
+            self._attention.calls += sum(forward.answered.values())
+        return output
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only `_run_whole` stands in for a module inside this context, and nothing else runs the model."""
+        with self._forwards.turn("it cannot be called now"), self._stand_ins.last_alone():
+            self._last = None
+            yield
+
+    @uncompiled(recursive=False)
     def _run_model(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run one forward of the model and check that every patched attention was answered in it."""
         with self._forwards.turn("it cannot be called now"):
@@ -223,9 +237,10 @@ class Patch:
         """Read the arguments of a forward, and plan what can be planned before it runs."""
         inputs = self.record.read(root, arguments_of(root, args, kwargs))
         forward = Forward(inputs, recomputable=torch.is_grad_enabled(), reorders=self._reorders is not None)
-        if self._own is not None:
-            self._own.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens, self._attention)
         self._planner.begin(forward)
+        if self._own is not None:
+            self._own.key_parts = self._planner.key_parts(inputs)
+            self._own.begin(inputs.images, inputs.tokens_per_frame, self._planner.describes_tokens, self._attention)
         return forward
 
 

@@ -6,7 +6,8 @@ Both act on one instance: its class, its parameters and PyTorch's functions stay
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,9 @@ class StandIn:
         module: The module whose forward is replaced.
         name: What messages call the module.
         around: Called with this object and the arguments of forward; a method that can be pickled.
+
+    Attributes:
+        alone: Whether it is the only one of its patch in place, so that others may stand in around it.
     """
 
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -38,6 +42,7 @@ class StandIn:
         self.around = around
         # Other tools (offloading hooks) put forwards on instances too, and a patch several; they run inside this one.
         self.replaced: Callable[..., Any] | None = None
+        self.alone = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the module's forward.
@@ -91,6 +96,66 @@ class StandIn:
                 "(nn.DataParallel and copy.copy make such), and would run the weights of the original; "
                 "copy before patch(), or use copy.deepcopy(model), which is patched by itself"
             )
+
+
+class StandIns:
+    """All that stands in for modules of one model, in the order of installation: of several for a module the last runs.
+
+    Args:
+        sites: Modules, their names and what runs around their forwards.
+    """
+
+    def __init__(self, sites: Iterable[tuple[nn.Module, str, Callable[..., Any]]]) -> None:
+        self._all = [StandIn(module, name, around) for module, name, around in sites]
+
+    def require_in_place(self, then: str) -> None:
+        """Raise if something else has replaced the forward of a module since the installation.
+
+        Args:
+            then: What can be done when that is taken out.
+
+        Raises:
+            RuntimeError: If it has.
+        """
+        covered = [stand_in.name for stand_in in self._all if stand_in.in_place not in self._all]
+        if covered:
+            raise RuntimeError(
+                f"the forward of {', '.join(covered)} was replaced after patch(model); take that out first, then {then}"
+            )
+
+    @contextmanager
+    def last_alone(self) -> Iterator[None]:
+        """Inside this context the modules have the forwards that they had, but for the last stand-in."""
+        self.require_in_place("call the model")
+        last = self._all[-1]
+        self.remove()
+        last.install()
+        last.alone = True
+        try:
+            yield
+        finally:
+            last.remove()
+            last.alone = False
+            self.install()
+
+    def install(self) -> None:
+        """Put all in their places.
+
+        Raises:
+            ValueError: If another patch is there.
+        """
+        for stand_in in self._all:
+            if isinstance(stand_in.in_place, StandIn) and not stand_in.in_place.alone:
+                raise ValueError(
+                    f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
+                )
+        for stand_in in self._all:
+            stand_in.install()
+
+    def remove(self) -> None:
+        """Give the modules the forwards that they had."""
+        for stand_in in reversed(self._all):
+            stand_in.remove()
 
 
 class Answering(TorchFunctionMode):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coarse import CoarseLayout
+from ..coarse import MOST_PARTS, CoarseLayout, patches_seen
 from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ..layout import BlockLayout
 from ..models import ForwardInputs, ModelRecord
@@ -57,7 +57,7 @@ class Planner:
         covisibility: As given to `patch`.
         dense_special: Whether special tokens see everything and are seen by everything; None: where there is no core.
         num_layers: Global layers of the model.
-        frames_in_full: Why frames must not be seen coarsely, or None if they may.
+        counted: Whether the memory of a forward is counted before it, and of what its layers see at a stride too.
 
     Raises:
         ValueError: If `covisibility` is an unknown word or not one for each layer, or MegaLoc's weights are not what
@@ -73,11 +73,11 @@ class Planner:
         covisibility: Covisibility | PerLayer,
         dense_special: bool | None,
         num_layers: int = 1,
-        frames_in_full: str | None = None,
+        counted: bool = False,
     ) -> None:
         self.record = record
         self.dense_special = dense_special
-        self.frames_in_full = frames_in_full
+        self.counted = counted
         of_layers: Sequence[tuple[Covisibility, tuple[int, ...]]]
         if isinstance(covisibility, PerLayer):
             of_layers = covisibility.by_layers(num_layers)
@@ -97,6 +97,11 @@ class Planner:
     def describes_tokens(self) -> bool:
         """Whether graphs are made of the tokens that enter the first global attention."""
         return any(origin.source.needs == "tokens" for origin in self._origins)
+
+    @property
+    def source(self) -> Source | None:
+        """Where the graphs of all layers come from; None if layers differ. Of a function, those of the last forward."""
+        return self._origins[0].source if len(self._origins) == 1 else None
 
     def forget(self) -> None:
         """Drop what is kept, the source among it, but for what CUDA graphs read; nothing can be planned after that."""
@@ -128,6 +133,23 @@ class Planner:
             # Begun before the model runs, it is there when the first global attention asks for it.
             with forward.step("look-up"):
                 forward.word_sums = [word_sums(sample) for sample in images]
+
+    def key_parts(self, inputs: ForwardInputs) -> tuple[int, int]:
+        """Return of how many parts the keys of a layer may be, and how many of all samples are packed for one of them.
+
+        Args:
+            inputs: What the record read of a forward that begins.
+        """
+        if inputs.frames is None or inputs.tokens_per_frame is None or inputs.patch_grid is None:
+            return 1, 0
+        packed = [0]
+        special = inputs.tokens_per_frame - inputs.patch_grid[0] * inputs.patch_grid[1]
+        for origin in self._origins:
+            if hasattr(origin.source, "coarse_frames"):
+                frames, stride = origin.source.coarse_frames(inputs.frames)
+                packed.append(frames * max(special, len(patches_seen(inputs.patch_grid, stride))))
+        samples = len(inputs.images) if isinstance(inputs.images, Tensor) else 1
+        return (MOST_PARTS, samples * max(packed)) if max(packed) else (1, 0)
 
     def plan(self, forward: Forward, name: str, query: Tensor, module_inputs: Callable[[], tuple[Any, ...]]) -> None:
         """Find the graphs of a forward at its first global attention and lay them over its tokens.
@@ -165,30 +187,52 @@ class Planner:
         for origin in self._origins:
             graphs = _one_if_same([origin.source.graph(scene) for scene in scenes])
             for graph in graphs:
-                self._check(graph, frames, per_frame, origin.source.label, inputs)
+                self._check(graph, frames, per_frame, origin.source, inputs)
             # Full graphs are the same in every order.
             is_full = all(isinstance(graph, CovisibilityGraph) and graph.num_edges == frames**2 for graph in graphs)
-            of_samples = zip(
-                graphs if len(graphs) == batch else graphs * batch,
-                [None] * batch if is_full else orders(),
-                strict=True,
-            )
+            of_samples = [None] * batch if is_full else orders()
             with forward.step("layout"):
-                pairs = [
-                    self._layout(graph, order, per_frame, inputs, query.device, origin.source)
-                    for graph, order in of_samples
-                ]
-            used = tuple(graph for graph, _ in pairs[: len(graphs)])
-            layouts = _one_if_same([layout for _, layout in pairs])
-            planned.append(PlannedLayers(origin.layers, origin.source.label, used, layouts))
+                planned.append(self._over(origin, graphs, of_samples, per_frame, inputs, query.device))
         forward.planned = tuple(planned)
         if is_capturing(query.device):
             self._captured.update(forward.layouts)
 
-    def _check(self, graph: object, frames: int, per_frame: int, label: str, inputs: ForwardInputs) -> None:
+    def plan_graphs(
+        self, forward: Forward, graphs: Sequence[AnyGraph], per_frame: int, inputs: ForwardInputs, device: torch.device
+    ) -> None:
+        """Lay graphs that are known over the tokens of a forward that kept the order of its images.
+
+        Args:
+            forward: Where graphs and layouts are put.
+            graphs: One for each sample, of the one source.
+            per_frame: Tokens of a frame.
+            inputs: What the record read.
+            device: Where attention runs.
+        """
+        (origin,) = self._origins
+        planned = self._over(origin, _one_if_same(list(graphs)), [None] * len(graphs), per_frame, inputs, device)
+        forward.planned = (planned,)
+
+    def _over(
+        self,
+        origin: _Origin,
+        graphs: tuple[AnyGraph, ...],
+        orders: Sequence[Order],
+        per_frame: int,
+        inputs: ForwardInputs,
+        device: torch.device,
+    ) -> PlannedLayers:
+        """Lay the graphs of some layers over tokens; one for each sample, which has an order, or one for all."""
+        of_samples = zip(graphs if len(graphs) == len(orders) else graphs * len(orders), orders, strict=True)
+        pairs = [self._layout(graph, order, per_frame, inputs, device, origin.source) for graph, order in of_samples]
+        used = tuple(graph for graph, _ in pairs[: len(graphs)])
+        return PlannedLayers(origin.layers, origin.source.label, used, _one_if_same([layout for _, layout in pairs]))
+
+    def _check(self, graph: object, frames: int, per_frame: int, source: Source, inputs: ForwardInputs) -> None:
         if not isinstance(graph, CovisibilityGraph | CoarseGraph):
             raise TypeError(
-                f"a source must give a CovisibilityGraph or a CoarseGraph, but {label} gave a {type(graph).__name__}"
+                "a source must give a CovisibilityGraph or a CoarseGraph, but "
+                f"{source.label} gave a {type(graph).__name__}"
             )
         if graph.num_frames != frames or graph.num_key_frames != frames:
             raise ValueError(
@@ -196,29 +240,22 @@ class Planner:
                 f"{graph.num_frames} x {graph.num_key_frames} frames"
             )
         if isinstance(graph, CoarseGraph):
-            self._check_coarse(per_frame, label, inputs)
+            self._check_coarse(per_frame, source, inputs)
 
-    def _check_coarse(self, per_frame: int, label: str, inputs: ForwardInputs) -> None:
+    def _check_coarse(self, per_frame: int, source: Source, inputs: ForwardInputs) -> None:
         """Raise unless frames can be seen at a stride of their patch grid."""
-        if self.frames_in_full is not None:
-            raise ValueError(f"{label} shows frames coarsely, but {self.frames_in_full}")
+        label = source.label
+        if self.counted and not hasattr(source, "coarse_frames"):
+            raise ValueError(
+                f"{label} shows frames coarsely, and memory_budget cannot count what that needs, as a source must say "
+                "before the forward how many; give a Core or a CoarseGraph, or leave memory_budget out"
+            )
         if self.dense_special:
             raise ValueError(
                 f"{label} shows frames coarsely, and special tokens are then ordinary tokens of their frames; leave "
                 'special_tokens="dense" out'
             )
-        grid, special = inputs.patch_grid, inputs.special_tokens
-        if grid is None:
-            raise ValueError(
-                f"{label} shows frames at a stride of their patch grid, which is not known of {self.record.name}; give "
-                "a CovisibilityGraph, or a Core without `coarse`"
-            )
-        expected = grid[0] * grid[1] + (sum(special) if isinstance(special, tuple) else special)
-        if per_frame != expected:
-            raise ValueError(
-                f"{label} shows frames at a stride of their patch grid, so a frame must have {grid[0]} x {grid[1]} "
-                f"patches and its special tokens, {expected} tokens, got {per_frame}"
-            )
+        patch_grid_of(inputs, per_frame, label, self.record.name)
 
     def _reference_image(self, order: Order) -> int | None:
         """Return the image that is the model's reference frame."""
@@ -303,6 +340,33 @@ class Planner:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def patch_grid_of(inputs: ForwardInputs, per_frame: int, label: str, model: str) -> tuple[int, int]:
+    """Return the patch grid of frames that are seen at a stride of it.
+
+    Args:
+        inputs: What the record reads of a forward.
+        per_frame: Tokens of a frame in it.
+        label: What messages call who sees frames so.
+        model: What they call the model.
+
+    Raises:
+        ValueError: If it is not known, or a frame has other tokens than patches and special ones.
+    """
+    grid, special = inputs.patch_grid, inputs.special_tokens
+    if grid is None:
+        raise ValueError(
+            f"{label} shows frames at a stride of their patch grid, which is not known of {model}; give a "
+            "CovisibilityGraph, or a Core without `coarse`"
+        )
+    expected = grid[0] * grid[1] + (sum(special) if isinstance(special, tuple) else special)
+    if per_frame != expected:
+        raise ValueError(
+            f"{label} shows frames at a stride of their patch grid, so a frame must have {grid[0]} x {grid[1]} "
+            f"patches and its special tokens, {expected} tokens, got {per_frame}"
+        )
+    return grid
 
 
 def _one_if_same(items: list[Any]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..coarse import CoarseLayout
 from ..graph import GraphSummary
 from ..inference.report import InferenceReport
+from .chunks.report import ChunksReport
 from .forwards import PlannedLayers
 
 
@@ -69,6 +70,7 @@ class PatchReport:
         step_seconds: Time spent on each step of the last forward that leads to the tables of its layouts, on the host:
             "look-up" (have these images come before?), "descriptors", "graph", "layout", "tables".
         inference: What the fused forward did; None if the patch was made without.
+        chunks: How the last forward ran in chunks; None if it ran as one.
     """
 
     model: str
@@ -82,6 +84,7 @@ class PatchReport:
     passed_over: dict[str, str]
     step_seconds: dict[str, float]
     inference: InferenceReport | None
+    chunks: ChunksReport | None = None
 
     @property
     def planning_seconds(self) -> float:
@@ -133,6 +136,8 @@ class PatchReport:
         if self.backend is None:
             return "\n".join([*lines, "no forward yet, or the last one raised"])
         lines.append(f"last forward: {self.calls_last_forward} calls answered ({self.calls_total} in total)")
+        if self.chunks is not None:
+            lines.append(str(self.chunks))
         if len(self.layers) == 1:
             lines.append(str(self.layers[0]))
         else:

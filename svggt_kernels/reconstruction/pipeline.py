@@ -103,7 +103,8 @@ def reconstruct(
         backend: As `patch` takes it.
         memory_budget: Likewise.
         chunk: Photos that run together, where there are more than those of the core; chunks that are finished are kept
-            in `output`. Needs a `Core` without nearest and coarse. None runs all photos in one forward.
+            in `output`. Needs a `Core` without nearest, with no or a number of coarse. None runs all photos in one
+            forward, unless `memory_budget` holds none.
         force: Replace what `output` holds of another request.
         stage: Is told each stage of the work.
 
@@ -197,7 +198,11 @@ def _run(
     core = None if settings.chunk is None else core_to_stream(covisibility)
     how: dict[str, Any] = {"backend": settings.backend, "memory_budget": settings.memory_budget}
     with stage(f"running {model.name} on {count(len(frames), 'frame')}") as tell:
-        if settings.chunk is not None and core is not None and len(frames) > core.size:
+        if (
+            settings.chunk is not None
+            and core is not None
+            and len(frames) > core.size + sum(core.coarse_frames(len(frames))[:1])
+        ):
             predicted = predict_in_chunks(model, frames, core, chunk=settings.chunk, folder=chunks, tell=tell, **how)
         else:
             predicted = predict(model, frames.to(settings.device), covisibility, **how)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph, united
+from ..coarse import CoarseLayout
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph, united
 from ..inference.memory import MemoryBudget
 from ..measure.cost import Tell, timed
 from ..models import RunnableModel
@@ -70,7 +71,7 @@ def predict(
         summary = graph.summary()
     facts = {
         "seconds": elapsed_ms / 1000,
-        "chunk": None,
+        "chunk": None if report.chunks is None else report.chunks.chunk,
         "backend": report.backend,
         "frame_density": summary.density,
         "token_density": report.token_density,
@@ -83,14 +84,14 @@ def core_to_stream(covisibility: Covisibility) -> Core:
     """Return the core that a run in chunks needs.
 
     Raises:
-        ValueError: Frames see more than a core and themselves.
+        ValueError: Frames see more than what all see and themselves.
     """
     source = SOURCES[covisibility]() if isinstance(covisibility, str) and covisibility in SOURCES else covisibility
-    if not isinstance(source, Core) or source.nearest or source.coarse:
+    if not isinstance(source, Core) or source.nearest or source.coarse == "all":
         label = getattr(source, "label", None) or type(source).__name__
         raise ValueError(
             f"a run in chunks needs a closed core, which every photo sees and nothing besides, got {label}; give a "
-            "core (--core N, Core(N)), or leave chunk out"
+            "core (--core N, Core(N), Core(N, coarse=M)), or leave chunk out"
         )
     return source
 
@@ -150,10 +151,10 @@ def predict_in_chunks(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*share nothing with the core", UserWarning)  # is a note among the facts
         (scene, outputs), elapsed_ms = timed(run, device)
-    graph = CovisibilityGraph.core(len(frames), scene.core)
+    graph, token_density = _of_scene(scene, len(frames))
     summary, apart = graph.summary(), outputs["apart"].nonzero().flatten().tolist()
     notes = list(summary.warnings)
-    if more_than_by_chance(len(apart), len(frames), len(scene.core)):
+    if more_than_by_chance(len(apart), len(frames), scene.closed.count):
         notes.append(
             f'{len(apart)} of {len(frames)} photos may share nothing with the core ("apart" in reconstruction.json has '
             "their places, from 0): what is said of them cannot be trusted; a larger core may show their place"
@@ -163,11 +164,25 @@ def predict_in_chunks(
         "chunk": chunk,
         "backend": scene.backend,
         "frame_density": summary.density,
-        "token_density": summary.density,
+        "token_density": token_density,
         "warnings": notes,
         "apart": apart,
     }
-    return Prediction(*_read(model.kind, outputs), graph, facts)
+    return Prediction(*_read(model.kind, outputs), united(graph), facts)
+
+
+def _of_scene(scene: OpenScene, frames: int) -> tuple[AnyGraph, float]:
+    """Return the graph of a scene over all its frames, and the share of token pairs that attend."""
+    inputs = scene.session.inputs
+    if not scene.coarse:
+        graph = CovisibilityGraph.core(frames, scene.core)
+        return graph, graph.density
+    assert inputs is not None and inputs.patch_grid is not None
+    coarse = CoarseGraph.core(frames, scene.core, scene.coarse, stride=scene.closed.stride)
+    layout = CoarseLayout.from_graph(
+        coarse, inputs.patch_grid, special_tokens=inputs.special_tokens, trailing_tokens=inputs.trailing_tokens
+    )
+    return coarse, layout.density
 
 
 def _read(kind: RunnableModel, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ..graph.arguments import integer
 from ..graph.core import Choice, choose_core, nearest_frames, spread_evenly
+from ..graph.pair_scores import PairScores
 from .base import Scene
 from .cache import LRUCache
 from .megaloc import MegaLocSimilarity
@@ -128,23 +129,46 @@ class Core:
             return self._graphs.get(content_of(scene, self._similarity.by), lambda: self._chosen(scene))
         return self._chosen(scene)
 
+    def coarse_frames(self, num_frames: int) -> tuple[int, int]:
+        """Return how many of so many frames may be seen at a stride, and that stride."""
+        others = max(0, num_frames - self.size) if self.coarse else 0
+        return (others if self.coarse == "all" else min(others, self.coarse)), self.stride
+
+    def chosen(self, compared: Tensor | PairScores, first: int) -> tuple[Tensor, Tensor]:
+        """Return the frames of the core, and those that are seen at a stride, in the order of choice.
+
+        Args:
+            compared: What the similarity makes of all frames.
+            first: The frame that is chosen first.
+        """
+        both = choose_core(compared, self.chosen_size, choice=self.choice, first=first)
+        return both[: self.size], both[self.size :]
+
+    def spread(self, num_frames: int, reference_frame: int | None) -> tuple[Tensor, Tensor]:
+        """Return both at equal distances in the order of the frames; a reference frame takes the place next to it."""
+        both = spread_evenly(num_frames, self.chosen_size)
+        core = both[spread_evenly(len(both), self.size)]
+        if reference_frame is not None:
+            for frames in (both, core):
+                frames[(frames - reference_frame).abs().argmin()] = reference_frame
+        return core, both[~torch.isin(both, core)]
+
+    @property
+    def chosen_size(self) -> int:
+        """Frames that are chosen, to be seen in full or, a number of them, at a stride."""
+        return self.size + (0 if self.coarse == "all" else self.coarse)
+
     def _chosen(self, scene: Scene) -> AnyGraph:
         assert self._similarity is not None
         with scene.step("descriptors"):
             compared = scene.compared_by(self._similarity)
         with scene.step("graph"):
-            size = self.size + (0 if self.coarse == "all" else self.coarse)
-            chosen = choose_core(compared, size, choice=self.choice, first=scene.reference_frame or 0)
+            core, others = self.chosen(compared, scene.reference_frame or 0)
             nearest = nearest_frames(compared, self.nearest) if self.nearest else None
-            return self._core(scene.num_frames, chosen[: self.size], chosen[self.size :], nearest)
+            return self._core(scene.num_frames, core, others, nearest)
 
     def _spread_evenly(self, scene: Scene) -> AnyGraph:
-        both = spread_evenly(scene.num_frames, self.size + (0 if self.coarse == "all" else self.coarse))
-        core = both[spread_evenly(len(both), self.size)]
-        if (reference_frame := scene.reference_frame) is not None:
-            for frames in (both, core):
-                frames[(frames - reference_frame).abs().argmin()] = reference_frame
-        return self._core(scene.num_frames, core, both[~torch.isin(both, core)])
+        return self._core(scene.num_frames, *self.spread(scene.num_frames, scene.reference_frame))
 
     def _core(self, frames: int, core: Tensor, others: Tensor, nearest: Tensor | None = None) -> AnyGraph:
         """Return the graph of a core, and of others that are seen coarsely if there are any besides."""

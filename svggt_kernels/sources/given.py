@@ -53,6 +53,11 @@ class GivenGraphs:
         """Frames of each graph."""
         return self.graphs[0].num_frames
 
+    def coarse_frames(self, num_frames: int) -> tuple[int, int]:
+        """Return how many of so many frames are seen at a stride in one graph at most, and the least stride."""
+        coarse = [graph for graph in self.graphs if isinstance(graph, CoarseGraph)]
+        return max((len(graph.frames) for graph in coarse), default=0), min((g.stride for g in coarse), default=1)
+
     def graph(self, scene: Scene) -> AnyGraph:
         """Return the graph of a scene.
 

@@ -1,9 +1,8 @@
 """Any number of photos in constant memory, and more tomorrow: a model that is opened for the core of a scene.
 
-With a closed core frames outside it see the core and themselves. `attention` keeps the core's keys and values of each
-attention across frames and answers chunks of further frames with them; `session` runs the model, the core first, and
-tries out that nothing else in it looks across frames; `frames` reads what comes in, as it goes; `apart` tells frames
-that may share nothing with the core; `scene` puts this together. docs/many-photos.md has the rules for each model.
+The core runs once and further frames in chunks, by `patching.chunks`. `frames` reads what comes in, as it goes;
+`apart` tells frames that may share nothing with the core; `scene` puts this together. docs/many-photos.md has the rules
+for each model.
 """
 
 from __future__ import annotations

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.arguments import integer
-from ..graph.core import checked_core, choose_core, spread_evenly
+from ..graph.core import checked_core
 from ..inference.memory import MemoryBudget
+from ..patching.chunks.layouts import ClosedFrames
+from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
 from .apart import described, likeness_of
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
 from .saved import SavedScene
-from .scene import CHUNK, OpenScene
-from .session import Outputs, Session
+from .scene import OpenScene
 
 
 def open_scene(
@@ -51,8 +52,9 @@ def open_scene(
         images: Frames `[S, 3, H, W]` in [0, 1]; a list of photos, or the folder of them; a video; or an iterable of
             frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
             256 frames, which are held in memory.
-        core: A `Core`, which chooses its frames by descriptors of all; or their indices, the reference frame first.
-            None for `Core()`, as in `patch`.
+        core: A `Core`, which chooses its frames by descriptors of all; with `coarse` all frames also see so many more
+            at a stride of their patches, and of their keys and values those are kept. Or the indices of the core's
+            frames, the reference frame first. None for `Core()`, as in `patch`.
         chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
         memory_budget: GiB that a run may allocate on the device in all, or "auto", as in `patch`: the core's and each
             chunk's. Needs CUDA and a model of VGGT's shape; elsewhere give `chunk`.
@@ -79,23 +81,28 @@ def open_scene(
     core = Core() if core is None else core
     if isinstance(core, Core):
         core = core.opened()
-        beside = {name: value for name in ("nearest", "coarse") if (value := getattr(core, name, 0))}
-        if beside:
-            raise ValueError(f"a scene keeps the keys of its core alone, so give a Core without more, got {beside}")
+        if core.nearest or core.coarse == "all":
+            raise ValueError(
+                "a scene keeps the keys of frames that all see, so give a Core without `nearest`, whose `coarse` is a "
+                f'number and not "all", got nearest={core.nearest}, coarse={core.coarse!r}'
+            )
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
-    session = Session(model, feed=feed, read=read, fused=fused, backend=backend, memory_budget=memory_budget)
+    session = Session(
+        model, feed=feed, read=_of_any_count(read), fused=fused, backend=backend, memory_budget=memory_budget
+    )
     frame_size = session.frame_size(long_side)
     frames = open_frames(images, frame_size)
     among = frames
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
-    indices, likeness = chosen_core(core, among, session, tell)
+    indices, coarse, likeness = chosen_core(core, among, session, tell)
     return OpenScene(
         session,
         frames,
-        indices,
-        among.pick(indices),
+        [*indices, *coarse],
+        among.pick([*indices, *coarse]),
+        closed=ClosedFrames(len(indices), len(coarse), core.stride if isinstance(core, Core) else 1),
         chunk=chunk,
         frame_size=frame_size,
         similarity=core.similarity if isinstance(core, Core) else None,
@@ -133,7 +140,7 @@ def open_saved_scene(
         FileNotFoundError: If there is no such file.
     """
     saved = SavedScene(Path(path))
-    session = Session(model, feed=feed, read=read, fused=fused, backend=backend)
+    session = Session(model, feed=feed, read=_of_any_count(read), fused=fused, backend=backend)
     saved.require(session)
     frame_size = saved.settings["frame_size"]
     return OpenScene(
@@ -142,6 +149,7 @@ def open_saved_scene(
         range(len(saved.frames)),
         saved.frames,
         chunk=saved.settings["chunk"] if chunk is None else integer("chunk", chunk, 1),
+        closed=saved.closed,
         frame_size=frame_size,
         core_outputs=saved.restore(session),
     )
@@ -149,8 +157,10 @@ def open_saved_scene(
 
 def chosen_core(
     core: Core | Sequence[int], frames: Frames, session: Session, tell: Callable[[str], object] | None = None
-) -> tuple[list[int], float | None]:
-    """Return the frames of a core, the reference frame first, and the least likeness to it of all that were described.
+) -> tuple[list[int], list[int], float | None]:
+    """Return the frames of a core, the reference frame first, and those that are seen at a stride.
+
+    Also the least likeness to all of these of the frames that were described, or None.
 
     Args:
         core: How it is chosen, or its indices.
@@ -162,25 +172,37 @@ def chosen_core(
         indices = list(core)
         if not indices:
             raise ValueError("the core must hold at least 2 frames, got none")
-        return checked_core(max(indices) + 1, indices).tolist(), None
+        return checked_core(max(indices) + 1, indices).tolist(), [], None
     similarity, count, parts = core.similarity, frames.count, []
     if similarity is None and count is not None:
-        return spread_evenly(count, core.size).tolist(), None
+        return *_rising(core.spread(count, None)), None
     reader = similarity if isinstance(similarity, TokenSimilarity | PatchSimilarity) else None
     if reader is None and similarity is not None and similarity.needs == "tokens":
         raise ValueError(f'a scene reads tokens for Core(by="tokens") and "patches" alone, got {similarity.by}')
     with Progress("descriptors", count, tell) as progress:
-        count = 0
+        count, first = 0, torch.empty(0)
         for part in frames.chunks(CHUNK, None if similarity is None else session.device):
-            made = described(similarity, part) if reader is None else session.describe(part, reader.read)
+            reference, first = (first, first) if count else (part[:0], part[:1].clone())
+            made = described(similarity, part) if reader is None else session.describe(reference, part, reader.read)
             parts.append(None if made is None else made.to("cpu"))
             count += len(part)
             progress.add(len(part))
     if similarity is None:
-        return spread_evenly(count, core.size).tolist(), None
+        return *_rising(core.spread(count, None)), None
     compared = torch.cat([part for part in parts if part is not None])
     if reader is None:
-        chosen = sorted(choose_core(compared, core.size, choice=core.choice).tolist())
-        return chosen, float(likeness_of(compared, compared[chosen]).min())
+        chosen = core.chosen(compared, 0)
+        return *_rising(chosen), float(likeness_of(compared, compared[torch.cat(chosen)]).min())
     scores = reader.compared(Scene(len(compared), tokens=compared.to(session.device)))
-    return sorted(choose_core(scores, core.size, choice=core.choice).tolist()), None
+    return *_rising(core.chosen(scores, 0)), None
+
+
+def _of_any_count(read: Callable[[Any], Outputs] | None) -> Callable[[Any, int], Outputs] | None:
+    """Return what reads a result as `read` does, and is told how many frames it is of."""
+    return None if read is None else lambda result, frames: read(result)
+
+
+def _rising(chosen: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
+    """Return frames that were chosen in the order of the images; frame 0 is the first of the core."""
+    core, coarse = (sorted(frames.tolist()) for frames in chosen)
+    return core, coarse

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..io.tensor_files import read_tensors
-from .attention import Kept
+from ..patching.chunks.attention import Kept
+from ..patching.chunks.layouts import ClosedFrames
+from ..patching.chunks.session import Outputs, Session
 from .identity import as_tensor, as_text, of_model
-from .session import Outputs, Session
 
 if TYPE_CHECKING:
     from .scene import OpenScene
 
 VERSION = 1
 SETTINGS, BYTES, FLOATS = "settings", "core frames, bytes", "core frames"
-OUTPUT, KEYS, VALUES = "output/", "keys/", "values/"
+OUTPUT, KEYS, VALUES, PATCHES = "output/", "keys/", "values/", "patches/"
 
 
 def save_scene(scene: OpenScene, path: Path, keys: bool) -> None:
@@ -29,7 +30,9 @@ def save_scene(scene: OpenScene, path: Path, keys: bool) -> None:
         "record": session.record.name,
         "model": of_model(session.model),
         "autocast": [session.autocast[0], str(session.autocast[1]).removeprefix("torch.")],
-        "core": scene.core,
+        "core": [*scene.core, *scene.coarse],
+        "coarse": scene.closed.coarse,
+        "stride": scene.closed.stride,
         "chunk": scene.chunk,
         "frame_size": scene.frame_size,
         "keys": keys,
@@ -43,8 +46,10 @@ def save_scene(scene: OpenScene, path: Path, keys: bool) -> None:
     if keys:
         tensors |= {OUTPUT + name: tensor for name, tensor in scene.core_outputs.items()}
         for (name, call), kept in session.attention.kept.items():
-            tensors[f"{KEYS}{call}/{name}"] = kept.keys.transpose(1, 2).cpu()
-            tensors[f"{VALUES}{call}/{name}"] = kept.values.transpose(1, 2).cpu()
+            for kind, each in (("", kept), (PATCHES, kept.patches)):
+                if each is not None:
+                    tensors[f"{kind}{KEYS}{call}/{name}"] = each.keys.transpose(1, 2).cpu()
+                    tensors[f"{kind}{VALUES}{call}/{name}"] = each.values.transpose(1, 2).cpu()
     beside = path.with_name(f".{path.name}.part")
     try:
         torch.save(tensors, beside)
@@ -78,6 +83,12 @@ class SavedScene:
         if version != VERSION:
             raise ValueError(f"{path} holds a scene of version {version}, and version {VERSION} is read here")
 
+    @property
+    def closed(self) -> ClosedFrames:
+        """How many of the frames are seen how."""
+        coarse = self.settings.get("coarse", 0)
+        return ClosedFrames(len(self.frames) - coarse, coarse, self.settings.get("stride", 1))
+
     def require(self, session: Session) -> None:
         """Take over the dtype of a scene.
 
@@ -97,10 +108,16 @@ class SavedScene:
         """Give a session the keys and values that were kept, and return the core's outputs; None if there are none."""
         if not self.settings["keys"]:
             return None
-        for name, keys in self._tensors.items():
+        session.attention.closed = self.closed
+        for name in self._tensors:
             if name.startswith(KEYS):
                 call, _, module = name.removeprefix(KEYS).partition("/")
-                values = self._tensors[VALUES + name.removeprefix(KEYS)]
-                on_device = (tensor.to(session.device).transpose(1, 2) for tensor in (keys, values))
-                session.attention.kept[module, int(call)] = Kept(*on_device)
+                kept = self._kept(f"{call}/{module}", session.device)
+                if PATCHES + name in self._tensors:
+                    kept.patches = self._kept(f"{call}/{module}", session.device, PATCHES)
+                session.attention.kept[module, int(call)] = kept
         return {name.removeprefix(OUTPUT): tensor for name, tensor in self._tensors.items() if name.startswith(OUTPUT)}
+
+    def _kept(self, name: str, device: torch.device, kind: str = "") -> Kept:
+        keys, values = (self._tensors[kind + which + name].to(device).transpose(1, 2) for which in (KEYS, VALUES))
+        return Kept(keys, values)

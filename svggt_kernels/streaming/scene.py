@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..layout import on_device
+from ..patching.chunks.layouts import ClosedFrames
+from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import PatchSimilarity
 from ..sources.similarity import Similarity
 from .apart import Yardstick, described, more_than_by_chance
@@ -20,11 +23,7 @@ from .identity import of_frames, of_model
 from .outputs import OutputFolder
 from .progress import Progress
 from .saved import save_scene
-from .session import Outputs, Session
 from .transfers import Downloads, Item, finished
-
-CHUNK = 32
-"""Frames of a chunk, unless told otherwise."""
 
 
 class OpenScene:
@@ -39,8 +38,10 @@ class OpenScene:
 
     Attributes:
         core: The frames of the core among the images that the scene was opened with; the first sets the axes.
-        core_outputs: Outputs of the core's frames.
+        coarse: The frames among these that all see at a stride.
+        core_outputs: Outputs of the frames of the core and behind them of those that are seen at a stride.
         core_frames: These frames, `[K, 3, H, W]`.
+        closed: How many of them are seen how.
         chunk: Frames of a chunk.
         frame_size: Pixels of the longer side of photos and videos, and of a patch.
     """
@@ -52,6 +53,7 @@ class OpenScene:
         core: Sequence[int],
         core_frames: Tensor,
         *,
+        closed: ClosedFrames,
         chunk: int | None,
         frame_size: tuple[int, int],
         similarity: Similarity | PatchSimilarity | None = None,
@@ -59,13 +61,14 @@ class OpenScene:
         core_outputs: Outputs | None = None,
         tell: Callable[[str], object] | None = None,
     ) -> None:
-        self.session, self.core = session, tuple(core)
+        self.session, self.closed = session, closed
+        self.core, self.coarse = tuple(core[: closed.full]), tuple(core[closed.full :])
         self.core_frames, self.similarity = core_frames, similarity
         self._frames, self.frame_size, self._tell = frames, frame_size, tell
         self._reference = core_frames[:1].to(session.device)
-        outputs = session.run_core(core_frames) if core_outputs is None else core_outputs
+        outputs = session.run_core(core_frames, closed) if core_outputs is None else core_outputs
         self.core_outputs: Outputs = {name: tensor.to("cpu") for name, tensor in outputs.items()}
-        self.core_outputs["apart"] = torch.zeros(len(core), dtype=torch.bool)
+        self.core_outputs["apart"] = torch.zeros(closed.count, dtype=torch.bool)
         self.chunk = chunk or session.frames_of_chunk(core_frames) or CHUNK
         descriptors = described(similarity, core_frames.to(session.device))
         self.yardstick = Yardstick.of(self.core_outputs, descriptors, likeness)
@@ -156,15 +159,16 @@ class OpenScene:
         Args:
             images: The frames to add to the core, as `add` takes them.
         """
-        frames = torch.cat(
-            [self.core_frames, *(part.to(self.core_frames) for part in self._open(images).chunks(CHUNK))]
-        )
+        further = [part.to(self.core_frames) for part in self._open(images).chunks(CHUNK)]
+        core, coarse = self.core_frames.split([self.closed.full, self.closed.coarse])
+        frames = torch.cat([core, *further, coarse])
         known = open_frames(frames, self.frame_size)
         return OpenScene(
             self.session.again(),
             known,
             range(len(frames)),
             frames,
+            closed=replace(self.closed, full=len(frames) - len(coarse)),
             chunk=self.chunk,
             frame_size=self.frame_size,
             similarity=self.similarity,
@@ -174,7 +178,10 @@ class OpenScene:
     def identity(self) -> str:
         """Return what tells this scene from others: its model and weights, the dtype, and the frames of its core."""
         session = self.session
-        return f"{session.record.name} {of_model(session.model)} {session.dtype} core {of_frames(self.core_frames)}"
+        core = of_frames(self.core_frames)
+        if self.closed.coarse:
+            core += f" of which {self.closed.coarse} at stride {self.closed.stride}"
+        return f"{session.record.name} {of_model(session.model)} {session.dtype} core {core}"
 
     def _run(
         self,
@@ -263,11 +270,12 @@ class OpenScene:
         """
         if start is None:
             return {}
-        return {frame - start: place for place, frame in enumerate(self.core) if start <= frame < start + count}
+        closed = enumerate((*self.core, *self.coarse))
+        return {frame - start: place for place, frame in closed if start <= frame < start + count}
 
     def _warn(self, apart: int, frames: int) -> None:
         """Warn of frames that are apart where there are more than by chance."""
-        if more_than_by_chance(apart, frames, len(self.core)):
+        if more_than_by_chance(apart, frames, self.closed.count):
             warnings.warn(
                 f'{apart} of {frames} frames may share nothing with the core (outputs["apart"] says which): what is '
                 "said of them cannot be trusted; open a scene whose core shows that place too",
@@ -277,7 +285,9 @@ class OpenScene:
 
     def __repr__(self) -> str:
         return (
-            f"OpenScene({self.session.record.name}, core of {len(self.core)} frames in {self.core_gib:.2f} GiB, "
+            f"OpenScene({self.session.record.name}, core of {len(self.core)} frames"
+            + (f" and {len(self.coarse)} at stride {self.closed.stride}" if self.coarse else "")
+            + f" in {self.core_gib:.2f} GiB, "
             f"chunks of {self.chunk})"
         )
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from metal import emulator
 from metal.pretend import MPS, AppleGpu, held, move
+from tiers import full
 from tiny import SIZE, megaloc
 from torch import Tensor
 
 from svggt_kernels import (
     BlockLayout,
+    Core,
     CovisibilityGraph,
     attention,
     block_sparse_attention,
+    merging,
     patch,
 )
 from svggt_kernels.backends import metal
@@ -28,7 +31,11 @@ from svggt_kernels.sources import MegaLocSimilarity
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs g++")
 
-OWN = {"attention": attention._attention, "attention_backward": attention._attention_backward}
+OWN = {
+    "attention": attention._attention,
+    "attention_backward": attention._attention_backward,
+    "merge": merging._merge,
+}
 
 
 class Library(emulator.Library):
@@ -122,6 +129,23 @@ def test_a_patched_model(how: str, gpu: AppleGpu):
         found = model(images.to("mps"))
     assert handle.report().backend == "metal"
     assert ("_upsample_bilinear2d_aa" in gpu.called) == (how == "megaloc")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@full
+@torch.no_grad()
+def test_chunks_of_a_patched_model(gpu: AppleGpu):
+    """Chunks of 2 frames see themselves, 2 frames that are kept in full, and 2 at a stride."""
+    model = RoomsModel(dim=128, depth=2, num_heads=2).eval()
+    images, core = torch.rand(6, 3, 28, 42), Core(2, by=None, coarse=2, stride=2)
+    with patch(model, covisibility=core, backend="reference"):
+        expected = model(images)
+    move(model)
+    with patch(model, covisibility=core, chunk=2, backend="metal") as handle:
+        found = model(images.to("mps"))
+    report = handle.report()
+    assert (report.backend, report.chunks.chunks) == ("metal", 1)
     for name, value in expected.items():
         torch.testing.assert_close(found[name].cpu(), value, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -20,6 +20,7 @@ from tiers import every
 from torch import Tensor, nn
 
 import svggt_kernels
+from svggt_kernels import attention
 from svggt_kernels.inference import blocks, layer_outputs, memory, proofs
 from svggt_kernels.inference.verification import Verification
 from svggt_kernels.patching.graph_attention import GraphAttention
@@ -116,8 +117,8 @@ def model() -> VGGT:
     return VGGT().eval()
 
 
-def run(network: nn.Module, images: Tensor = IMAGES, **options: object):
-    with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True, **options) as handle:
+def run(network: nn.Module, images: Tensor = IMAGES, covisibility: object = "all", **options: object):
+    with torch.no_grad(), svggt_kernels.patch(network, covisibility=covisibility, fused=True, **options) as handle:
         return network(images), handle.report()
 
 
@@ -129,12 +130,12 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "TOKENS_TOGETHER", 64)
 
 
-def plans(network: nn.Module) -> list[memory.Plan]:
+def plans(network: nn.Module, covisibility: object = "all") -> list[memory.Plan]:
     """Return the plans for a network, each of which needs less than the one before."""
     with pytest.MonkeyPatch.context() as watched:
         seen: list[memory.Sizes] = []
         watched.setattr(memory, "make_plan", lambda sizes, budget: seen.append(sizes) or next(memory._plans(sizes)))
-        run(network, memory_budget=1)
+        run(network, covisibility=covisibility, memory_budget=1)
     found = list(memory._plans(seen[0]))
     return found[:1] + [plan for before, plan in pairwise(found) if plan.peak_bytes < before.peak_bytes]
 
@@ -244,9 +245,10 @@ def test_offloaded_outputs_are_not_alive():
 
 
 @pytest.mark.usefixtures("tight", "away", "unverified")
-@pytest.mark.parametrize("tokens_together", [16, 64], ids=["attention", "mlp"])
-def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(tokens_together: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("case", ["attention", "mlp", "stride"])
+def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(case: str, monkeypatch: pytest.MonkeyPatch):
     """With kernels that hold nothing but their results, as they do on GPUs; which part is highest is the name."""
+    covisibility = svggt_kernels.Core(2, by=None, coarse=3, stride=1) if case == "stride" else "all"
 
     def add(x: Tensor, y: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x).addcmul_(y, gamma)
@@ -256,19 +258,21 @@ def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(tokens_together: 
     ) -> Tensor:
         return F.layer_norm(add(x, y, gamma, out), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-    def attend(self, query: Tensor, *arguments: object) -> Tensor:
-        return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    def attend(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        return out, query.new_empty(query.shape[:3])
 
-    monkeypatch.setattr(memory, "TOKENS_TOGETHER", tokens_together)
+    monkeypatch.setattr(memory, "TOKENS_TOGETHER", 64 if case == "mlp" else 16)
     monkeypatch.setattr(blocks, "add_scaled", add)
     monkeypatch.setattr(blocks, "add_scaled_and_normalise", add_and_normalise)
     monkeypatch.setattr(blocks, "gelu_", lambda x: x)
     monkeypatch.setattr(blocks, "normalise_and_rotate_", lambda qkv, *arguments: qkv)
-    monkeypatch.setattr(GraphAttention, "_run", attend)
+    monkeypatch.setattr(attention, "_attend", attend)
+    monkeypatch.setattr(attention, "merge", lambda outs, lses: attend(outs[0]))
     network = model()
-    for plan in plans(network)[:3]:
+    for plan in plans(network, covisibility)[:3]:
         with highest(network) as found:
-            _, report = run(network, memory_budget=plan.peak_bytes / GIB)
+            _, report = run(network, covisibility=covisibility, memory_budget=plan.peak_bytes / GIB)
         weights = sum(x.nbytes for x in (*network.parameters(), *network.buffers(), IMAGES))
         planned = plan.moments["last block"] - weights
         assert 0.9 * planned < found[0] <= planned, report.inference.memory

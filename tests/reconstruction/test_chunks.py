@@ -25,11 +25,11 @@ from svggt_kernels.models import RUNNABLE
 from svggt_kernels.models.cameras import poses_of_encoding
 from svggt_kernels.models.loading import load_model
 from svggt_kernels.patching import patch
+from svggt_kernels.patching.chunks.session import Session
 from svggt_kernels.reconstruction import Reconstruction, reconstruct
 from svggt_kernels.streaming import open_scene
 from svggt_kernels.streaming.apart import Yardstick
 from svggt_kernels.streaming.outputs import OutputFolder
-from svggt_kernels.streaming.session import Session
 
 CORE = Core(3, by="thumbnails")
 CHUNKED = ("frames-0000000-0000004.npz", "frames-0000004-0000008.npz", "frames-0000008-0000010.npz")
@@ -284,6 +284,14 @@ class TestInterrupted:
         assert contents(tmp_path / "out") == {name: b"mine"}
 
 
+def test_photos_at_a_stride_beside_the_core(photos: Path) -> None:
+    core = Core(2, by=None, coarse=2, stride=2)
+    one, chunked = (run(photos, None, covisibility=core, chunk=chunk) for chunk in (None, 3))
+    np.testing.assert_allclose(chunked.depth, one.depth, rtol=1e-3, atol=1e-4)
+    assert torch.equal(chunked.graph.to_dense(), one.graph.to_dense())
+    assert chunked.facts["token_density"] == one.facts["token_density"]
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "covisibility",
@@ -291,7 +299,7 @@ class TestRefusals:
             "all",
             "tokens",
             Core(3, by="thumbnails", nearest=1),
-            Core(3, by=None, coarse=2),
+            Core(3, by=None, coarse="all"),
             CovisibilityGraph.core(10, [0, 1]),
         ],
         ids=str,

@@ -104,7 +104,7 @@ def test_saved_and_opened_again(case, keys: bool, tmp_path: Path, monkeypatch: p
     scene = open_scene(model, frames, core=CORE, chunk=4, **options)
     scene.save(tmp_path / "kitchen.scene", keys=keys)  # of any name
     if keys:
-        monkeypatch.setattr("svggt_kernels.streaming.session.Session.run_core", None)
+        monkeypatch.setattr("svggt_kernels.patching.chunks.session.Session.run_core", None)
     again = open_saved_scene(copy.deepcopy(model), tmp_path / "kitchen.scene", **options)
     assert again.chunk == 4
     assert again.core_gib == scene.core_gib
@@ -250,11 +250,14 @@ def test_models_that_cannot_be_opened_say_why():
         open_scene(FAMILY["stranger"].create(), frames, core=CORE)
     with pytest.raises(ValueError, match=r"eval\(\)"):
         open_scene(copy.deepcopy(model).train(), frames, core=CORE)
-    with svggt_kernels.patch(model, covisibility="all"), pytest.raises(ValueError, match="is patched; call undo"):
+    with (
+        svggt_kernels.patch(model, covisibility="all"),
+        pytest.raises(ValueError, match="is patched already; call"),
+    ):
         open_scene(model, frames, core=CORE)
     with pytest.raises(ValueError, match="VGGT's shape"):
         open_scene(model, frames, core=CORE, memory_budget=8)
-    with pytest.raises(ValueError, match="keys of its core alone"):
+    with pytest.raises(ValueError, match="keys of frames that all see"):
         open_scene(model, frames, core=svggt_kernels.Core(by="thumbnails", nearest=2))
     for core in ([], [3], [0, 0], [8]):
         with pytest.raises(ValueError, match="core"):

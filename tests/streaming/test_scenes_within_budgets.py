@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from svggt_kernels import open_scene
+from svggt_kernels import Core, open_scene
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
-from svggt_kernels.streaming.attention import CoreAttention
+from svggt_kernels.patching.chunks.attention import CoreAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
 
@@ -81,6 +81,22 @@ def test_what_is_kept_of_the_core_counts(budgets_on_the_cpu: None, monkeypatch: 
     assert scene.session.frames_of_chunk(scene.core_frames) == 1
     with pytest.raises(ValueError, match=r"memory_budget must be at least 60\.\d GiB"):
         scene.predict()
+
+
+def test_frames_at_a_stride_count(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    planned: list[memory.Sizes] = []
+    make_plan = memory.make_plan
+
+    def watched(sizes: memory.Sizes, budget: int) -> memory.Plan:
+        planned.append(sizes)
+        return make_plan(sizes, budget)
+
+    monkeypatch.setattr(memory, "make_plan", watched)
+    scene = open_scene(toy(), FRAMES, core=Core(3, by=None, coarse=4, stride=2), memory_budget=50)
+    assert (planned[0].frames, planned[0].parts, planned[0].packed) == (7, 3, 4 * (5 + 1))
+    assert scene.chunk == 256
+    scene.predict()
+    assert (planned[-1].parts, planned[-1].packed) == (2, 0)
 
 
 def test_where_no_budget_can_be_kept():

@@ -8,12 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from ..inference import memory
-from ..inference.fused_forward import FusedForward
+from ...coarse import MOST_PARTS
+from ...inference import memory
+from ...inference.fused_forward import FusedForward
 from .attention import CoreAttention, Run
 
 MOST_FRAMES = 256
 """The most frames of a chunk; more at once are no faster."""
+
+CHUNK_PARTS = 2
+"""Parts of the keys of a chunk where frames are seen at a stride; special tokens are kept with those in full."""
 
 
 class Budget:
@@ -26,10 +30,14 @@ class Budget:
         own: The fused forward that keeps to a plan.
         attention: Holds what is kept.
         gib: GiB, or "auto": what is free on the device when a run begins, less 1 GiB.
+
+    Attributes:
+        held: Bytes on the device that the caller holds beside: images and results of all frames.
     """
 
     def __init__(self, own: FusedForward, attention: CoreAttention, gib: memory.MemoryBudget) -> None:
         self.own, self.attention, self.gib = own, attention, gib
+        self.held = 0
 
     def begin(self, run: Run) -> None:
         """Leave to the forward that begins what is not needed beside it.
@@ -40,8 +48,13 @@ class Budget:
         images, tokens = run.inputs.images, run.inputs.tokens_per_frame
         if tokens is None or images.device.type not in memory.DEVICES:
             return  # the fused forward says what is wrong
+        is_core, closed = run.sees_itself is None, self.attention.closed
+        seen = tokens * run.frames
+        if closed is not None and closed.coarse and run.inputs.patch_grid is not None:
+            seen = closed.tokens_seen(tokens, run.inputs.patch_grid)
+            self.own.key_parts = (MOST_PARTS, seen - closed.full * tokens) if is_core else (CHUNK_PARTS, 0)
         sizes = self.own.sizes(images.shape, images.itemsize, tokens)
-        beside = self._beside(sizes, is_core=run.sees_itself is None)
+        beside = self._beside_core(sizes, seen) if is_core else self._beside_chunk(sizes)
         allowed = self._allowed(images.device, sizes.present)
         least = math.ceil(10 * (memory.least(sizes) + beside / memory.GIB)) / 10
         if int(least * memory.GIB) > allowed:
@@ -63,20 +76,25 @@ class Budget:
 
         def sizes(frames: int) -> memory.Sizes:
             alone = self.own.sizes((1, frames + 1, *shape[-3:]), itemsize, tokens)
-            return replace(alone, present=alone.present + self._beside(alone, is_core=False))
+            return replace(alone, present=alone.present + self._beside_chunk(alone))
+
+        if self.attention.closed is not None and self.attention.closed.coarse:
+            self.own.key_parts = CHUNK_PARTS, 0
 
         return memory.most_frames(sizes, self._allowed(device, sizes(1).present), MOST_FRAMES)
 
     def _allowed(self, device: torch.device, present: int) -> int:
         assert self.gib is not None
         allowed = memory.allowed(self.gib, device, present)
-        return allowed + self.attention.kept_bytes if self.gib == "auto" else allowed
+        return allowed + self.attention.kept_bytes + self.held if self.gib == "auto" else allowed
 
-    def _beside(self, sizes: memory.Sizes, is_core: bool) -> int:
-        """Return the bytes beside a forward."""
-        of_frames = 2 * sizes.frames * sizes.tokens * sizes.channels * sizes.product
-        if is_core:
-            return sizes.depth * of_frames
+    def _beside_core(self, sizes: memory.Sizes, seen: int) -> int:
+        """Return the bytes beside a run of the closed frames, of which so many tokens will be seen."""
+        return self.held + sizes.depth * 2 * seen * sizes.channels * sizes.product
+
+    def _beside_chunk(self, sizes: memory.Sizes) -> int:
+        """Return the bytes beside a run of a chunk."""
         kept = self.attention.kept_bytes
+        own = 2 * sizes.frames * sizes.tokens * sizes.channels * sizes.product
         passing = sizes.frames * sizes.pixels * (3 * sizes.wide + memory.OUTPUTS_PER_PIXEL * sizes.heads)
-        return kept + kept // sizes.depth + of_frames + passing
+        return self.held + kept + kept // sizes.depth + own + passing

@@ -7,24 +7,29 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..compiling import uncompiled
-from ..inference import memory
-from ..inference.fused_forward import FusedForward
-from ..inference.memory import MemoryBudget
-from ..inference.report import InferenceReport
-from ..models import find_model
-from ..models.wrappers import arguments_of, each_once
-from ..patching.forwards import Forwards
-from ..patching.interception import StandIn
-from ..patching.order import frame_order
-from ..patching.parts import FrameOrder
+from ...compiling import uncompiled
+from ...inference import memory
+from ...inference.fused_forward import FusedForward, Precision
+from ...inference.memory import MemoryBudget
+from ...inference.report import InferenceReport
+from ...models import ForwardInputs, find_model
+from ...models.wrappers import arguments_of, each_once
+from ..forwards import Forwards
+from ..interception import StandIn, StandIns
+from ..order import frame_order
+from ..parts import FrameOrder, Part
 from .attention import CoreAttention, Described, Run
 from .budget import Budget
+from .layouts import ClosedFrames
+
+CHUNK = 32
+"""Frames of a chunk, unless told otherwise."""
 
 TF32_EPS = 2.0**-10
 """Of TensorFloat-32, in which CUDA may compute products and convolutions of float32."""
@@ -41,14 +46,18 @@ class Session:
     Args:
         model: The model.
         feed: Turns frames `[S, 3, H, W]` in [0, 1] into the argument of its forward; None as its record says.
-        read: Reads the result of its forward into named tensors `[S, ...]`; None for `read_frames`.
+        read: Reads the result of its forward of so many frames into named tensors `[S, ...]`; None for `read_frames`.
         fused: As in `patch`.
+        precision: As in `patch`.
         backend: As in `patch`.
         memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
+        parts: Further parts that stand in for modules while it runs.
 
     Attributes:
         record: What is known about the model.
         autocast: Whether it is on, and its dtype: those of the time when the session was made.
+        options: Arguments of its forward by which its first frame is the reference frame.
+        inputs: What its record read of the last run of the core.
         budget: Keeps to the memory budget, if there is one.
         attention: Holds what is kept of the core.
 
@@ -61,18 +70,22 @@ class Session:
         model: nn.Module,
         *,
         feed: Callable[[Tensor], Any] | None = None,
-        read: Callable[[Any], Outputs] | None = None,
+        read: Callable[[Any, int], Outputs] | None = None,
         fused: bool | None = None,
+        precision: Precision = "upstream",
         backend: str | None = None,
         memory_budget: MemoryBudget = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         self._arguments: dict[str, Any] = {
             "model": model,
             "feed": feed,
             "read": read,
             "fused": fused,
+            "precision": precision,
             "backend": backend,
             "memory_budget": memory_budget,
+            "parts": parts,
         }
         memory.check(memory_budget)
         if memory_budget is not None and fused is False:
@@ -82,9 +95,9 @@ class Session:
         self.reference = self.record.reference_frame is not None
         runnable = self.record.runnable
         self._feed: Callable[[Tensor], Any] = feed or (one_sample if runnable is None else runnable.feed)
-        self._read: Callable[[Any, int], Outputs] = read_frames if read is None else lambda result, _: read(result)
+        self._read: Callable[[Any, int], Outputs] = read or read_frames
         accepted = inspect.signature(type(model).forward).parameters
-        self._options = {name: value for name, value in self.record.first_is_reference.items() if name in accepted}
+        self.options = {name: value for name, value in self.record.first_is_reference.items() if name in accepted}
 
         def full(name: str) -> str:
             return f"{path}.{name}" if path else name
@@ -101,7 +114,7 @@ class Session:
                 path,
                 tuple(attention.values()),
                 fused=fused if memory_budget is None else True,
-                precision="upstream",
+                precision=precision,
                 keep="read",
                 backend=backend,
                 memory_budget=memory_budget,
@@ -115,14 +128,29 @@ class Session:
         if self._reorders is not None:
             before, after = ((self.root.get_submodule(block), full(block)) for block in self._reorders)
             sites += FrameOrder(before, after, cast(Forwards, self)).sites()  # which asks for `running` alone
+        sites += [site for part in parts for site in part.sites()]
         # The model's own comes last: it stands around what a part puts in the place of the same forward.
-        self._stand_ins = [StandIn(module, name, around) for module, name, around in sites]
-        self._stand_ins.append(StandIn(self.root, path or type(self.root).__name__, self._run_root))
+        self._stand_ins = StandIns([*sites, (self.root, path or type(self.root).__name__, self._run_root)])
         self._turn = threading.Lock()
-        self._tokens: int | None = None
+        self._thread: int | None = None
+        self.inputs: ForwardInputs | None = None
         self._runs_fused = False
+        self.follow_autocast()
+
+    def follow_autocast(self) -> None:
+        """Compute from now on in the dtype that autocast has at this moment."""
         device = self._parameter.device.type
         self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def forget(self) -> None:
+        """Drop what is kept of the core."""
+        self.attention.kept.clear()
+        self.attention.closed = None
+
+    def hold(self, held: int) -> None:
+        """Count bytes that the caller holds on the device as part of the memory budget, if there is one."""
+        if self.budget is not None:
+            self.budget.held = held
 
     def again(self) -> Session:
         """Return a new session of the same model and settings, for another core."""
@@ -172,31 +200,39 @@ class Session:
         """The forward that runs, or None."""
         return self.attention.run
 
-    def run_core(self, frames: Tensor) -> Outputs:
+    def run_core(self, frames: Tensor, closed: ClosedFrames | None = None) -> Outputs:
         """Run the core, keep its keys and values, and return its outputs.
 
         Args:
-            frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first.
+            frames: `[K, 3, H, W]` in [0, 1], the model's reference frame first, those that are seen at a stride last.
+            closed: How many of them are seen how; None for all in full.
 
         Raises:
-            ValueError: If the model does something across frames that does not follow a core, or there is one frame.
+            ValueError: If the model does something across frames that does not follow a core, there is one frame in
+                full, or frames cannot be seen at a stride.
         """
+        closed = ClosedFrames(len(frames)) if closed is None else closed
         self.attention.kept.clear()
-        if len(frames) < 2:
-            raise ValueError(f"the core must hold at least 2 frames, got {len(frames)}")
+        self.attention.closed = closed
+        if closed.full < 2:
+            raise ValueError(f"the core must hold at least 2 frames in full, got {closed.full}")
+        if closed.coarse and self.record.causal:
+            raise ValueError(
+                f"frames of a causal model ({self.record.name}) must be seen in full; give a Core without `coarse`"
+            )
         run = Run(len(frames))
         outputs = self._forward(frames, run)
-        self._tokens = run.inputs.tokens_per_frame
+        self.inputs = replace(run.inputs, images=None)
         self._runs_fused = self._own is not None and self._own.report.reason is None
-        self._test(frames, outputs)
+        self._test(frames[: closed.full], {name: tensor[: closed.full] for name, tensor in outputs.items()})
         return outputs
 
     def frames_of_chunk(self, core_frames: Tensor) -> int | None:
         """Return how many further frames run together within the memory budget, after the core; None without one."""
-        if self.budget is None or self._tokens is None:
+        if self.budget is None or self.inputs is None or self.inputs.tokens_per_frame is None:
             return None
         itemsize = self._parameter.itemsize
-        return self.budget.frames_of_chunk(core_frames.shape, itemsize, self._tokens, self.device)
+        return self.budget.frames_of_chunk(core_frames.shape, itemsize, self.inputs.tokens_per_frame, self.device)
 
     def run_chunk(self, reference: Tensor, frames: Tensor) -> Outputs:
         """Return the outputs of further frames.
@@ -208,19 +244,21 @@ class Session:
         """
         return self._run_chunk(reference, frames, (True,) * len(frames))
 
-    def describe(self, frames: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    def describe(self, reference: Tensor, frames: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what is read of the patch tokens of frames as they enter the first attention across frames.
 
-        Each part of the frames that is described counts its own first frame as reference.
-
         Args:
+            reference: The first of all frames, `[1, 3, H, W]`, which models whose first frame sets the axes run too;
+                none, `[0, 3, H, W]`, where `frames` begins with it.
             frames: `[n, 3, H, W]` in [0, 1].
             read: What is read of these tokens, `[n, P, C]`.
         """
+        first = len(reference) if self.reference else 0
+        both = torch.cat([reference.to(frames), frames]) if first else frames
         try:
-            self._forward(frames, Run(len(frames), describes=read))
+            self._forward(both, Run(len(both), describes=read))
         except Described as described:
-            return described.tokens
+            return described.tokens[first:]
         raise AssertionError("a forward without global attention is refused")
 
     def _run_chunk(self, reference: Tensor, frames: Tensor, sees_itself: tuple[bool, ...]) -> Outputs:
@@ -250,9 +288,7 @@ class Session:
         last = frames[-1:]
         again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
         for name, tensor in outputs.items():
-            both = (each.cpu().double() for each in (tensor[-1], again[name][0]))
-            expected, actual = (each.sign() * each.abs().log1p() for each in both)
-            error, size = float((actual - expected).norm()), float(expected.norm())
+            error, size = _deviation(tensor[-1], again[name][0])
             if not math.isfinite(size):
                 raise ValueError(
                     f"what {type(self.model).__name__} says of a frame of the core must be finite, but its {name} is "
@@ -265,6 +301,11 @@ class Session:
                     "looks across frames that does not follow the core; use patch(model), which runs all frames at once"
                 )
 
+    def agree(self, expected: Tensor, actual: Tensor) -> bool:
+        """Whether two outputs agree to half of the digits with which the model computes."""
+        error, size = _deviation(expected, actual)
+        return error <= self.eps**0.5 * size
+
     def _forward(self, frames: Tensor, run: Run) -> Outputs:
         """Run the model on frames `[S, 3, H, W]` and return its outputs.
 
@@ -273,12 +314,12 @@ class Session:
         """
         if not self._turn.acquire(blocking=False):
             raise RuntimeError("this scene is running already; a scene runs one chunk at a time")
-        self.attention.run = run
+        self.attention.run, self._thread = run, threading.get_ident()
         enabled, dtype = self.autocast
         try:
             with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
                 images = frames.to(self.device, self._parameter.dtype)
-                result = self.model(self._feed(images), **self._options)
+                result = self.model(self._feed(images), **self.options)
                 self._check(run)
                 return self._read(result, len(frames))
         finally:
@@ -288,26 +329,23 @@ class Session:
     @contextmanager
     def _installed(self) -> Iterator[None]:
         """Inside this context the stand-ins are in the place of the model's forwards."""
-        patched = [stand_in.name for stand_in in self._stand_ins if isinstance(stand_in.in_place, StandIn)]
-        if patched:
-            raise ValueError(f"{patched[0]} is patched; call undo() on that patch first (Patch.of(model) returns it)")
         if self.model.training:
-            raise ValueError("a scene is for inference; call model.eval() first")
-        done: list[StandIn] = []
+            raise ValueError("what runs in chunks is for inference; call model.eval() first")
+        self._stand_ins.install()
         try:
-            for stand_in in self._stand_ins:
-                stand_in.install()
-                done.append(stand_in)
             yield
         finally:
-            for stand_in in reversed(done):
-                stand_in.remove()
+            self._stand_ins.remove()
 
     @uncompiled(recursive=False)
     def _run_root(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run the module that runs all global attention."""
         run = self.attention.run
-        assert run is not None
+        if run is None or self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"{stand_in.name} is running already, in chunks of another thread; give each thread its own "
+                "copy.deepcopy(model)"
+            )
         run.inputs = self.record.read(self.root, arguments_of(self.root, args, kwargs))
         if run.inputs.frames not in (None, run.frames):
             raise ValueError(
@@ -338,6 +376,13 @@ class Session:
                 f"{self.record.name} chose another reference frame than the first of its frames, which a scene needs; "
                 f"give the model a forward that takes {self.record.first_is_reference}"
             )
+
+
+def _deviation(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+    """Return how far an output is from another, and how large that is, both compressed by the logarithm."""
+    both = (each.cpu().double() for each in (expected, actual))
+    expected, actual = (each.sign() * each.abs().log1p() for each in both)
+    return float((actual - expected).norm()), float(expected.norm())
 
 
 def one_sample(

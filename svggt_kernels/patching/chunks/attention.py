@@ -3,41 +3,45 @@
 A closed core sees the core alone, and a frame outside it sees the core and itself. So a chunk of further frames needs
 of the core no more than its keys and values at each attention across frames: what they give each frame is what one
 forward of all frames would give, whichever frames run together.
+
+Frames that all see at a stride (`CoarseGraph.core`) are closed with the core. They run with it, and of their keys and
+values those are kept that are seen: of special tokens, which lie among the core's, as each stands for itself, and of
+patches, which are a part of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import block_sparse_attention, choose_backend
-from ..compiling import uncompiled
-from ..graph import CovisibilityGraph
-from ..layout import BlockLayout
-from ..models import ForwardInputs, ModelRecord
-from ..patching.interception import Answering, StandIn
-from ..patching.masks import require_redundant
-from ..sources.cache import LRUCache
+from ...attention import block_sparse_attention, choose_backend
+from ...coarse import CoarseLayout
+from ...compiling import uncompiled
+from ...layout import BlockLayout
+from ...merging import merge
+from ...models import ForwardInputs, ModelRecord
+from ..interception import Answering, StandIn
+from ..masks import require_redundant
+from .layouts import ChunkLayouts, ClosedFrames, FrameTokens
 
 Call = tuple[str, int]
 """An attention call in a forward: the module's name, and how often it was called before."""
 
-LAYOUTS_KEPT = 16
-
 
 @dataclass(eq=False)
 class Run:
-    """One forward, of the core or of a chunk.
+    """One forward, of the closed frames or of a chunk.
 
     Attributes:
         frames: Frames S that the model is given.
         sees_itself: Of a chunk, whether each frame sees itself beside the core; a frame of the core that runs again
-            does not, as the core holds it already. None for the core's own run.
+            does not, as the core holds it already. None for the run of the closed frames.
         describes: Of a run that ends at the first attention across frames, by `Described`: what is read of the frames'
             patch tokens there, `[S, P, C]`.
         inputs: What the record reads from the forward's arguments.
@@ -68,15 +72,27 @@ class Described(Exception):
 
 @dataclass
 class Kept:
-    """Keys and values of the core at one attention call.
+    """Keys and values of the closed frames at one attention call.
 
     Attributes:
-        keys: `[B, H, N, D]`, whose memory lies as `[B, N, H, D]`.
+        keys: `[B, H, N, D]`, whose memory lies as `[B, N, H, D]`; each stands for itself.
         values: Likewise.
+        patches: Those of patches that are seen at a stride, each of which stands for several; None if there are none.
     """
 
     keys: Tensor
     values: Tensor
+    patches: Kept | None = None
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor, tokens: Tensor | None = None) -> Kept:
+        """Keep the keys and values of some tokens, or of all, in memory of their own."""
+        return cls(_own_memory(key, tokens), _own_memory(value, tokens))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.keys.nbytes + self.values.nbytes + (0 if self.patches is None else self.patches.nbytes)
 
 
 class CoreAttention:
@@ -89,8 +105,12 @@ class CoreAttention:
         backend: The backend that must run the global attention, or None for the best that can.
 
     Attributes:
-        kept: Of the core, by attention call; empty before the core has run.
+        closed: The frames of which keys and values are kept; None before they have run.
+        kept: Theirs, by attention call.
         run: The forward that runs, or None.
+        kind: Device, dtype and head size of global attention; None before it has run.
+        answered: Calls of global attention answered so far, of all runs.
+        per_frame: Tokens of a frame in it; 0 before it has run.
     """
 
     def __init__(
@@ -102,20 +122,22 @@ class CoreAttention:
     ) -> None:
         self.record, self.backend = record, backend
         self.modules, self.followers = dict(modules), dict(followers)
+        self.closed: ClosedFrames | None = None
         self.kept: dict[Call, Kept] = {}
         self.run: Run | None = None
-        self._kind: tuple[torch.device, torch.dtype, int] | None = None
-        self._layouts: LRUCache[BlockLayout] = LRUCache(LAYOUTS_KEPT)
+        self.answered = self.per_frame = 0
+        self.kind: tuple[torch.device, torch.dtype, int] | None = None
+        self._layouts = ChunkLayouts()
 
     @property
     def chosen_backend(self) -> str | None:
         """The backend that runs the global attention; None before it has run."""
-        return None if self._kind is None else choose_backend(*self._kind, self.backend)
+        return None if self.kind is None else choose_backend(*self.kind, self.backend)
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of all keys and values that are kept."""
-        return sum(kept.keys.nbytes + kept.values.nbytes for kept in self.kept.values())
+        return sum(kept.nbytes for kept in self.kept.values())
 
     def sites(self) -> Iterable[tuple[nn.Module, str, Callable[..., Any]]]:
         """Return the attention modules, their names and what runs around them."""
@@ -186,76 +208,103 @@ class CoreAttention:
         query, key, value = _as_computed(query, key, value)
         call = name, run.calls[name]
         run.calls[name] += 1
-        if run.sees_itself is None:
-            self.kept[call] = Kept(_own_memory(key), _own_memory(value))
-            layout = self._of_core(run.frames, per_frame, trailing, query.device)
-            if attn_mask is not None:
-                require_redundant(name, attn_mask, (layout,), {})
-        else:
-            if call not in self.kept:
-                raise ValueError(
-                    f"{name} attends {call[1] + 1} times in this forward, but less often in that of the core, so "
-                    "what it should see is not known; this model cannot be opened"
-                )
-            if attn_mask is not None:
-                alone = self._of_frames(run.frames, per_frame, query.device)
-                require_redundant(name, attn_mask, (alone,), {})
-            kept = self.kept[call]
-            scale = self._scale(name, scale, query, kept)
-            key, value = _behind(kept.keys, key), _behind(kept.values, value)
-            layout = self._of_chunk(run.sees_itself, per_frame, trailing, kept.keys.shape[2], query.device)
         # Camera heads run in float32, which the backend that was named may not take.
         backend = None
         if name in self.modules:
-            backend, self._kind = self.backend, (query.device, query.dtype, query.shape[3])
-        out = block_sparse_attention(query, key, value, layout, scale=scale, backend=backend)
-        assert isinstance(out, Tensor)
-        return out
+            backend, self.kind = self.backend, (query.device, query.dtype, query.shape[3])
+            self.answered, self.per_frame = self.answered + 1, per_frame
+        tokens = FrameTokens(run.frames, per_frame, trailing, query.device)
+        if run.sees_itself is None:
+            layout = self._of_closed(name, tokens, run.inputs)
+            if attn_mask is not None:
+                require_redundant(name, attn_mask, (layout,), {})
+            self.kept[call] = self._keep(tokens, layout, key, value)
+            out = block_sparse_attention(query, key, value, layout, scale=scale, backend=backend)
+            assert isinstance(out, Tensor)
+            return out
+        if call not in self.kept:
+            raise ValueError(
+                f"{name} attends {call[1] + 1} times in this forward, but less often in that of the core, so "
+                "what it should see is not known; this model cannot be opened"
+            )
+        if attn_mask is not None:
+            require_redundant(name, attn_mask, (self._layouts.of_frames_alone(tokens),), {})
+        kept = self.kept[call]
+        scale = self._scale(name, scale, tokens, query)
+        key, value = _behind(kept.keys, key), _behind(kept.values, value)
+        parts = [(key, value, self._layouts.of_chunk(tokens, run.sees_itself, kept.keys.shape[2]), 1.0)]
+        if (patches := kept.patches) is not None:
+            count = patches.keys.shape[2]
+            weight = self._coarse_patches(run.inputs) / count
+            parts.append((patches.keys, patches.values, self._layouts.of_all(tokens, count), weight))
+        return _attend(query, parts, scale, backend)
 
-    def _scale(self, name: str, scale: float | None, query: Tensor, kept: Kept) -> float | None:
-        """Return the scale with which scores grow as they did in the run of the core."""
+    def _of_closed(self, name: str, tokens: FrameTokens, inputs: ForwardInputs) -> BlockLayout | CoarseLayout:
+        """Return the layout of the closed frames, which all see one another, or in causal models what came before.
+
+        Global attention sees some of them at a stride. Modules that follow it attend over special tokens, which are all
+        seen.
+        """
+        closed = self.closed
+        assert closed is not None
+        if closed.coarse and name in self.modules:
+            return self._layouts.of_closed(tokens, closed, inputs, self.record.name)
+        if self.record.causal:
+            return self._layouts.of_earlier_frames(tokens)
+        return self._layouts.of_all(tokens, tokens.total)
+
+    def _keep(
+        self,
+        tokens: FrameTokens,
+        layout: BlockLayout | CoarseLayout,
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, D]
+    ) -> Kept:
+        """Keep the keys and values of closed frames that further frames see."""
+        if not isinstance(layout, CoarseLayout):
+            return Kept.of(key, value)
+        assert self.closed is not None
+        every = torch.arange(tokens.total, device=tokens.device)
+        core, trailing = every[: self.closed.full * tokens.per_frame], every[tokens.total - tokens.trailing :]
+        _, *special, patches = (part.tokens for part in layout.parts)
+        kept = Kept.of(key, value, torch.cat([core, trailing, *(each for each in special if each is not None)]))
+        kept.patches = Kept.of(key, value, patches)
+        return kept
+
+    def _coarse_patches(self, inputs: ForwardInputs) -> int:
+        """Return how many patches the frames have that are seen at a stride."""
+        assert self.closed is not None and inputs.patch_grid is not None
+        return self.closed.coarse * inputs.patch_grid[0] * inputs.patch_grid[1]
+
+    def _scale(self, name: str, scale: float | None, tokens: FrameTokens, query: Tensor) -> float | None:
+        """Return the scale with which scores grow as they did in the run of the closed frames."""
         growth = self.record.growth
         if growth is None or name not in self.modules:
             return scale
-        module, (tokens, head_size) = self.modules[name], query.shape[2:]
-        factor = growth(module, kept.keys.shape[2]) / growth(module, tokens)
-        return (head_size**-0.5 if scale is None else scale) * factor
+        module, closed = self.modules[name], self.closed
+        assert closed is not None
+        factor = growth(module, tokens._replace(frames=closed.count).total) / growth(module, tokens.total)
+        return (query.shape[3] ** -0.5 if scale is None else scale) * factor
 
-    def _of_core(self, frames: int, per_frame: int, trailing: int, device: torch.device) -> BlockLayout:
-        """Return the layout of the core: everything sees everything, or in causal models what came before."""
 
-        def new_layout() -> BlockLayout:
-            if not self.record.causal:
-                return BlockLayout.from_graph(CovisibilityGraph.all_visible(1), frames * per_frame + trailing)
-            earlier = [(i, j) for i in range(frames) for j in range(i)]
-            return BlockLayout.from_graph(CovisibilityGraph.from_pairs(frames, earlier), per_frame)
-
-        return self._layout(("core", frames, per_frame, trailing, device), new_layout)
-
-    def _of_frames(self, frames: int, per_frame: int, device: torch.device) -> BlockLayout:
-        """Return the layout in which each frame sees itself alone."""
-
-        def new_layout() -> BlockLayout:
-            return BlockLayout.from_graph(CovisibilityGraph.from_pairs(frames, []), per_frame)
-
-        return self._layout(("frames", frames, per_frame, device), new_layout)
-
-    def _of_chunk(
-        self, sees_itself: tuple[bool, ...], per_frame: int, trailing: int, core: int, device: torch.device
-    ) -> BlockLayout:
-        """Return the layout of a chunk, whose first key frame is all that is kept of the core."""
-
-        def new_layout() -> BlockLayout:
-            lengths = [per_frame] * len(sees_itself) + [trailing] * (trailing > 0)
-            pairs = [(row, 0) for row in range(len(lengths))]
-            pairs += [(row, 1 + row) for row, itself in enumerate(sees_itself) if itself]
-            graph = CovisibilityGraph.from_pairs(len(lengths), sorted(pairs), num_key_frames=1 + len(lengths))
-            return BlockLayout.from_graph(graph, lengths, key_tokens_per_frame=[core, *lengths], dense_special=False)
-
-        return self._layout((sees_itself, per_frame, trailing, core, device), new_layout)
-
-    def _layout(self, key: tuple[Any, ...], new_layout: Callable[[], BlockLayout]) -> BlockLayout:
-        return self._layouts.get(key, lambda: new_layout().to(key[-1]))
+def _attend(
+    query: Tensor,  # [B, H, N, D]
+    parts: Sequence[tuple[Tensor, Tensor, BlockLayout, float]],
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    """Return attention `[B, H, N, D]` over parts: keys, values, layout, and how many keys each of them stands for."""
+    if len(parts) == 1:
+        key, value, layout, _ = parts[0]
+        out = block_sparse_attention(query, key, value, layout, scale=scale, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+    outs, lses = [], []
+    for key, value, layout, weight in parts:
+        out, lse = block_sparse_attention(query, key, value, layout, scale=scale, return_lse=True, backend=backend)
+        outs.append(out)
+        lses.append(lse + math.log(weight))
+    return merge(outs, lses)[0]
 
 
 def _patch_tokens(module_inputs: tuple[Any, ...], run: Run, per_frame: int) -> Tensor:
@@ -280,9 +329,12 @@ def _as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _own_memory(heads: Tensor) -> Tensor:
-    """Return a copy of `[B, H, N, D]` that holds no more memory than itself, lying as `[B, N, H, D]`."""
-    return heads.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+def _own_memory(heads: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return a copy of some tokens of `[B, H, N, D]` that holds no more memory than itself, lying as `[B, N, H, D]`."""
+    lying = heads.detach().transpose(1, 2)
+    if tokens is None:
+        return lying.clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return lying.index_select(1, tokens).transpose(1, 2)
 
 
 def _behind(core: Tensor, own: Tensor) -> Tensor:
