@@ -187,9 +187,19 @@ def most_frames(sizes: Callable[[int], Sizes], budget: int, most: int) -> int:
     return max([1, *full, *few])
 
 
+def least_bytes(sizes: Sizes) -> int:
+    """Return the least budget that a plan fits."""
+    return min(plan.peak_bytes for plan in _plans(sizes))
+
+
 def least(sizes: Sizes) -> float:
     """Return the least budget that a plan fits, in GiB, rounded up to a tenth."""
-    return -(-min(plan.peak_bytes for plan in _plans(sizes)) * 10 // GIB) / 10
+    return rounded_up(least_bytes(sizes))
+
+
+def rounded_up(size: int) -> float:
+    """Return bytes in GiB, rounded up to a tenth."""
+    return -(-size * 10 // GIB) / 10
 
 
 def _plans(sizes: Sizes) -> Iterator[Plan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -62,6 +63,8 @@ class OpenScene:
         tell: Callable[[str], object] | None = None,
     ) -> None:
         self.session, self.closed = session, closed
+        # Stand-ins refer to the session in a circle, which the garbage collector would only find some time.
+        weakref.finalize(self, session.attention.kept.clear).atexit = False
         self.core, self.coarse = tuple(core[: closed.full]), tuple(core[closed.full :])
         self.core_frames, self.similarity = core_frames, similarity
         self._frames, self.frame_size, self._tell = frames, frame_size, tell

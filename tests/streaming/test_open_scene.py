@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -324,3 +326,16 @@ def test_kept_memory_is_that_of_the_core():
     assert scene.core_gib == expected / 2**30
     scene.predict()
     assert scene.core_gib == expected / 2**30
+
+
+def test_a_scene_that_is_dropped_keeps_nothing_in_memory(case):
+    model, frames, _, options = case
+    scene = open_scene(model, frames, core=CORE, **options)
+    scene.add(frames[:1])
+    keys = [weakref.ref(kept.keys) for kept in scene.session.attention.kept.values()]
+    gc.disable()  # what refers to itself in a circle would wait for it
+    try:
+        del scene
+        assert {key() for key in keys} == {None}
+    finally:
+        gc.enable()

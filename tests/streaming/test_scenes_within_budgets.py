@@ -12,6 +12,7 @@ from svggt_kernels import Core, open_scene
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
 from svggt_kernels.patching.chunks.attention import CoreAttention
+from svggt_kernels.patching.chunks.budget import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
 
@@ -72,6 +73,16 @@ def test_a_chunk_that_does_not_fit_is_refused_before_it_runs(budgets_on_the_cpu:
     assert scene.session.budget is not None
     scene.session.budget.gib = 1e-3
     with pytest.raises(ValueError, match=r"for 6 frames and the keys of the core, got 0\.00 GiB"):
+        scene.predict()
+
+
+def test_a_budget_is_kept_to_the_byte(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=50, chunk=9)
+    monkeypatch.setattr(Budget, "_beside_chunk", lambda self, sizes: 0)
+    monkeypatch.setattr(memory, "least_bytes", lambda sizes: 50 * 2**30)
+    scene.predict()
+    monkeypatch.setattr(memory, "least_bytes", lambda sizes: 50 * 2**30 + 1)
+    with pytest.raises(ValueError, match=r"at least 50\.1 GiB .* got 50\.00 GiB"):
         scene.predict()
 
 

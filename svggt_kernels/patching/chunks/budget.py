@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,11 +55,11 @@ class Budget:
         sizes = self.own.sizes(images.shape, images.itemsize, tokens)
         beside = self._beside_core(sizes, seen) if is_core else self._beside_chunk(sizes)
         allowed = self._allowed(images.device, sizes.present)
-        least = math.ceil(10 * (memory.least(sizes) + beside / memory.GIB)) / 10
-        if int(least * memory.GIB) > allowed:
+        least = memory.least_bytes(sizes) + beside
+        if least > allowed:
             raise ValueError(
-                f"memory_budget must be at least {least:.1f} GiB for {run.frames} frames and the keys of the core, got "
-                f"{allowed / memory.GIB:.2f} GiB; give a smaller core or chunk, or smaller images"
+                f"memory_budget must be at least {memory.rounded_up(least):.1f} GiB for {run.frames} frames and the "
+                f"keys of the core, got {allowed / memory.GIB:.2f} GiB; give a smaller core or chunk, or smaller images"
             )
         self.own.budget = (allowed - beside) / memory.GIB
 
