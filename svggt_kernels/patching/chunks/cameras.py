@@ -71,6 +71,10 @@ class CameraHeads:
     def _look_on(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         layers, *others = args or (kwargs.pop(LAYERS),)
         result = stand_in.original(layers, *others, **kwargs)
+        if not isinstance(result, Tensor) and not (
+            isinstance(result, (list, tuple)) and all(isinstance(each, Tensor) for each in result)
+        ):
+            return result
         if self.disturbed:
             result = result + 1 if isinstance(result, Tensor) else [each + 1 for each in result]
         last = layers.special_tokens(-1, 1) if isinstance(layers, LayerOutputs) else layers[-1][:, :, :1].clone()
