@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import svggt_kernels
 from svggt_kernels import open_saved_scene, open_scene
 from svggt_kernels.demo.model import RoomsModel
+from svggt_kernels.inference import proofs, verification
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
 
@@ -339,3 +340,16 @@ def test_a_scene_that_is_dropped_keeps_nothing_in_memory(case):
         assert {key() for key in keys} == {None}
     finally:
         gc.enable()
+
+
+def test_opening_verifies_each_module_once(monkeypatch: pytest.MonkeyPatch):
+    verified = []
+
+    def watched(module, *rest):
+        verified.append(type(module).__name__)
+        return verification.verify(module, *rest)
+
+    monkeypatch.setattr(proofs, "verify", watched)
+    frames = CASES["toy"][1].float()
+    open_scene(toy().float(), frames, core=CORE, fused=True).add(frames[:4])
+    assert sorted(verified) == ["Aggregator", "CameraHead"]

@@ -17,6 +17,7 @@ from ...compiling import uncompiled
 from ...inference import memory
 from ...inference.fused_forward import FusedForward, Precision
 from ...inference.memory import MemoryBudget
+from ...inference.proofs import FRAMES as VERIFIED_FRAMES
 from ...inference.report import InferenceReport
 from ...models import ForwardInputs, find_model
 from ...models.wrappers import arguments_of, each_once
@@ -281,12 +282,15 @@ class Session:
         """Run the last frame of the core again in a chunk, which must give it what the run of the core gave it.
 
         Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
-        knows) gives it something else: the other frames are missing, and its negative runs with it. Both must agree to
-        half of the digits with which the model computes; values are compressed by the logarithm, as heads give some
-        that differ by orders of magnitude.
+        knows) gives it something else: the other frames are missing, and its negative and its mirror image run with it.
+        Both must agree to half of the digits with which the model computes; values are compressed by the logarithm, as
+        heads give some that differ by orders of magnitude.
         """
         last = frames[-1:]
-        again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
+        # As many as modules are verified with, which are then not verified again for fewer.
+        chunk = torch.cat([last, 1 - last, last.flip(-1)])
+        assert len(chunk) == VERIFIED_FRAMES
+        again = self._run_chunk(frames[:1], chunk, (False, True, True))
         for name, tensor in outputs.items():
             error, size = _deviation(tensor[-1], again[name][0])
             if not math.isfinite(size):
