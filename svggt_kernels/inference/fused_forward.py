@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -92,6 +92,7 @@ class FusedForward:
         self._within_frames = AttentionWithinFrames(backend)
         self._positions: LRUCache[list[dpt.Table]] = LRUCache(sys.maxsize)  # CUDA graphs read them: none is dropped
         self._proofs = Proofs()
+        self._rehearsed: set[Hashable] = set()
         self._attend: GlobalAttention | None = None
         self._outputs: LayerOutputs | None = None
         self._launches: dict[nn.Module, first_launches.FirstLaunches] = {}
@@ -241,8 +242,9 @@ class FusedForward:
                 "memory_budget=None"
             )
         assert isinstance(images, Tensor) and self._attend is not None
-        own_dtype = None if self.dtype is None else self.aggregator.camera_token.dtype
-        self._outputs = outputs = LayerOutputs(self.depth, self.layers, own_dtype, self._plan.offloaded)
+        if self.budget is not None and self.reference:
+            self._verify_heads(images)
+        self._outputs = outputs = LayerOutputs(self.depth, self.layers, self._own_dtype, self._plan.offloaded)
         aggregate(
             self.aggregator,
             images,
@@ -255,6 +257,36 @@ class FusedForward:
         )
         self.report = replace(self.report, within_frames=tuple(sorted(self._within_frames.ran)))
         return outputs, self.aggregator.patch_start_idx
+
+    @property
+    def _own_dtype(self) -> torch.dtype | None:
+        """What layer outputs are read in where that is not the dtype of the tokens."""
+        return None if self.dtype is None else self.aggregator.camera_token.dtype
+
+    def _verify_heads(self, images: Tensor) -> None:
+        """Verify the heads on the first frames, once for their size and dtype.
+
+        Beside the outputs of all frames that would take more memory than a plan counts.
+        """
+        some = images[:1, :FRAMES]
+        kind = (some.shape, some.dtype, some.device, torch.is_autocast_enabled(some.device.type))
+        if kind in self._rehearsed:
+            return
+        outputs, first_patch = LayerOutputs(self.depth, self.layers, self._own_dtype), self.aggregator.patch_start_idx
+        aggregate(
+            self.aggregator,
+            some,
+            outputs,
+            attend=_dense,
+            attend_within_frames=by_pytorch,
+            tokens_together=self._plan.tokens_together,
+            dtype=self.dtype,
+        )
+        for head in self._dpt.values():
+            self._may_run_fused(head, outputs, some, first_patch)
+        for head in self._cameras.values():
+            self._read_by_camera(head, outputs)
+        self._rehearsed.add(kind)
 
     def _may_run(self, images: Any) -> tuple[str | None, Verification | None]:
         """Return why the aggregator must run as it is in this call, or None, and how it was verified."""

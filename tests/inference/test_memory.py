@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import svggt_kernels
 from svggt_kernels import attention
-from svggt_kernels.inference import blocks, layer_outputs, memory, proofs
+from svggt_kernels.inference import blocks, fused_forward, layer_outputs, memory, proofs
 from svggt_kernels.inference.verification import Verification
 from svggt_kernels.patching.graph_attention import GraphAttention
 
@@ -276,6 +276,38 @@ def test_what_is_alive_as_the_blocks_run_is_what_the_plan_says(case: str, monkey
         weights = sum(x.nbytes for x in (*network.parameters(), *network.buffers(), IMAGES))
         planned = plan.moments["last block"] - weights
         assert 0.9 * planned < found[0] <= planned, report.inference.memory
+
+
+@pytest.mark.usefixtures("tight", "away")
+@pytest.mark.parametrize("budget", [1.0, None])
+def test_within_a_budget_heads_are_verified_before_all_frames_run(
+    budget: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Beside the outputs of all frames a verification would take memory that no plan counts."""
+    network = model()
+    events: list[str | int] = []
+    aggregate, verify, may_run = fused_forward.aggregate, proofs.verify, fused_forward.FusedForward._may_run_fused
+
+    def aggregated(aggregator: nn.Module, images: Tensor, *rest: object, **options: object) -> None:
+        events.append(images.shape[1])
+        aggregate(aggregator, images, *rest, **options)
+
+    def verified(module: nn.Module, *rest: object) -> Verification:
+        events.append(type(module).__name__)
+        return verify(module, *rest)
+
+    def asked(self: fused_forward.FusedForward, head: nn.Module, *rest: object) -> str | None:
+        events.append(f"asked for {type(head).__name__}")
+        return may_run(self, head, *rest)
+
+    monkeypatch.setattr(fused_forward, "aggregate", aggregated)
+    monkeypatch.setattr(proofs, "verify", verified)
+    monkeypatch.setattr(fused_forward.FusedForward, "_may_run_fused", asked)
+    run(network, memory_budget=budget)
+    first = [event for event in events[: events.index(IMAGES.shape[1])] if isinstance(event, str)]
+    beforehand = ["asked for DPTHead", "CameraHead"] if budget else []
+    assert [event for event in first if event != "Aggregator"] == beforehand
+    assert events.count("CameraHead") == events.count("Aggregator") == 1
 
 
 @pytest.mark.usefixtures("tight")
