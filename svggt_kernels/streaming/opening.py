@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..graph import CovisibilityGraph
 from ..graph.arguments import integer
 from ..graph.core import checked_core
 from ..inference.memory import MemoryBudget
 from ..patching.chunks.layouts import ClosedFrames
 from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
+from ..sources.core import By
 from .apart import described, likeness_of
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
@@ -26,7 +29,7 @@ def open_scene(
     model: nn.Module,
     images: Images,
     *,
-    core: Core | Sequence[int] | None = None,
+    core: Core | By | CovisibilityGraph | Sequence[int] | int | None = None,
     chunk: int | None = None,
     memory_budget: MemoryBudget = None,
     long_side: int | None = None,
@@ -53,8 +56,9 @@ def open_scene(
             frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
             256 frames, which are held in memory.
         core: A `Core`, which chooses its frames by descriptors of all; with `coarse` all frames also see so many more
-            at a stride of their patches, and of their keys and values those are kept. Or the indices of the core's
-            frames, the reference frame first. None for `Core()`, as in `patch`.
+            at a stride of their patches, and of their keys and values those are kept. A word or a number stands for
+            `Core(by=word)` or `Core(number)`. Or a graph that has a core, or the indices of the core's frames, the
+            reference frame first. None for `Core()`, as in `patch`.
         chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
         memory_budget: GiB that a run may allocate on the device in all, or "auto", as in `patch`: the core's and each
             chunk's. Needs CUDA and a model of VGGT's shape; elsewhere give `chunk`.
@@ -78,7 +82,7 @@ def open_scene(
     """
     if isinstance(images, str | Path) and not Path(images).exists():  # before weights are looked for
         raise FileNotFoundError(f"images must be a folder of photos or a video, but {images} does not exist")
-    core = Core() if core is None else core
+    core = as_core(core)
     if isinstance(core, Core):
         core = core.opened()
         if core.nearest or core.coarse == "all":
@@ -155,8 +159,39 @@ def open_saved_scene(
     )
 
 
+def as_core(core: object) -> Core | list[int]:
+    """Return what chooses a core, or its frames, from what `open_scene` takes.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is another word, a graph without a core, or no frames.
+    """
+    if core is None:
+        return Core()
+    if isinstance(core, Core):
+        return core
+    if isinstance(core, str):
+        return Core(by=core)  # type: ignore[arg-type]  # which says what words there are
+    if isinstance(core, int | np.integer) and not isinstance(core, bool):
+        return Core(int(core))
+    if isinstance(core, CovisibilityGraph):
+        if core.core_frames is None:
+            raise ValueError("core must be a graph that has a core, as CovisibilityGraph.core makes, got one without")
+        core = core.core_frames
+    if isinstance(core, Tensor | np.ndarray):
+        core = core.tolist()
+    if isinstance(core, Sequence) and all(isinstance(frame, int | np.integer) for frame in core):
+        if not core:
+            raise ValueError("the core must hold at least 2 frames, got none")
+        return [int(frame) for frame in core]
+    raise TypeError(
+        "core must be a Core, a word, a number of frames, a CovisibilityGraph with a core, or the indices of frames, "
+        f"got {core if isinstance(core, str | Sequence) else type(core).__name__}"
+    )
+
+
 def chosen_core(
-    core: Core | Sequence[int], frames: Frames, session: Session, tell: Callable[[str], object] | None = None
+    core: Core | list[int], frames: Frames, session: Session, tell: Callable[[str], object] | None = None
 ) -> tuple[list[int], list[int], float | None]:
     """Return the frames of a core, the reference frame first, and those that are seen at a stride.
 
@@ -169,10 +204,7 @@ def chosen_core(
         tell: As in `open_scene`.
     """
     if not isinstance(core, Core):
-        indices = list(core)
-        if not indices:
-            raise ValueError("the core must hold at least 2 frames, got none")
-        return checked_core(max(indices) + 1, indices).tolist(), [], None
+        return checked_core(max(core) + 1, core).tolist(), [], None
     similarity, count, parts = core.similarity, frames.count, []
     if similarity is None and count is not None:
         return *_rising(core.spread(count, None)), None

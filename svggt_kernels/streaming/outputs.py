@@ -73,12 +73,18 @@ class OutputFolder:
         return as_text(content[name]) if name in content else None
 
 
-def read_outputs(paths: Sequence[str | Path]) -> dict[str, Tensor]:
+def read_outputs(paths: str | Path | Sequence[str | Path]) -> dict[str, Tensor]:
     """Return the outputs in files that `OpenScene.write` wrote, frames in the order of the files.
+
+    Args:
+        paths: The files, or the folder that holds them.
 
     Raises:
         ValueError: If there is no file, or one is damaged or something else.
+        FileNotFoundError: If there is no such file.
     """
+    if isinstance(paths, str | Path):
+        paths = sorted(Path(paths).glob("frames-*.npz")) if Path(paths).is_dir() else [paths]
     if not paths:
         raise ValueError("at least one file is needed, none was given")
     parts = [read_arrays(Path(path)) for path in paths]

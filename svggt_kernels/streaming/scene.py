@@ -130,6 +130,8 @@ class OpenScene:
                 `add` does.
             OSError: If a file cannot be written.
         """
+        if isinstance(names, str):
+            raise TypeError(f"names must be a collection of outputs, got {names!r}; write [{names!r}]")
         kind = ",".join(sorted(names)) if names is not None else "all"
         target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}", names)
 

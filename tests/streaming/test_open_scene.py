@@ -19,7 +19,7 @@ from tiers import every
 from torch import Tensor, nn
 
 import svggt_kernels
-from svggt_kernels import open_saved_scene, open_scene
+from svggt_kernels import CovisibilityGraph, open_saved_scene, open_scene
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import proofs, verification
 
@@ -353,3 +353,35 @@ def test_opening_verifies_each_module_once(monkeypatch: pytest.MonkeyPatch):
     frames = CASES["toy"][1].float()
     open_scene(toy().float(), frames, core=CORE, fused=True).add(frames[:4])
     assert sorted(verified) == ["Aggregator", "CameraHead"]
+
+
+def test_a_core_by_a_word_a_number_or_a_graph():
+    model, frames = toy(), CASES["toy"][1]
+    expected = open_scene(model, frames, core=CORE).add(frames[:2])
+    for core in (torch.tensor(CORE), CovisibilityGraph.core(10, CORE)):
+        same(open_scene(model, frames, core=core).add(frames[:2]), expected)
+    assert open_scene(model, frames, core="thumbnails").core == tuple(range(10))
+
+
+@pytest.mark.parametrize(
+    ("core", "error", "message"),
+    [
+        ("photos/", ValueError, 'by must be "megaloc", "patches"'),
+        (CovisibilityGraph.sequential(10, 2), ValueError, "a graph that has a core"),
+        ([0, "1"], TypeError, "core must be a Core, a word"),
+        (1.5, TypeError, "got float"),
+        ([], ValueError, "at least 2 frames, got none"),
+    ],
+)
+def test_cores_without_a_meaning(core: object, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        open_scene(toy(), CASES["toy"][1], core=core)
+
+
+def test_a_folder_of_outputs_is_read_by_its_name(tmp_path: Path):
+    frames = CASES["toy"][1]
+    scene = open_scene(toy(), frames, core=CORE, chunk=4)
+    with pytest.raises(TypeError, match=r"write \['depth'\]"):
+        scene.write(tmp_path, names="depth")
+    paths = scene.write(tmp_path)
+    same(svggt_kernels.read_outputs(tmp_path), svggt_kernels.read_outputs(paths))
