@@ -16,9 +16,10 @@ from doubles import FAMILY, HEIGHT, PATCH, WIDTH, StreamVGGT, images
 from tiers import every, full
 from torch import Tensor, nn
 
-from svggt_kernels import CoarseGraph, Core, CovisibilityGraph, Patch, PerLayer, patch
+from svggt_kernels import CoarseGraph, Core, CovisibilityGraph, Patch, PerLayer, open_scene, patch
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
+from svggt_kernels.patching.chunks.results import WholeResult
 
 CORE = Core(3, by=None)
 CORE_FRAMES = [0, 4, 9]
@@ -279,6 +280,55 @@ def test_another_thread_is_told_that_a_forward_runs(name: str):
         hook.remove()
     assert len(told) == 4
     assert all("is running already" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, handle: model.aggregator(FRAMES[None]), "is running already, so it cannot be called now"),
+        (lambda model, handle: patch(model, covisibility=CORE), "is patched already"),
+        (lambda model, handle: open_scene(model, FRAMES, core=CORE), "is patched already"),
+        (lambda model, handle: handle.undo(), "is running already, so the patch cannot be undone now"),
+    ],
+    ids=["a module inside", "patch", "open_scene", "undo"],
+)
+def test_between_chunks_the_patch_is_in_place_for_other_threads(
+    call: Callable[[nn.Module, Patch], object], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    model, told, put = toy(), [], WholeResult.put
+
+    def call_it() -> None:
+        try:
+            with torch.no_grad():
+                told.append(call(model, handle))
+        except (RuntimeError, ValueError) as error:
+            told.append(str(error))
+
+    def put_as_another_thread_calls(self: WholeResult, *args: Any) -> None:
+        thread = threading.Thread(target=call_it)
+        thread.start()
+        thread.join()
+        put(self, *args)
+
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4) as handle:
+        expected = model(FRAMES)
+        monkeypatch.setattr(WholeResult, "put", put_as_another_thread_calls)
+        torch.testing.assert_close(model(FRAMES), expected, rtol=0, atol=0)
+    assert len(told) == 4
+    assert all(message in str(answer) for answer in told)
+
+
+def test_what_runs_in_chunks_is_not_compiled():
+    model, compiled = toy(), []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(module)
+        return module.forward
+
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        expected = model(FRAMES)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(FRAMES), expected, rtol=0, atol=0)
+    assert not compiled
 
 
 # What is refused

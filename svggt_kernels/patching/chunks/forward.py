@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compiling import uncompiled
 from ...graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ...inference.fused_forward import Precision
 from ...inference.memory import GIB, BudgetTooSmall, MemoryBudget
@@ -45,7 +45,6 @@ class ChunkedForward:
     Attributes:
         model: The module whose forward is run in chunks.
         chunk: Frames of a chunk, if that was given.
-        thread: The thread that runs chunks now, or None.
 
     Raises:
         ValueError: If the graphs of the planner are not those of a closed core, or the model is not known.
@@ -71,7 +70,6 @@ class ChunkedForward:
         }
         if (reason := not_closed(planner)) is not None:
             raise ValueError(f"in chunks frames see a core and themselves, {reason}; give a Core, or leave chunk out")
-        self.thread: int | None = None
         self._heads = CameraHeads(self.model)
         self._places: dict[str, dict[str, int]] = {}
         self._over: dict[str, Callable[[Tensor], list[Tensor]]] = {}
@@ -80,7 +78,7 @@ class ChunkedForward:
         self._session: Session | None = self._new_session()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_result": None, "_over": {}, "thread": None}
+        return {**self.__dict__, "_session": None, "_result": None, "_over": {}}
 
     def _new_session(self) -> Session:
         return Session(self.model, feed=self._feed, read=self._read, parts=[self._heads], **self._settings)
@@ -92,12 +90,13 @@ class ChunkedForward:
             self._session = self._new_session()
         return self._session
 
+    @uncompiled(recursive=False)
     def around(
         self,
         stand_in: StandIn,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        alone: Callable[[], AbstractContextManager[None]],
+        aside: Callable[[], AbstractContextManager[None]],
     ) -> tuple[Any, Forward | None]:
         """Run one forward of the model; return what it returns, and what it was if it ran in chunks.
 
@@ -105,12 +104,10 @@ class ChunkedForward:
             stand_in: Runs one forward of all frames.
             args: Arguments of the model's forward.
             kwargs: Likewise.
-            alone: Inside this context nothing but this method stands in for modules of the model; raises where a
-                forward runs in another thread.
+            aside: Inside this context this thread runs the model as it is without the patch; raises where a forward
+                runs in another thread.
         """
-        if self.thread == threading.get_ident():  # which runs chunks
-            return stand_in.original(*args, **kwargs), None
-        if self.chunk is None and self.thread is None:
+        if self.chunk is None:
             try:
                 return stand_in.original(*args, **kwargs), None
             except BudgetTooSmall as error:
@@ -119,12 +116,8 @@ class ChunkedForward:
         else:
             too_small, reason = None, f"chunk={self.chunk}"
         try:
-            with alone():
-                self.thread = threading.get_ident()
-                try:
-                    done = self.run(args, kwargs, reason)
-                finally:
-                    self.thread = None
+            with aside():
+                done = self.run(args, kwargs, reason)
         except ValueError as error:
             if too_small is None:
                 raise
@@ -193,8 +186,9 @@ class ChunkedForward:
         finally:
             self._heads.disturbed = False
 
+    @uncompiled(recursive=True)
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str) -> tuple[Any, Forward] | None:
-        """Run one forward, with no stand-in in the model; None if all frames are closed, so that nothing is gained.
+        """Run one forward of the model as it is; None if all frames are closed, so that nothing is gained.
 
         Args:
             args: Arguments of the model's forward.
@@ -221,6 +215,7 @@ class ChunkedForward:
         finally:
             session.forget()
             self._heads.runs.clear()
+            self._over.clear()
             self._result = None
 
     def _run(self, forward: Forward, images: Tensor, graphs: list[AnyGraph], reason: str) -> tuple[Any, Forward] | None:
