@@ -367,10 +367,13 @@ def test_causal_models_are_refused():
         (CovisibilityGraph.core(10, [4, 0], nearest=[[1]] * 10), "a closed core and themselves, and nothing besides"),
         (CovisibilityGraph.from_pairs(10, [(0, 1)]), "a closed core and themselves, and nothing besides"),
         (CovisibilityGraph.core(10, [4, 5]), r"must hold frame 0, the reference frame of VGGT, got \[4, 5\]"),
+        (CovisibilityGraph.core(8, [0, 2]), "must be over the 10 frames of this forward, got 8 x 8 frames"),
+        (CovisibilityGraph.core(12, [0, 11]), "must be over the 10 frames of this forward, got 12 x 12 frames"),
+        (CoarseGraph.core(12, [0, 2], [4], stride=2), "must be over the 10 frames of this forward, got 12 x 12 frames"),
     ],
-    ids=["nearest", "none", "reference"],
+    ids=["nearest", "none", "reference", "fewer frames", "more frames", "more frames, some at a stride"],
 )
-def test_graphs_that_are_not_closed_are_refused(graph: CovisibilityGraph, message: str):
+def test_graphs_that_do_not_fit_are_refused(graph: CovisibilityGraph, message: str):
     model = FAMILY["vggt"].create()
     with torch.no_grad(), patch(model, covisibility=lambda _: graph, chunk=3), pytest.raises(ValueError, match=message):
         model(images(10))

@@ -19,7 +19,7 @@ from ...models.wrappers import arguments_of, unwrapped
 from ...sources import SOURCES, Core, PatchSimilarity, Scene, TokenSimilarity
 from ..forwards import Forward
 from ..interception import StandIn
-from ..plan import Planner
+from ..plan import Planner, graph_of
 from .cameras import CameraHeads
 from .layouts import ClosedFrames
 from .report import ChunksReport
@@ -286,18 +286,17 @@ class ChunkedForward:
         images, source, record = forward.inputs.images, self.planner.source, self.planner.record
         assert source is not None
         frames = images[sample]
-        return source.graph(
-            Scene(
-                len(frames),
-                images=frames,
-                images_are_normalised=record.images_are_normalised,
-                tokens=lambda: self._tokens(frames),
-                reference_frame=record.reference_frame,
-                word_sums=forward.word_sums[sample] if forward.word_sums else None,
-                sample=(sample, len(images)),
-                step=forward.step,
-            )
+        scene = Scene(
+            len(frames),
+            images=frames,
+            images_are_normalised=record.images_are_normalised,
+            tokens=lambda: self._tokens(frames),
+            reference_frame=record.reference_frame,
+            word_sums=forward.word_sums[sample] if forward.word_sums else None,
+            sample=(sample, len(images)),
+            step=forward.step,
         )
+        return graph_of(source, scene)
 
     def _tokens(self, frames: Tensor) -> Tensor:
         """Return what describes frames by the model's tokens, as these are in one forward."""
