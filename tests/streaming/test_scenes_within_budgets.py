@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svggt_kernels import Core, open_scene
+from svggt_kernels import CoarseGraph, Core, CovisibilityGraph, open_scene, patch
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
 from svggt_kernels.patching.chunks.attention import CoreAttention
@@ -66,6 +66,32 @@ def test_chunks_follow_the_budget(budgets_on_the_cpu: None):
     assert chunks == sorted(chunks)
     assert chunks[-1] == 256
     assert open_scene(toy(), FRAMES, core=CORE, memory_budget=50, chunk=5).chunk == 5
+
+
+def test_chunks_are_as_large_with_what_is_free_as_with_a_number(
+    budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+):
+    budget = 0.02
+    scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=budget)
+    session = scene.session
+    assert session.budget is not None and memory.FEW < scene.chunk < 256
+    weights_and_images = session.budget.own.sizes((1, 2, *FRAMES.shape[1:]), 4, 11).present
+    free = int(budget * memory.GIB) - weights_and_images - session.attention.kept_bytes
+    monkeypatch.setattr(memory, "allowed", lambda budget, device, present: present + free)
+    session.budget.gib = "auto"
+    assert session.frames_of_chunk(scene.core_frames) == scene.chunk
+
+
+def test_parts_of_another_core_do_not_count(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    planned, make_plan = [], memory.make_plan
+    monkeypatch.setattr(memory, "make_plan", lambda sizes, budget: planned.append(sizes) or make_plan(sizes, budget))
+    graphs = [CoarseGraph.core(12, [0, 4], [8], stride=2), CovisibilityGraph.core(12, [0, 4])]
+    with torch.no_grad(), patch(toy(), covisibility=lambda _: graphs.pop(0), chunk=5, memory_budget=50) as handle:
+        model = handle._chunks.model
+        model(FRAMES)
+        assert planned[-1].parts == 2
+        model(FRAMES)
+        assert planned[-1].parts == 1
 
 
 def test_a_chunk_that_does_not_fit_is_refused_before_it_runs(budgets_on_the_cpu: None):

@@ -48,7 +48,7 @@ class Budget:
         if tokens is None or images.device.type not in memory.DEVICES:
             return  # the fused forward says what is wrong
         is_core, closed = run.sees_itself is None, self.attention.closed
-        seen = tokens * run.frames
+        seen, self.own.key_parts = tokens * run.frames, (1, 0)
         if closed is not None and closed.coarse and run.inputs.patch_grid is not None:
             seen = closed.tokens_seen(tokens, run.inputs.patch_grid)
             self.own.key_parts = (MOST_PARTS, seen - closed.full * tokens) if is_core else (CHUNK_PARTS, 0)
@@ -77,10 +77,10 @@ class Budget:
             alone = self.own.sizes((1, frames + 1, *shape[-3:]), itemsize, tokens)
             return replace(alone, present=alone.present + self._beside_chunk(alone))
 
-        if self.attention.closed is not None and self.attention.closed.coarse:
-            self.own.key_parts = CHUNK_PARTS, 0
-
-        return memory.most_frames(sizes, self._allowed(device, sizes(1).present), MOST_FRAMES)
+        closed = self.attention.closed
+        self.own.key_parts = (CHUNK_PARTS if closed is not None and closed.coarse else 1), 0
+        present = self.own.sizes((1, 2, *shape[-3:]), itemsize, tokens).present
+        return memory.most_frames(sizes, self._allowed(device, present), MOST_FRAMES)
 
     def _allowed(self, device: torch.device, present: int) -> int:
         assert self.gib is not None
