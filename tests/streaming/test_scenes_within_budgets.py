@@ -112,6 +112,18 @@ def test_a_budget_is_kept_to_the_byte(budgets_on_the_cpu: None, monkeypatch: pyt
         scene.predict()
 
 
+def test_runs_that_describe_frames_keep_nothing(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    kept, beside_core = [], Budget._beside_core
+
+    def watched(self: Budget, sizes: memory.Sizes, seen: int) -> int:
+        kept.append(sizes.frames)
+        return beside_core(self, sizes, seen)
+
+    monkeypatch.setattr(Budget, "_beside_core", watched)
+    open_scene(toy(), FRAMES, core=Core(3, by="tokens"), memory_budget=50)
+    assert kept == [3]
+
+
 def test_what_is_kept_of_the_core_counts(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
     scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=50)
     monkeypatch.setattr(CoreAttention, "kept_bytes", 40 * 2**30)  # and half of it for one of two layers

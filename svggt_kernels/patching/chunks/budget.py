@@ -53,7 +53,10 @@ class Budget:
             seen = closed.tokens_seen(tokens, run.inputs.patch_grid)
             self.own.key_parts = (MOST_PARTS, seen - closed.full * tokens) if is_core else (CHUNK_PARTS, 0)
         sizes = self.own.sizes(images.shape, images.itemsize, tokens)
-        beside = self._beside_core(sizes, seen) if is_core else self._beside_chunk(sizes)
+        if run.describes is not None:
+            beside = self.held
+        else:
+            beside = self._beside_core(sizes, seen) if is_core else self._beside_chunk(sizes)
         allowed = self._allowed(images.device, sizes.present)
         least = memory.least_bytes(sizes) + beside
         if least > allowed:
