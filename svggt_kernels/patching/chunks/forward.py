@@ -228,7 +228,7 @@ class ChunkedForward:
         answered, chunks, kept, chunk = session.attention.answered, 0, 0.0, self.chunk or CHUNK
         joined: dict[str, dict[str, int]] = {}
         for sample, (places, closed) in enumerate(of_samples):
-            frames = images[sample]
+            frames, places = images[sample], places.to(images.device)
             core, others = frames[places], _others(places, len(frames))
             session.hold(present + whole.nbytes)
             outputs = session.run_core(core, closed)
