@@ -200,6 +200,10 @@ def mean_beside(images: Tensor, tokens: Tensor) -> dict[str, Any]:
         (lambda images, tokens: {"tokens": tokens, "all": object()}, "its all is a object"),
         (lambda images, tokens: tokens[0], r"its output is \[3, 6, 32\]"),
         (lambda images, tokens: [tokens] * images.shape[1], "for each of them what it returns for the core"),
+        (
+            lambda images, tokens: [tokens, tokens.new_ones(1, *[images.shape[1]] * 2)],
+            r"'1', shape=torch.Size\(\[4\]\).* beside .*'1', shape=torch.Size\(\[3\]\)",
+        ),
         (lambda images, tokens: tokens / tokens.mean(), "looks across frames that does not follow the core"),
     ],
 )
@@ -243,6 +247,23 @@ def test_copies_and_undo():
         handle.undo()
         assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
         torch.testing.assert_close(model(FRAMES)["depth"], before, rtol=0, atol=0)
+
+
+def test_hooks_of_the_model_itself_run_once():
+    model, results = toy().double(), []
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    model.register_forward_hook(lambda module, args, output: {**output, "depth": output["depth"] * 2})
+    for chunk in (None, 4):
+        with torch.no_grad(), patch(model, covisibility=CORE, chunk=chunk):
+            results.append(model(FRAMES.double()))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_images_are_given_as_they_are():
+    model = toy()
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        with pytest.raises(TypeError, match=r"must be floating point in \[0, 1\], got torch.uint8"):
+            model((255 * FRAMES).byte())
 
 
 def test_a_forward_that_raised_leaves_the_patch_as_it_was():

@@ -81,7 +81,9 @@ class ChunkedForward:
         return {**self.__dict__, "_session": None, "_result": None, "_over": {}}
 
     def _new_session(self) -> Session:
-        return Session(self.model, feed=self._feed, read=self._read, parts=[self._heads], **self._settings)
+        return Session(
+            self.model, feed=self._feed, read=self._read, parts=[self._heads], within_call=True, **self._settings
+        )
 
     @property
     def session(self) -> Session:

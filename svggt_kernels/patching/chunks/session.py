@@ -52,6 +52,8 @@ class Session:
         backend: As in `patch`.
         memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
         parts: Further parts that stand in for modules while it runs.
+        within_call: Whether it runs within a call of the model: its own hooks have run then, on frames that are taken
+            as they are.
 
     Attributes:
         record: What is known about the model.
@@ -76,6 +78,7 @@ class Session:
         backend: str | None = None,
         memory_budget: MemoryBudget = None,
         parts: Sequence[Part] = (),
+        within_call: bool = False,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "model": model,
@@ -86,11 +89,12 @@ class Session:
             "backend": backend,
             "memory_budget": memory_budget,
             "parts": parts,
+            "within_call": within_call,
         }
         memory.check(memory_budget)
         if memory_budget is not None and fused is False:
             raise ValueError("memory_budget is kept by the fused forward; leave fused=None, or give True")
-        self.model = model
+        self.model, self._within_call = model, within_call
         self.record, path, self.root = find_model(model)
         self.reference = self.record.reference_frame is not None
         runnable = self.record.runnable
@@ -318,8 +322,9 @@ class Session:
         enabled, dtype = self.autocast
         try:
             with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-                images = frames.to(self.device, self._parameter.dtype)
-                result = self.model(self._feed(images), **self.options)
+                images = frames.to(self.device, None if self._within_call else self._parameter.dtype)
+                call = self.model.forward if self._within_call else self.model
+                result = call(self._feed(images), **self.options)
                 self._check(run)
                 return self._read(result, len(frames))
         finally:
