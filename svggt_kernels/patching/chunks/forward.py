@@ -114,7 +114,7 @@ class ChunkedForward:
                 return stand_in.original(*args, **kwargs), None
             except BudgetTooSmall as error:
                 too_small = error.with_traceback(None)  # which would keep what the forward held
-            reason = f"one forward needs {too_small.least:.1f} GiB, memory_budget is {too_small.budget:.1f}"
+            reason = f"one forward needs {too_small.least:.1f} GiB, memory_budget is {too_small.budget:.2f}"
         else:
             too_small, reason = None, f"chunk={self.chunk}"
         try:
