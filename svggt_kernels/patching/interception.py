@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..compiling import uncompiled
+
 ATTENTION = torch._C._nn.scaled_dot_product_attention
 """PyTorch's own, whatever another tool has put in its place in torch.nn.functional."""
 
@@ -63,7 +65,7 @@ class StandIn:
     @property
     def passes_here(self) -> bool:
         """Whether it passes on the calls of this thread."""
-        return self.passes is not None and self.passes == threading.get_ident()
+        return self.passes is not None and self.passes == _this_thread()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run what this object stands in for."""
@@ -136,7 +138,7 @@ class StandIns:
         """Inside this context they pass on the calls of this thread, and others may stand in around them."""
         self.require_in_place("call the model")
         for stand_in in self._all:
-            stand_in.passes = threading.get_ident()
+            stand_in.passes = _this_thread()
         try:
             yield
         finally:
@@ -161,6 +163,11 @@ class StandIns:
         """Give the modules the forwards that they had."""
         for stand_in in reversed(self._all):
             stand_in.remove()
+
+
+@uncompiled(recursive=True)
+def _this_thread() -> int:
+    return threading.get_ident()
 
 
 class Answering(TorchFunctionMode):

@@ -352,6 +352,17 @@ def test_what_runs_in_chunks_is_not_compiled():
     assert not compiled
 
 
+@full
+def test_a_module_that_is_compiled_by_itself_is_compiled_in_chunks():
+    model, compiled = toy(), []
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        expected = model(FRAMES)
+    model.aggregator.compile(backend=lambda module, inputs: compiled.append(module) or module.forward)
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        torch.testing.assert_close(model(FRAMES), expected, rtol=0, atol=0)
+    assert compiled
+
+
 # What is refused
 
 
