@@ -75,8 +75,8 @@ def test_chunks_are_as_large_with_what_is_free_as_with_a_number(
     scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=budget)
     session = scene.session
     assert session.budget is not None and memory.FEW < scene.chunk < 256
-    weights_and_images = session.budget.own.sizes((1, 2, *FRAMES.shape[1:]), 4, 11).present
-    free = int(budget * memory.GIB) - weights_and_images - session.attention.kept_bytes
+    weights_and_image = session.budget.own.sizes((1, 1, *FRAMES.shape[1:]), 4, 11).present
+    free = int(budget * memory.GIB) - weights_and_image - session.attention.kept_bytes
     monkeypatch.setattr(memory, "allowed", lambda budget, device, present: present + free)
     session.budget.gib = "auto"
     assert session.frames_of_chunk(scene.core_frames) == scene.chunk

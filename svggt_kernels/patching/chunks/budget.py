@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -75,15 +76,16 @@ class Budget:
             tokens: Tokens of a frame.
             device: Where they run.
         """
-
-        def sizes(frames: int) -> memory.Sizes:
-            alone = self.own.sizes((1, frames + 1, *shape[-3:]), itemsize, tokens)
-            return replace(alone, present=alone.present + self._beside_chunk(alone))
-
         closed = self.attention.closed
         self.own.key_parts = (CHUNK_PARTS if closed is not None and closed.coarse else 1), 0
-        present = self.own.sizes((1, 2, *shape[-3:]), itemsize, tokens).present
-        return memory.most_frames(sizes, self._allowed(device, present), MOST_FRAMES)
+        of_one = self.own.sizes((1, 1, *shape[-3:]), itemsize, tokens)  # counts all weights, which takes a while
+
+        def sizes(frames: int) -> memory.Sizes:
+            alone = replace(of_one, frames=frames + 1)
+            images = frames * math.prod(shape[-3:]) * itemsize
+            return replace(alone, present=alone.present + images + self._beside_chunk(alone))
+
+        return memory.most_frames(sizes, self._allowed(device, of_one.present), MOST_FRAMES)
 
     def _allowed(self, device: torch.device, present: int) -> int:
         assert self.gib is not None
