@@ -431,6 +431,14 @@ def test_calls_that_cannot_run_in_chunks_are_refused():
             model(images(10))
 
 
+def test_a_cuda_graph_cannot_capture_chunks(monkeypatch: pytest.MonkeyPatch):
+    model = toy()
+    monkeypatch.setattr("svggt_kernels.patching.chunks.forward.is_capturing", lambda device: True)
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        with pytest.raises(RuntimeError, match="a CUDA graph cannot capture chunks"):
+            model(FRAMES)
+
+
 # A memory budget
 
 

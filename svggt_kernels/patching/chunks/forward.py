@@ -17,6 +17,7 @@ from ...inference.report import InferenceReport
 from ...models import ForwardInputs
 from ...models.wrappers import arguments_of, unwrapped
 from ...sources import SOURCES, Core, PatchSimilarity, Scene, TokenSimilarity
+from ...streams import is_capturing
 from ..forwards import Forward
 from ..interception import StandIn
 from ..plan import Planner, graph_of
@@ -200,11 +201,16 @@ class ChunkedForward:
         Raises:
             ValueError: If gradients are on, the arguments are more than images, the graph is not that of a closed core
                 with the reference frame in it, or the model cannot be opened (see `open_scene`).
+            RuntimeError: If a CUDA graph captures it.
         """
         session, images = self.session, self._images(args, kwargs)
         if torch.is_grad_enabled():
             raise ValueError(
                 "in chunks a model runs without gradients; call it inside torch.no_grad(), or leave chunk out"
+            )
+        if is_capturing(session.device):
+            raise RuntimeError(
+                "a CUDA graph cannot capture chunks, which read who sees whom from the device; leave chunk out"
             )
         session.follow_autocast()
         self._result = WholeResult(images, type(self.model).__name__)
