@@ -213,6 +213,16 @@ def test_results_that_cannot_be_put_together_are_refused(returned: Callable[...,
         model(images(10))
 
 
+@pytest.mark.parametrize("reference", [True, False], ids=["vggt", "pi3"])
+def test_numbers_that_follow_from_how_many_frames_run_are_refused(reference: bool):
+    """Also where chunks, with the reference frame beside them, hold as many frames as the core."""
+    model = Nested(lambda images, tokens: [tokens, images.shape[1]]).eval()
+    model.model = FAMILY["vggt" if reference else "pi3"].create()
+    core, chunk = Core(2 + reference, by=None), 2
+    with torch.no_grad(), patch(model, covisibility=core, chunk=chunk), pytest.raises(ValueError, match="for each of"):
+        model(images(8 + reference))
+
+
 @pytest.mark.parametrize("by", every(3, ["tokens", "patches", "thumbnails"]))
 def test_the_core_is_that_of_one_forward(by: str):
     model, graphs = toy(), []

@@ -78,7 +78,7 @@ def finished_chunks(output: Path) -> list[str]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many frames beside the reference ran in each chunk, the trial's two among them."""
+    """How many frames beside the reference ran in each chunk, the trial's three among them."""
     sizes: list[int] = []
     own = Session._run_chunk
 
@@ -186,13 +186,13 @@ class TestInterrupted:
         assert core is not None
         others = [4 - sum(start <= frame < start + 4 for frame in core.tolist()) for start in (0, 4)]
         others.append(2 - sum(frame >= 8 for frame in core.tolist()))
-        assert runs == [2, *(count for count in others if count)]
+        assert runs == [3, *(count for count in others if count)]
         interrupted(photos, tmp_path / "out", 1, monkeypatch)
         assert finished_chunks(tmp_path / "out") == [CHUNKED[0]]
         assert not (tmp_path / "out/reconstruction.npz").exists()
         runs.clear()
         again = run(photos, tmp_path / "out")
-        assert runs == [2, *(count for count in others[1:] if count)]
+        assert runs == [3, *(count for count in others[1:] if count)]
         expected = contents(tmp_path / "whole")
         written = contents(tmp_path / "out")
         assert set(written) == set(expected)

@@ -285,12 +285,15 @@ class Session:
         """Run the last frame of the core again in a chunk, which must give it what the run of the core gave it.
 
         Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
-        knows) gives it something else: the other frames are missing, and its negative runs with it. Both must agree to
-        half of the digits with which the model computes; values are compressed by the logarithm, as heads give some
-        that differ by orders of magnitude.
+        knows) gives it something else: the other frames are missing, and its negative runs with it; twice, if as many
+        frames would run as with the core, for what follows from their number. Both must agree to half of the digits
+        with which the model computes; values are compressed by the logarithm, as heads give some that differ by orders
+        of magnitude.
         """
-        last = frames[-1:]
-        again = self._run_chunk(frames[:1], torch.cat([last, 1 - last]), (False, True))
+        assert self.attention.closed is not None
+        last, reference = frames[-1:], int(self.reference and not self._runs_fused)
+        negatives = 2 if reference + 2 == self.attention.closed.count else 1
+        again = self._run_chunk(frames[:1], torch.cat([last, *[1 - last] * negatives]), (False, *[True] * negatives))
         for name, tensor in outputs.items():
             error, size = _deviation(tensor[-1], again[name][0])
             if not math.isfinite(size):
