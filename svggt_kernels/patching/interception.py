@@ -149,12 +149,13 @@ class StandIns:
         """Put all in their places.
 
         Raises:
-            ValueError: If another patch is there.
+            ValueError: If another patch is there, or a scene that runs.
         """
         for stand_in in self._all:
             if isinstance(stand_in.in_place, StandIn) and not stand_in.in_place.passes_here:
                 raise ValueError(
                     f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
+                    ", or where a scene of this model is running, give each thread its own copy.deepcopy(model)"
                 )
         for stand_in in self._all:
             stand_in.install()
