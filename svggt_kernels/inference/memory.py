@@ -226,9 +226,8 @@ def _plan(sizes: Sizes, offloaded: tuple[int, ...], tokens_together: int, frames
     of_embedding = of_images + 2 * some * sizes.wide + of_mlp
     # Of the global attention: what enters it, queries, keys and values, and its output.
     attention = residual + 4 * product + tokens * BYTES_PER_TOKEN
-    if (
-        sizes.parts > 1
-    ):  # the output and log-sum-exp of each; then what is merged, or before that keys and values of one
+    # Of several parts the output and log-sum-exp of each; then what is merged, or before that keys and values of one.
+    if sizes.parts > 1:
         attention += sizes.parts * (product + tokens * BYTES_PER_TOKEN)
         attention += max(0, 2 * sizes.packed * sizes.channels * sizes.product - product)
     # Beside it, as the last global block runs, the outputs that stay; of the last layer nothing but what enters.

@@ -84,10 +84,10 @@ def patch(
         chunk: Run the core of each forward once, and all other frames so many at a time, as `open_scene` does: memory
             on the device then follows the core and the chunk, and what is returned. Needs a closed core (`Core` without
             `nearest`, with no or a number of `coarse`; `CovisibilityGraph.core`), inference, and images as the only
-            argument of `model` itself; a module inside it that is called by itself runs all frames at once. VGGT's
-            camera head runs once over all frames, as in one forward; what else looks across frames beside global
-            attention follows the core (docs/many-photos.md). None: one forward of all frames, unless `memory_budget`
-            says otherwise.
+            argument of `model` itself; a module inside it that is called by itself runs all frames at once. Where
+            `model` is compiled, chunks are not. VGGT's camera head runs once over all frames, as in one forward; what
+            else looks across frames beside global attention follows the core (docs/many-photos.md). None: one forward
+            of all frames, unless `memory_budget` says otherwise.
         memory_budget: What one forward may allocate on the device in all, in GiB; weights and images count. To keep to
             it, kept layer outputs wait in host memory until heads read them, and fewer tokens and frames run together;
             what is computed is the same up to rounding. "auto": what is free on the CUDA device when a forward begins,
@@ -109,7 +109,8 @@ def patch(
         ValueError: If no record knows the model and `modules` is not given, the model is patched already, an argument
             has no meaning, or MegaLoc's weights are damaged. Calls of the patched model raise ValueError for attention
             that a layout cannot express: dropout, causal attention, masks that hide visible frames, keys that are not
-            the queries' tokens; and for a `memory_budget` that is too small, before any work is done.
+            the queries' tokens; and for a `memory_budget` that is too small, before any work is done, in chunks before
+            the core runs or after it.
         TypeError: If an argument is of another type.
         FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
         ImportError: If the packages that fetch and read them are missing; the message says how to install them.

@@ -99,8 +99,8 @@ class Patch:
         """
         if not self._installed:
             raise RuntimeError("this patch was undone already; patch(model) makes a new one")
-        self._stand_ins.require_in_place("undo()")
         with self._forwards.turn("the patch cannot be undone now"):
+            self._stand_ins.require_in_place("undo()")
             if awaiting := self._forwards.awaiting:
                 warnings.warn(
                     f"the patch is undone before backward has run, and a reentrant checkpoint will run {min(awaiting)} "
@@ -197,16 +197,16 @@ class Patch:
     def _run_whole(self, stand_in: StandIn, *args: Any, **kwargs: Any) -> Any:
         """Run the whole model, in chunks where that is asked for or one forward of all frames does not fit."""
         assert self._chunks is not None
-        output, forward = self._chunks.around(stand_in, args, kwargs, self._alone)
+        output, forward = self._chunks.around(stand_in, args, kwargs, self._aside)
         if forward is not None:
             self._last = forward
             self._attention.calls += sum(forward.answered.values())
         return output
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Only `_run_whole` stands in for a module inside this context, and nothing else runs the model."""
-        with self._forwards.turn("it cannot be called now"), self._stand_ins.last_alone():
+    def _aside(self) -> Iterator[None]:
+        """Inside this context this thread runs the model as it is without the patch, and no other runs it."""
+        with self._forwards.turn("it cannot be called now"), self._stand_ins.passing():
             self._last = None
             yield
 

@@ -6,6 +6,7 @@ Both act on one instance: its class, its parameters and PyTorch's functions stay
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..compiling import uncompiled
 
 ATTENTION = torch._C._nn.scaled_dot_product_attention
 """PyTorch's own, whatever another tool has put in its place in torch.nn.functional."""
@@ -33,7 +36,7 @@ class StandIn:
         around: Called with this object and the arguments of forward; a method that can be pickled.
 
     Attributes:
-        alone: Whether it is the only one of its patch in place, so that others may stand in around it.
+        passes: The thread whose calls go to what it stands in for, so that others may stand in around it; or None.
     """
 
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -42,7 +45,7 @@ class StandIn:
         self.around = around
         # Other tools (offloading hooks) put forwards on instances too, and a patch several; they run inside this one.
         self.replaced: Callable[..., Any] | None = None
-        self.alone = False
+        self.passes: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the module's forward.
@@ -55,7 +58,14 @@ class StandIn:
                 f"{self.name} belongs to a patched model, which torch.jit.trace and torch.export cannot record: what "
                 "is computed follows the graph of each forward; call undo() on the patch first"
             )
+        if self.passes_here:
+            return self.original(*args, **kwargs)
         return self.around(self, *args, **kwargs)
+
+    @property
+    def passes_here(self) -> bool:
+        """Whether it passes on the calls of this thread."""
+        return self.passes is not None and self.passes == _this_thread()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run what this object stands in for."""
@@ -124,30 +134,28 @@ class StandIns:
             )
 
     @contextmanager
-    def last_alone(self) -> Iterator[None]:
-        """Inside this context the modules have the forwards that they had, but for the last stand-in."""
+    def passing(self) -> Iterator[None]:
+        """Inside this context they pass on the calls of this thread, and others may stand in around them."""
         self.require_in_place("call the model")
-        last = self._all[-1]
-        self.remove()
-        last.install()
-        last.alone = True
+        for stand_in in self._all:
+            stand_in.passes = _this_thread()
         try:
             yield
         finally:
-            last.remove()
-            last.alone = False
-            self.install()
+            for stand_in in self._all:
+                stand_in.passes = None
 
     def install(self) -> None:
         """Put all in their places.
 
         Raises:
-            ValueError: If another patch is there.
+            ValueError: If another patch is there, or a scene that runs.
         """
         for stand_in in self._all:
-            if isinstance(stand_in.in_place, StandIn) and not stand_in.in_place.alone:
+            if isinstance(stand_in.in_place, StandIn) and not stand_in.in_place.passes_here:
                 raise ValueError(
                     f"{stand_in.name} is patched already; call undo() on that patch first (Patch.of(model) returns it)"
+                    ", or where a scene of this model is running, give each thread its own copy.deepcopy(model)"
                 )
         for stand_in in self._all:
             stand_in.install()
@@ -156,6 +164,11 @@ class StandIns:
         """Give the modules the forwards that they had."""
         for stand_in in reversed(self._all):
             stand_in.remove()
+
+
+@uncompiled(recursive=True)
+def _this_thread() -> int:
+    return threading.get_ident()
 
 
 class Answering(TorchFunctionMode):

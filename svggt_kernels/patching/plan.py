@@ -185,9 +185,9 @@ class Planner:
 
         planned, scenes = [], [scene_of(sample) for sample in range(batch)]
         for origin in self._origins:
-            graphs = _one_if_same([origin.source.graph(scene) for scene in scenes])
-            for graph in graphs:
-                self._check(graph, frames, per_frame, origin.source, inputs)
+            graphs = _one_if_same([graph_of(origin.source, scene) for scene in scenes])
+            if any(isinstance(graph, CoarseGraph) for graph in graphs):
+                self._check_coarse(per_frame, origin.source, inputs)
             # Full graphs are the same in every order.
             is_full = all(isinstance(graph, CovisibilityGraph) and graph.num_edges == frames**2 for graph in graphs)
             of_samples = [None] * batch if is_full else orders()
@@ -227,20 +227,6 @@ class Planner:
         pairs = [self._layout(graph, order, per_frame, inputs, device, origin.source) for graph, order in of_samples]
         used = tuple(graph for graph, _ in pairs[: len(graphs)])
         return PlannedLayers(origin.layers, origin.source.label, used, _one_if_same([layout for _, layout in pairs]))
-
-    def _check(self, graph: object, frames: int, per_frame: int, source: Source, inputs: ForwardInputs) -> None:
-        if not isinstance(graph, CovisibilityGraph | CoarseGraph):
-            raise TypeError(
-                "a source must give a CovisibilityGraph or a CoarseGraph, but "
-                f"{source.label} gave a {type(graph).__name__}"
-            )
-        if graph.num_frames != frames or graph.num_key_frames != frames:
-            raise ValueError(
-                f"the covisibility graph must be over the {frames} frames of this forward, got "
-                f"{graph.num_frames} x {graph.num_key_frames} frames"
-            )
-        if isinstance(graph, CoarseGraph):
-            self._check_coarse(per_frame, source, inputs)
 
     def _check_coarse(self, per_frame: int, source: Source, inputs: ForwardInputs) -> None:
         """Raise unless frames can be seen at a stride of their patch grid."""
@@ -340,6 +326,26 @@ class Planner:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def graph_of(source: Source, scene: Scene) -> AnyGraph:
+    """Return the graph that a source gives of a scene.
+
+    Raises:
+        TypeError: If it is no graph.
+        ValueError: If it is not over the frames of the scene.
+    """
+    graph, frames = source.graph(scene), scene.num_frames
+    if not isinstance(graph, CovisibilityGraph | CoarseGraph):
+        raise TypeError(
+            f"a source must give a CovisibilityGraph or a CoarseGraph, but {source.label} gave a {type(graph).__name__}"
+        )
+    if graph.num_frames != frames or graph.num_key_frames != frames:
+        raise ValueError(
+            f"the covisibility graph must be over the {frames} frames of this forward, got "
+            f"{graph.num_frames} x {graph.num_key_frames} frames"
+        )
+    return graph
 
 
 def patch_grid_of(inputs: ForwardInputs, per_frame: int, label: str, model: str) -> tuple[int, int]:

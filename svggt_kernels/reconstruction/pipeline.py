@@ -198,11 +198,8 @@ def _run(
     core = None if settings.chunk is None else core_to_stream(covisibility)
     how: dict[str, Any] = {"backend": settings.backend, "memory_budget": settings.memory_budget}
     with stage(f"running {model.name} on {count(len(frames), 'frame')}") as tell:
-        if (
-            settings.chunk is not None
-            and core is not None
-            and len(frames) > core.size + sum(core.coarse_frames(len(frames))[:1])
-        ):
+        closed = len(frames) if core is None else core.size + core.coarse_frames(len(frames))[0]
+        if settings.chunk is not None and core is not None and len(frames) > closed:
             predicted = predict_in_chunks(model, frames, core, chunk=settings.chunk, folder=chunks, tell=tell, **how)
         else:
             predicted = predict(model, frames.to(settings.device), covisibility, **how)

@@ -27,7 +27,10 @@ def read_ahead(parts: Iterator[Tensor], device: torch.device | None) -> Iterator
         if part is None or device is None:
             return part
         with _on(stream):
-            part = (part if stream is None or part.is_cuda else part.pin_memory()).to(device, non_blocking=True)
+            if stream is None:  # elsewhere than on CUDA a copy that nobody waits for may read memory that is freed
+                part = part.to(device)
+            else:
+                part = (part if part.is_cuda else part.pin_memory()).to(device, non_blocking=True)
         if stream is not None:
             stream.synchronize()
         return part

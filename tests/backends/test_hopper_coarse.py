@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from device_waits import no_device_waits
 from layouts import random_coarse_layout
 from tiers import every
 
@@ -227,15 +228,11 @@ class TestOnHopper:
         for one, other in zip(*((x if return_lse else (x,)) for x in (captured, again)), strict=True):
             assert torch.equal(one, other)
 
-    @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
     def test_no_host_sync(self, head_size: int, dtype: torch.dtype):
         graph = CoarseGraph.core(6, [0], [2, 3], stride=2).to("cuda")
         q, k, v = inputs(CoarseLayout.from_graph(graph, (12, 13), special_tokens=3), head_size, dtype)
         block_sparse_attention(q, k, v, CoarseLayout.from_graph(graph, (12, 13), special_tokens=3), backend="hopper")
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_device_waits():
             layout = CoarseLayout.from_graph(graph, (12, 13), special_tokens=3)
             block_sparse_attention(q, k, v, layout, backend="hopper")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -16,9 +16,10 @@ from doubles import FAMILY, HEIGHT, PATCH, WIDTH, StreamVGGT, images
 from tiers import every, full
 from torch import Tensor, nn
 
-from svggt_kernels import CoarseGraph, Core, CovisibilityGraph, Patch, PerLayer, patch
+from svggt_kernels import CoarseGraph, Core, CovisibilityGraph, Patch, PerLayer, open_scene, patch
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
+from svggt_kernels.patching.chunks.results import WholeResult
 
 CORE = Core(3, by=None)
 CORE_FRAMES = [0, 4, 9]
@@ -199,6 +200,10 @@ def mean_beside(images: Tensor, tokens: Tensor) -> dict[str, Any]:
         (lambda images, tokens: {"tokens": tokens, "all": object()}, "its all is a object"),
         (lambda images, tokens: tokens[0], r"its output is \[3, 6, 32\]"),
         (lambda images, tokens: [tokens] * images.shape[1], "for each of them what it returns for the core"),
+        (
+            lambda images, tokens: [tokens, tokens.new_ones(1, *[images.shape[1]] * 2)],
+            r"'1', shape=torch.Size\(\[4\]\).* beside .*'1', shape=torch.Size\(\[3\]\)",
+        ),
         (lambda images, tokens: tokens / tokens.mean(), "looks across frames that does not follow the core"),
     ],
 )
@@ -206,6 +211,16 @@ def test_results_that_cannot_be_put_together_are_refused(returned: Callable[...,
     model = Nested(returned).eval()
     with torch.no_grad(), patch(model, covisibility=CORE, chunk=3), pytest.raises(ValueError, match=message):
         model(images(10))
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["vggt", "pi3"])
+def test_numbers_that_follow_from_how_many_frames_run_are_refused(reference: bool):
+    """Also where chunks, with the reference frame beside them, hold as many frames as the core."""
+    model = Nested(lambda images, tokens: [tokens, images.shape[1]]).eval()
+    model.model = FAMILY["vggt" if reference else "pi3"].create()
+    core, chunk = Core(2 + reference, by=None), 2
+    with torch.no_grad(), patch(model, covisibility=core, chunk=chunk), pytest.raises(ValueError, match="for each of"):
+        model(images(8 + reference))
 
 
 @pytest.mark.parametrize("by", every(3, ["tokens", "patches", "thumbnails"]))
@@ -242,6 +257,23 @@ def test_copies_and_undo():
         handle.undo()
         assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
         torch.testing.assert_close(model(FRAMES)["depth"], before, rtol=0, atol=0)
+
+
+def test_hooks_of_the_model_itself_run_once():
+    model, results = toy().double(), []
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    model.register_forward_hook(lambda module, args, output: {**output, "depth": output["depth"] * 2})
+    for chunk in (None, 4):
+        with torch.no_grad(), patch(model, covisibility=CORE, chunk=chunk):
+            results.append(model(FRAMES.double()))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_images_are_given_as_they_are():
+    model = toy()
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        with pytest.raises(TypeError, match=r"must be floating point in \[0, 1\], got torch.uint8"):
+            model((255 * FRAMES).byte())
 
 
 def test_a_forward_that_raised_leaves_the_patch_as_it_was():
@@ -281,6 +313,66 @@ def test_another_thread_is_told_that_a_forward_runs(name: str):
     assert all("is running already" in text for text in told)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, handle: model.aggregator(FRAMES[None]), "is running already, so it cannot be called now"),
+        (lambda model, handle: patch(model, covisibility=CORE), "is patched already"),
+        (lambda model, handle: open_scene(model, FRAMES, core=CORE), "is patched already"),
+        (lambda model, handle: handle.undo(), "is running already, so the patch cannot be undone now"),
+    ],
+    ids=["a module inside", "patch", "open_scene", "undo"],
+)
+def test_between_chunks_the_patch_is_in_place_for_other_threads(
+    call: Callable[[nn.Module, Patch], object], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    model, told, put = toy(), [], WholeResult.put
+
+    def call_it() -> None:
+        try:
+            with torch.no_grad():
+                told.append(call(model, handle))
+        except (RuntimeError, ValueError) as error:
+            told.append(str(error))
+
+    def put_as_another_thread_calls(self: WholeResult, *args: Any) -> None:
+        thread = threading.Thread(target=call_it)
+        thread.start()
+        thread.join()
+        put(self, *args)
+
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4) as handle:
+        expected = model(FRAMES)
+        monkeypatch.setattr(WholeResult, "put", put_as_another_thread_calls)
+        torch.testing.assert_close(model(FRAMES), expected, rtol=0, atol=0)
+    assert len(told) == 4
+    assert all(message in str(answer) for answer in told)
+
+
+def test_what_runs_in_chunks_is_not_compiled():
+    model, compiled = toy(), []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(module)
+        return module.forward
+
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        expected = model(FRAMES)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(FRAMES), expected, rtol=0, atol=0)
+    assert not compiled
+
+
+@full
+def test_a_module_that_is_compiled_by_itself_is_compiled_in_chunks():
+    model, compiled = toy(), []
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        expected = model(FRAMES)
+    model.aggregator.compile(backend=lambda module, inputs: compiled.append(module) or module.forward)
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        torch.testing.assert_close(model(FRAMES), expected, rtol=0, atol=0)
+    assert compiled
+
+
 # What is refused
 
 
@@ -317,10 +409,13 @@ def test_causal_models_are_refused():
         (CovisibilityGraph.core(10, [4, 0], nearest=[[1]] * 10), "a closed core and themselves, and nothing besides"),
         (CovisibilityGraph.from_pairs(10, [(0, 1)]), "a closed core and themselves, and nothing besides"),
         (CovisibilityGraph.core(10, [4, 5]), r"must hold frame 0, the reference frame of VGGT, got \[4, 5\]"),
+        (CovisibilityGraph.core(8, [0, 2]), "must be over the 10 frames of this forward, got 8 x 8 frames"),
+        (CovisibilityGraph.core(12, [0, 11]), "must be over the 10 frames of this forward, got 12 x 12 frames"),
+        (CoarseGraph.core(12, [0, 2], [4], stride=2), "must be over the 10 frames of this forward, got 12 x 12 frames"),
     ],
-    ids=["nearest", "none", "reference"],
+    ids=["nearest", "none", "reference", "fewer frames", "more frames", "more frames, some at a stride"],
 )
-def test_graphs_that_are_not_closed_are_refused(graph: CovisibilityGraph, message: str):
+def test_graphs_that_do_not_fit_are_refused(graph: CovisibilityGraph, message: str):
     model = FAMILY["vggt"].create()
     with torch.no_grad(), patch(model, covisibility=lambda _: graph, chunk=3), pytest.raises(ValueError, match=message):
         model(images(10))
@@ -344,6 +439,14 @@ def test_calls_that_cannot_run_in_chunks_are_refused():
         model.train()
         with torch.no_grad(), pytest.raises(ValueError, match=r"eval\(\)"):
             model(images(10))
+
+
+def test_a_cuda_graph_cannot_capture_chunks(monkeypatch: pytest.MonkeyPatch):
+    model = toy()
+    monkeypatch.setattr("svggt_kernels.patching.chunks.forward.is_capturing", lambda device: True)
+    with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
+        with pytest.raises(RuntimeError, match="a CUDA graph cannot capture chunks"):
+            model(FRAMES)
 
 
 # A memory budget
@@ -378,7 +481,7 @@ def test_what_does_not_fit_the_budget_runs_in_chunks(budgets_on_the_cpu: None, m
                 actual, report = model(frames), handle.report()
             assert (report.chunks is None) is (budget > least)
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-    assert re.fullmatch(r"one forward needs \d+\.\d GiB, memory_budget is \d+\.\d", report.chunks.reason)
+    assert re.fullmatch(r"one forward needs \d+\.\d GiB, memory_budget is \d+\.\d\d", report.chunks.reason)
     assert report.inference.memory.peak_bytes <= budget * memory.GIB
     assert 1 < report.chunks.chunk < 117
 

@@ -78,7 +78,7 @@ def finished_chunks(output: Path) -> list[str]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many frames beside the reference ran in each chunk, the trial's two among them."""
+    """How many frames beside the reference ran in each chunk, the trial's three among them."""
     sizes: list[int] = []
     own = Session._run_chunk
 

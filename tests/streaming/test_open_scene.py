@@ -329,6 +329,17 @@ def test_kept_memory_is_that_of_the_core():
     assert scene.core_gib == expected / 2**30
 
 
+def test_two_scenes_of_a_model_do_not_run_at_once(case):
+    model, frames, _, options = case
+    one, other = (open_scene(model, frames, core=CORE, **options) for _ in range(2))
+    hook = next(model.children()).register_forward_hook(lambda *_: other.add(frames[:1]) and None)
+    try:
+        with pytest.raises(ValueError, match=r"a scene of this model is running, give each thread its own copy\.deep"):
+            one.add(frames[:1])
+    finally:
+        hook.remove()
+
+
 def test_a_scene_that_is_dropped_keeps_nothing_in_memory(case):
     model, frames, _, options = case
     scene = open_scene(model, frames, core=CORE, **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svggt_kernels import Core, open_scene
+from svggt_kernels import CoarseGraph, Core, CovisibilityGraph, open_scene, patch
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import memory
 from svggt_kernels.patching.chunks.attention import CoreAttention
@@ -68,6 +68,32 @@ def test_chunks_follow_the_budget(budgets_on_the_cpu: None):
     assert open_scene(toy(), FRAMES, core=CORE, memory_budget=50, chunk=5).chunk == 5
 
 
+def test_chunks_are_as_large_with_what_is_free_as_with_a_number(
+    budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch
+):
+    budget = 0.02
+    scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=budget)
+    session = scene.session
+    assert session.budget is not None and memory.FEW < scene.chunk < 256
+    weights_and_image = session.budget.own.sizes((1, 1, *FRAMES.shape[1:]), 4, 11).present
+    free = int(budget * memory.GIB) - weights_and_image - session.attention.kept_bytes
+    monkeypatch.setattr(memory, "allowed", lambda budget, device, present: present + free)
+    session.budget.gib = "auto"
+    assert session.frames_of_chunk(scene.core_frames) == scene.chunk
+
+
+def test_parts_of_another_core_do_not_count(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    planned, make_plan = [], memory.make_plan
+    monkeypatch.setattr(memory, "make_plan", lambda sizes, budget: planned.append(sizes) or make_plan(sizes, budget))
+    graphs = [CoarseGraph.core(12, [0, 4], [8], stride=2), CovisibilityGraph.core(12, [0, 4])]
+    with torch.no_grad(), patch(toy(), covisibility=lambda _: graphs.pop(0), chunk=5, memory_budget=50) as handle:
+        model = handle._chunks.model
+        model(FRAMES)
+        assert planned[-1].parts == 2
+        model(FRAMES)
+        assert planned[-1].parts == 1
+
+
 def test_a_chunk_that_does_not_fit_is_refused_before_it_runs(budgets_on_the_cpu: None):
     scene = open_scene(toy(), FRAMES, core=CORE, memory_budget=50, chunk=9)
     assert scene.session.budget is not None
@@ -84,6 +110,18 @@ def test_a_budget_is_kept_to_the_byte(budgets_on_the_cpu: None, monkeypatch: pyt
     monkeypatch.setattr(memory, "least_bytes", lambda sizes: 50 * 2**30 + 1)
     with pytest.raises(ValueError, match=r"at least 50\.1 GiB .* got 50\.00 GiB"):
         scene.predict()
+
+
+def test_runs_that_describe_frames_keep_nothing(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):
+    kept, beside_core = [], Budget._beside_core
+
+    def watched(self: Budget, sizes: memory.Sizes, seen: int) -> int:
+        kept.append(sizes.frames)
+        return beside_core(self, sizes, seen)
+
+    monkeypatch.setattr(Budget, "_beside_core", watched)
+    open_scene(toy(), FRAMES, core=Core(3, by="tokens"), memory_budget=50)
+    assert kept == [3]
 
 
 def test_what_is_kept_of_the_core_counts(budgets_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,12 +49,15 @@ class Budget:
         if tokens is None or images.device.type not in memory.DEVICES:
             return  # the fused forward says what is wrong
         is_core, closed = run.sees_itself is None, self.attention.closed
-        seen = tokens * run.frames
+        seen, self.own.key_parts = tokens * run.frames, (1, 0)
         if closed is not None and closed.coarse and run.inputs.patch_grid is not None:
             seen = closed.tokens_seen(tokens, run.inputs.patch_grid)
             self.own.key_parts = (MOST_PARTS, seen - closed.full * tokens) if is_core else (CHUNK_PARTS, 0)
         sizes = self.own.sizes(images.shape, images.itemsize, tokens)
-        beside = self._beside_core(sizes, seen) if is_core else self._beside_chunk(sizes)
+        if run.describes is not None:
+            beside = self.held
+        else:
+            beside = self._beside_core(sizes, seen) if is_core else self._beside_chunk(sizes)
         allowed = self._allowed(images.device, sizes.present)
         least = memory.least_bytes(sizes) + beside
         if least > allowed:
@@ -72,15 +76,16 @@ class Budget:
             tokens: Tokens of a frame.
             device: Where they run.
         """
+        closed = self.attention.closed
+        self.own.key_parts = (CHUNK_PARTS if closed is not None and closed.coarse else 1), 0
+        of_one = self.own.sizes((1, 1, *shape[-3:]), itemsize, tokens)  # counts all weights, which takes a while
 
         def sizes(frames: int) -> memory.Sizes:
-            alone = self.own.sizes((1, frames + 1, *shape[-3:]), itemsize, tokens)
-            return replace(alone, present=alone.present + self._beside_chunk(alone))
+            alone = replace(of_one, frames=frames + 1)
+            images = frames * math.prod(shape[-3:]) * itemsize
+            return replace(alone, present=alone.present + images + self._beside_chunk(alone))
 
-        if self.attention.closed is not None and self.attention.closed.coarse:
-            self.own.key_parts = CHUNK_PARTS, 0
-
-        return memory.most_frames(sizes, self._allowed(device, sizes(1).present), MOST_FRAMES)
+        return memory.most_frames(sizes, self._allowed(device, of_one.present), MOST_FRAMES)
 
     def _allowed(self, device: torch.device, present: int) -> int:
         assert self.gib is not None

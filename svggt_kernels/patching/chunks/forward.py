@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compiling import uncompiled
 from ...graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ...inference.fused_forward import Precision
 from ...inference.memory import GIB, BudgetTooSmall, MemoryBudget
@@ -17,9 +17,10 @@ from ...inference.report import InferenceReport
 from ...models import ForwardInputs
 from ...models.wrappers import arguments_of, unwrapped
 from ...sources import SOURCES, Core, PatchSimilarity, Scene, TokenSimilarity
+from ...streams import is_capturing
 from ..forwards import Forward
 from ..interception import StandIn
-from ..plan import Planner
+from ..plan import Planner, graph_of
 from .cameras import CameraHeads
 from .layouts import ClosedFrames
 from .report import ChunksReport
@@ -45,7 +46,6 @@ class ChunkedForward:
     Attributes:
         model: The module whose forward is run in chunks.
         chunk: Frames of a chunk, if that was given.
-        thread: The thread that runs chunks now, or None.
 
     Raises:
         ValueError: If the graphs of the planner are not those of a closed core, or the model is not known.
@@ -71,7 +71,6 @@ class ChunkedForward:
         }
         if (reason := not_closed(planner)) is not None:
             raise ValueError(f"in chunks frames see a core and themselves, {reason}; give a Core, or leave chunk out")
-        self.thread: int | None = None
         self._heads = CameraHeads(self.model)
         self._places: dict[str, dict[str, int]] = {}
         self._over: dict[str, Callable[[Tensor], list[Tensor]]] = {}
@@ -80,10 +79,12 @@ class ChunkedForward:
         self._session: Session | None = self._new_session()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_result": None, "_over": {}, "thread": None}
+        return {**self.__dict__, "_session": None, "_result": None, "_over": {}}
 
     def _new_session(self) -> Session:
-        return Session(self.model, feed=self._feed, read=self._read, parts=[self._heads], **self._settings)
+        return Session(
+            self.model, feed=self._feed, read=self._read, parts=[self._heads], within_call=True, **self._settings
+        )
 
     @property
     def session(self) -> Session:
@@ -92,12 +93,13 @@ class ChunkedForward:
             self._session = self._new_session()
         return self._session
 
+    @uncompiled(recursive=False)
     def around(
         self,
         stand_in: StandIn,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        alone: Callable[[], AbstractContextManager[None]],
+        aside: Callable[[], AbstractContextManager[None]],
     ) -> tuple[Any, Forward | None]:
         """Run one forward of the model; return what it returns, and what it was if it ran in chunks.
 
@@ -105,26 +107,20 @@ class ChunkedForward:
             stand_in: Runs one forward of all frames.
             args: Arguments of the model's forward.
             kwargs: Likewise.
-            alone: Inside this context nothing but this method stands in for modules of the model; raises where a
-                forward runs in another thread.
+            aside: Inside this context this thread runs the model as it is without the patch; raises where a forward
+                runs in another thread.
         """
-        if self.thread == threading.get_ident():  # which runs chunks
-            return stand_in.original(*args, **kwargs), None
-        if self.chunk is None and self.thread is None:
+        if self.chunk is None:
             try:
                 return stand_in.original(*args, **kwargs), None
             except BudgetTooSmall as error:
                 too_small = error.with_traceback(None)  # which would keep what the forward held
-            reason = f"one forward needs {too_small.least:.1f} GiB, memory_budget is {too_small.budget:.1f}"
+            reason = f"one forward needs {too_small.least:.1f} GiB, memory_budget is {too_small.budget:.2f}"
         else:
             too_small, reason = None, f"chunk={self.chunk}"
         try:
-            with alone():
-                self.thread = threading.get_ident()
-                try:
-                    done = self.run(args, kwargs, reason)
-                finally:
-                    self.thread = None
+            with aside():
+                done = self.run(args, kwargs, reason)
         except ValueError as error:
             if too_small is None:
                 raise
@@ -193,8 +189,9 @@ class ChunkedForward:
         finally:
             self._heads.disturbed = False
 
+    @uncompiled(recursive=True)
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str) -> tuple[Any, Forward] | None:
-        """Run one forward, with no stand-in in the model; None if all frames are closed, so that nothing is gained.
+        """Run one forward of the model as it is; None if all frames are closed, so that nothing is gained.
 
         Args:
             args: Arguments of the model's forward.
@@ -204,11 +201,16 @@ class ChunkedForward:
         Raises:
             ValueError: If gradients are on, the arguments are more than images, the graph is not that of a closed core
                 with the reference frame in it, or the model cannot be opened (see `open_scene`).
+            RuntimeError: If a CUDA graph captures it.
         """
         session, images = self.session, self._images(args, kwargs)
         if torch.is_grad_enabled():
             raise ValueError(
                 "in chunks a model runs without gradients; call it inside torch.no_grad(), or leave chunk out"
+            )
+        if is_capturing(session.device):
+            raise RuntimeError(
+                "a CUDA graph cannot capture chunks, which read who sees whom from the device; leave chunk out"
             )
         session.follow_autocast()
         self._result = WholeResult(images, type(self.model).__name__)
@@ -221,6 +223,7 @@ class ChunkedForward:
         finally:
             session.forget()
             self._heads.runs.clear()
+            self._over.clear()
             self._result = None
 
     def _run(self, forward: Forward, images: Tensor, graphs: list[AnyGraph], reason: str) -> tuple[Any, Forward] | None:
@@ -233,7 +236,7 @@ class ChunkedForward:
         answered, chunks, kept, chunk = session.attention.answered, 0, 0.0, self.chunk or CHUNK
         joined: dict[str, dict[str, int]] = {}
         for sample, (places, closed) in enumerate(of_samples):
-            frames = images[sample]
+            frames, places = images[sample], places.to(images.device)
             core, others = frames[places], _others(places, len(frames))
             session.hold(present + whole.nbytes)
             outputs = session.run_core(core, closed)
@@ -291,18 +294,17 @@ class ChunkedForward:
         images, source, record = forward.inputs.images, self.planner.source, self.planner.record
         assert source is not None
         frames = images[sample]
-        return source.graph(
-            Scene(
-                len(frames),
-                images=frames,
-                images_are_normalised=record.images_are_normalised,
-                tokens=lambda: self._tokens(frames),
-                reference_frame=record.reference_frame,
-                word_sums=forward.word_sums[sample] if forward.word_sums else None,
-                sample=(sample, len(images)),
-                step=forward.step,
-            )
+        scene = Scene(
+            len(frames),
+            images=frames,
+            images_are_normalised=record.images_are_normalised,
+            tokens=lambda: self._tokens(frames),
+            reference_frame=record.reference_frame,
+            word_sums=forward.word_sums[sample] if forward.word_sums else None,
+            sample=(sample, len(images)),
+            step=forward.step,
         )
+        return graph_of(source, scene)
 
     def _tokens(self, frames: Tensor) -> Tensor:
         """Return what describes frames by the model's tokens, as these are in one forward."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PLAIN = (type(None), bool, int, float, str)
@@ -18,9 +19,13 @@ class Place:
 
     Attributes:
         name: Its name; None for the images that the model was given.
+        shape: Of what it holds for each frame.
+        dtype: Its dtype.
     """
 
     name: str | None
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class WholeResult:
@@ -66,10 +71,10 @@ class WholeResult:
             if isinstance(value, Tensor):
                 fed = self._fed
                 if fed is not None and value.shape == fed.shape and value.data_ptr() == fed.data_ptr():
-                    return Place(None)
+                    return Place(None, value.shape[2:], value.dtype)
                 if value.shape[:2] == (1, frames):
                     self.leaves[name], tensors[name] = value, value[0]
-                    return Place(name)
+                    return Place(name, value.shape[2:], value.dtype)
             elif isinstance(value, PLAIN):
                 return value
             what = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"

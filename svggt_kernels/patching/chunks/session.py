@@ -53,6 +53,8 @@ class Session:
         backend: As in `patch`.
         memory_budget: What a forward may allocate on a CUDA device in all, see `Budget`; None: whatever it takes.
         parts: Further parts that stand in for modules while it runs.
+        within_call: Whether it runs within a call of the model: its own hooks have run then, on frames that are taken
+            as they are.
 
     Attributes:
         record: What is known about the model.
@@ -77,6 +79,7 @@ class Session:
         backend: str | None = None,
         memory_budget: MemoryBudget = None,
         parts: Sequence[Part] = (),
+        within_call: bool = False,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "model": model,
@@ -87,11 +90,12 @@ class Session:
             "backend": backend,
             "memory_budget": memory_budget,
             "parts": parts,
+            "within_call": within_call,
         }
         memory.check(memory_budget)
         if memory_budget is not None and fused is False:
             raise ValueError("memory_budget is kept by the fused forward; leave fused=None, or give True")
-        self.model = model
+        self.model, self._within_call = model, within_call
         self.record, path, self.root = find_model(model)
         self.reference = self.record.reference_frame is not None
         runnable = self.record.runnable
@@ -282,15 +286,17 @@ class Session:
         """Run the last frame of the core again in a chunk, which must give it what the run of the core gave it.
 
         Whatever looks across frames and does not follow the core (a mean over all frames, attention that no record
-        knows) gives it something else: the other frames are missing, and its negative and its mirror image run with it.
-        Both must agree to half of the digits with which the model computes; values are compressed by the logarithm, as
-        heads give some that differ by orders of magnitude.
+        knows) gives it something else: the other frames are missing, and its negative and its mirror image run with it,
+        and one more if as many frames would run as with the core, for what follows from their number. Both must agree
+        to half of the digits with which the model computes; values are compressed by the logarithm, as heads give some
+        that differ by orders of magnitude.
         """
-        last = frames[-1:]
-        # As many as modules are verified with, which are then not verified again for fewer.
-        chunk = torch.cat([last, 1 - last, last.flip(-1)])
-        assert len(chunk) == VERIFIED_FRAMES
-        again = self._run_chunk(frames[:1], chunk, (False, True, True))
+        assert self.attention.closed is not None
+        last, reference = frames[-1:], int(self.reference and not self._runs_fused)
+        others = [1 - last, last.flip(-1), 1 - last.flip(-1)]
+        # At least as many as modules are verified with: for fewer they would be verified again.
+        number = VERIFIED_FRAMES + (reference + VERIFIED_FRAMES == self.attention.closed.count)
+        again = self._run_chunk(frames[:1], torch.cat([last, *others[: number - 1]]), (False, *[True] * (number - 1)))
         for name, tensor in outputs.items():
             error, size = _deviation(tensor[-1], again[name][0])
             if not math.isfinite(size):
@@ -322,8 +328,9 @@ class Session:
         enabled, dtype = self.autocast
         try:
             with self._installed(), torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-                images = frames.to(self.device, self._parameter.dtype)
-                result = self.model(self._feed(images), **self.options)
+                images = frames.to(self.device, None if self._within_call else self._parameter.dtype)
+                call = self.model.forward if self._within_call else self.model
+                result = call(self._feed(images), **self.options)
                 self._check(run)
                 return self._read(result, len(frames))
         finally:
