@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ from .photos import crop_of, read_levels
 
 DEPTH_SUFFIXES = (".png", ".npy")
 LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of a photo and its depth map
+
+_one_at_a_time = threading.Lock()
+"""NumPy reads the header as Python, and Python 3.11 fails now and then where two threads parse ("AST constructor recursion
+depth mismatch")."""
 
 
 def read_depth_map(path: Path, scale: float = 1.0, unknown: int | None = None) -> Tensor:
@@ -44,7 +49,7 @@ def read_array(path: Path) -> np.ndarray:
         ValueError: The file cannot be read as an array.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, _one_at_a_time:
             return np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # NumPy reads the header as Python and raises whatever that leads to
         raise ValueError(f"{path} cannot be read as an array of NumPy ({error}); write it with np.save") from error

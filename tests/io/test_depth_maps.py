@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +83,21 @@ def test_an_archive_is_no_array(tmp_path: Path):
     np.savez(tmp_path / "a.npz", np.ones((2, 2)))
     with pytest.raises(ValueError, match=r"a.npy cannot be read as an array of NumPy .*; write it with np.save"):
         read_depth_map((tmp_path / "a.npz").rename(tmp_path / "a.npy"))
+
+
+def test_threads_read_one_array_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Python 3.11 fails now and then where two threads parse, which NumPy does with the header."""
+    path = tmp_path / "depth.npy"
+    np.save(path, np.ones((2, 3), np.float32))
+    read, reading = np.lib.format.read_array, threading.Lock()
+
+    def alone(*arguments: object, **options: object) -> np.ndarray:
+        assert reading.acquire(blocking=False)
+        time.sleep(1e-3)
+        reading.release()
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(np.lib.format, "read_array", alone)
+    with ThreadPoolExecutor(8) as workers:
+        maps = list(workers.map(read_depth_map, [path] * 32))
+    assert all(torch.equal(depth, torch.ones(2, 3)) for depth in maps)
