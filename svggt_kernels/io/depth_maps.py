@@ -15,8 +15,8 @@ DEPTH_SUFFIXES = (".png", ".npy")
 LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of a photo and its depth map
 
 _one_at_a_time = threading.Lock()
-"""NumPy reads the header as Python, and Python 3.11 fails now and then where two threads parse ("AST constructor recursion
-depth mismatch")."""
+"""NumPy reads the header as Python, and Python 3.11 fails now and then where two threads parse ("AST constructor
+recursion depth mismatch")."""
 
 
 def read_depth_map(path: Path, scale: float = 1.0, unknown: int | None = None) -> Tensor:
