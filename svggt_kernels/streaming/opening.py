@@ -24,6 +24,9 @@ from .progress import Progress
 from .saved import SavedScene
 from .scene import OpenScene
 
+ROUNDING = 0.01
+"""By how much frames may leave [0, 1]: interpolation overshoots where it is not clamped."""
+
 
 def open_scene(
     model: nn.Module,
@@ -101,11 +104,18 @@ def open_scene(
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
     indices, coarse, likeness = chosen_core(core, among, session, tell)
+    core_frames = among.pick([*indices, *coarse])
+    low, high = (float(limit) for limit in core_frames.aminmax())
+    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
+        raise ValueError(
+            f"frames must be in [0, 1], got values from {low:.3g} to {high:.3g}; divide 8-bit images by 255, and leave "
+            "normalisation to the model"
+        )
     return OpenScene(
         session,
         frames,
         [*indices, *coarse],
-        among.pick([*indices, *coarse]),
+        core_frames,
         closed=ClosedFrames(len(indices), len(coarse), core.stride if isinstance(core, Core) else 1),
         chunk=chunk,
         frame_size=frame_size,

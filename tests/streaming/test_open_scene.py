@@ -389,6 +389,12 @@ def test_cores_without_a_meaning(core: object, error: type[Exception], message: 
         open_scene(toy(), CASES["toy"][1], core=core)
 
 
+@pytest.mark.parametrize("frames", [255 * CASES["toy"][1], 2 * CASES["toy"][1] - 1, CASES["toy"][1] / 0])
+def test_frames_of_another_range_are_refused(frames: Tensor):
+    with pytest.raises(ValueError, match=r"frames must be in \[0, 1\], got values from .*; divide 8-bit images by 255"):
+        open_scene(toy(), frames, core=CORE)
+
+
 def test_a_folder_of_outputs_is_read_by_its_name(tmp_path: Path):
     frames = CASES["toy"][1]
     scene = open_scene(toy(), frames, core=CORE, chunk=4)
