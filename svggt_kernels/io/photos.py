@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -118,30 +118,72 @@ def load_photos(
         ValueError: No path, a size below one patch, or a file that cannot be read as a photo (it is named).
         ImportError: Pillow is not installed.
     """
-    if not paths:
-        raise ValueError("at least one photo is needed, none was given")
     files = [Path(path) for path in paths]
-    # Pillow releases the interpreter while it decodes and resizes.
+    return next(read_photos(files, common_size(files, long_side, patch_size, size), len(files)))
+
+
+def common_size(
+    files: Sequence[Path], long_side: int, patch_size: int, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Return the width and height to which `load_photos` brings photos; warn of those that lose much of their area.
+
+    The arguments are those of `load_photos`.
+
+    Raises:
+        ValueError: No photo, a size below one patch, or a file that cannot be read as a photo.
+        ImportError: Pillow is not installed.
+    """
+    if not files:
+        raise ValueError("at least one photo is needed, none was given")
     with ThreadPoolExecutor() as workers:
         sizes = list(workers.map(photo_size, files))
-        median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
-        width, height = size or frame_size(*median, long_side, patch_size)
-        shape, why = median, "all frames take the shape of the median photo"
-        if size is not None:
-            shape, why = size, f"the model has learned frames of {width} x {height} px alone"
-        _warn_of_crops(files, sizes, shape[0] / shape[1], why)
-        frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
+    shape, why = (
+        sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2],
+        "all frames take the shape of the median photo",
+    )
+    if size is not None:
+        shape, why = size, f"the model has learned frames of {size[0]} x {size[1]} px alone"
+    _warn_of_crops(files, sizes, shape[0] / shape[1], why)
+    return size or frame_size(*shape, long_side, patch_size)
 
-        def fill(frame: Tensor, file: Path) -> None:
-            photo = _read(file)
-            shown = crop_of(photo.size, (width, height)).box(photo.size, (width, height))
-            scaled = photo.resize((width, height), _pillow().Resampling.BICUBIC, box=shown)
-            pixels = np.array(scaled, dtype=np.uint8)  # [H, W, 3]
-            # Not by PyTorch, which would start a team of threads for each of these threads.
-            np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=frame.numpy())
 
-        list(workers.map(fill, frames, files))
+def read_photos(files: Sequence[Path], size: tuple[int, int], count: int) -> Iterator[Tensor]:
+    """Yield photos as frames of a width and height, `count` at a time, `[n, 3, H, W]` as `load_photos` returns them.
+
+    Threads read those of the next part while one is in use.
+
+    Raises:
+        ValueError: A file cannot be read as a photo.
+    """
+    # Pillow releases the interpreter while it decodes and resizes.
+    workers, reading = ThreadPoolExecutor(), deque[tuple[Tensor, list[Future[None]]]]()
+    try:
+        for start in range(0, len(files), count):
+            some = files[start : start + count]
+            frames = torch.empty(len(some), 3, size[1], size[0], dtype=torch.float32, device="cpu")
+            reading.append((frames, [workers.submit(_fill, *each) for each in zip(frames, some, strict=True)]))
+            if len(reading) > 1:  # no thread waits for the last photo of a part
+                yield _filled(*reading.popleft())
+        while reading:
+            yield _filled(*reading.popleft())
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _filled(frames: Tensor, photos: list[Future[None]]) -> Tensor:
+    for photo in photos:
+        photo.result()
     return frames
+
+
+def _fill(frame: Tensor, file: Path) -> None:
+    """Write a photo to a frame `[3, H, W]`."""
+    photo, (height, width) = _read(file), frame.shape[1:]
+    shown = crop_of(photo.size, (width, height)).box(photo.size, (width, height))
+    scaled = photo.resize((width, height), _pillow().Resampling.BICUBIC, box=shown)
+    pixels = np.array(scaled, dtype=np.uint8)  # [H, W, 3]
+    # Not by PyTorch, which would start a team of threads for each of these threads.
+    np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=frame.numpy())
 
 
 def frame_size(width: float, height: float, long_side: int, patch_size: int) -> tuple[int, int]:
@@ -342,4 +384,5 @@ def _to_rgb(image: Image) -> Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    # `convert` copies an image that is RGB, and holds the interpreter meanwhile.
+    return image if image.mode == "RGB" else image.convert("RGB")

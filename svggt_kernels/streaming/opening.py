@@ -231,11 +231,11 @@ def chosen_core(
             progress.add(len(part))
     if similarity is None:
         return *_rising(core.spread(count, None)), None
-    compared = torch.cat([part for part in parts if part is not None])
+    compared = torch.cat([part for part in parts if part is not None]).to(session.device)
     if reader is None:
         chosen = core.chosen(compared, 0)
         return *_rising(chosen), float(likeness_of(compared, compared[torch.cat(chosen)]).min())
-    scores = reader.compared(Scene(len(compared), tokens=compared.to(session.device)))
+    scores = reader.compared(Scene(len(compared), tokens=compared))
     return *_rising(core.chosen(scores, 0)), None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +21,13 @@ class OutputFolder:
     Args:
         folder: The folder; made if it is not there.
         scene: What tells the scene from others.
-        names: The outputs that are written; None for all.
 
     Raises:
         ValueError: If it holds files of another scene or another size of chunks.
     """
 
-    def __init__(self, folder: Path, scene: str, names: Collection[str] | None) -> None:
-        self.folder, self.scene, self.names = folder, scene, names
+    def __init__(self, folder: Path, scene: str) -> None:
+        self.folder, self.scene = folder, scene
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("frames-*.npz")):
             if self._text(path, SCENE) != scene:
@@ -59,10 +58,7 @@ class OutputFolder:
             start: The place of its first one.
         """
         path = self._path(start, start + len(next(iter(outputs.values()))))
-        if self.names is not None and (unknown := sorted(set(self.names) - set(outputs))):
-            raise ValueError(f"the outputs are {', '.join(outputs)}; there is no {', '.join(unknown)}")
-        chosen = {name: tensor for name, tensor in outputs.items() if self.names is None or name in self.names}
-        write_arrays(path, {**chosen, SCENE: as_tensor(self.scene), FRAMES: as_tensor(frames)})
+        write_arrays(path, {**outputs, SCENE: as_tensor(self.scene), FRAMES: as_tensor(frames)})
         return path
 
     def _path(self, start: int, stop: int) -> Path:

@@ -132,17 +132,24 @@ class OpenScene:
         """
         if isinstance(names, str):
             raise TypeError(f"names must be a collection of outputs, got {names!r}; write [{names!r}]")
+        if names is not None:
+            known = ", ".join(self.core_outputs)
+            if not names:
+                raise ValueError(f"names must hold at least one of the outputs {known}, got none; None is for all")
+            if unknown := sorted(set(names) - set(self.core_outputs)):
+                raise ValueError(f"the outputs are {known}; there is no {', '.join(unknown)}")
         kind = ",".join(sorted(names)) if names is not None else "all"
-        target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}", names)
+        target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}")
 
         def done(part: Tensor, start: int) -> Future[Path] | None:
             path = target.written(part, start)
             return None if path is None else finished(path)
 
         def then(outputs: Outputs, part: Tensor, start: int) -> Path:
-            return target.write(outputs, of_frames(part), start)
+            chosen = {name: tensor for name, tensor in outputs.items() if names is None or name in names}
+            return target.write(chosen, of_frames(part), start)
 
-        return list(self._run(images, done, then))
+        return list(self._run(images, done, then, names))
 
     def save(self, path: str | Path, *, keys: bool = False) -> None:
         """Write the scene to a file, from which `open_saved_scene` opens it again: another day, on another machine.
@@ -193,6 +200,7 @@ class OpenScene:
         images: Images | None,
         done: Callable[[Tensor, int], Future[Item] | None],
         then: Callable[[Outputs, Tensor, int], Item],
+        names: Collection[str] | None = None,
     ) -> Iterator[Item]:
         """Run chunk after chunk, and copy the outputs of each to the host while the next one runs.
 
@@ -201,6 +209,7 @@ class OpenScene:
             done: Is asked of each chunk, and of where it begins; returns what is yielded if it was done before.
             then: Turns outputs in host memory into what is yielded, in a thread; is given the frames and the place of
                 the first one, too.
+            names: The outputs that are copied, and "apart"; None for all.
         """
         frames, given = (self._frames if images is None else self._open(images)), images is not None
         if not given and not frames.again:
@@ -232,7 +241,10 @@ class OpenScene:
                 future = done(part, start)
                 skipped = future is not None
                 if future is None:
-                    future = downloads.begin(self._begin(part, None if given else start), part, start)
+                    outputs = self._begin(part, None if given else start)
+                    if names is not None:
+                        outputs = {name: outputs[name] for name in outputs if name in (*names, "apart")}
+                    future = downloads.begin(outputs, part, start)
                 coming.append((future, len(part), skipped))
                 start += len(part)
                 if len(coming) > 1:

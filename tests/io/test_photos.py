@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from svggt_kernels.io import photos
-from svggt_kernels.io.photos import crop_of, find_photos, load_photos
+from svggt_kernels.io.photos import crop_of, find_photos, load_photos, read_photos
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -148,6 +148,41 @@ class TestSize:
         monkeypatch.setattr(photos, "_read", reading)
         levels = load_photos(files, long_side=28)[:, 0].mean(dim=(1, 2)) * 255
         assert levels.round().tolist() == [0, 80, 160]
+
+    def test_photos_of_the_next_part_are_read_before_one_is_given(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = [save(tmp_path / f"{i}.png", flat(14, 14, 50 * i, 0, 0)) for i in range(5)]
+        both_parts, later, read = threading.Barrier(4), threading.Event(), photos._read
+
+        def reading(path: Path) -> object:
+            if path in files[:4]:
+                both_parts.wait(timeout=30)
+            else:
+                later.set()
+            return read(path)
+
+        monkeypatch.setattr(photos, "_read", reading)
+        parts = read_photos(files, (14, 14), 2)
+        assert (next(parts)[:, 0, 0, 0] * 255).round().tolist() == [0, 50]
+        assert not later.is_set()  # no more than one part is held beside the one that is given
+        assert [(part[:, 0, 0, 0] * 255).round().tolist() for part in parts] == [[100, 150], [200]]
+
+    def test_reading_ends_with_whoever_asks(self, tmp_path: Path) -> None:
+        files = [save(tmp_path / f"{i}.png", flat(14, 14, 0, 0, 0)) for i in range(4)]
+        before = threading.active_count()
+        parts = read_photos(files, (14, 14), 1)
+        next(parts)
+        parts.close()
+        assert threading.active_count() == before
+
+    def test_a_photo_that_cannot_be_read_is_named_when_its_part_is_due(self, tmp_path: Path) -> None:
+        good = save(tmp_path / "good.png", flat(14, 14, 0, 0, 0))
+        (tmp_path / "bad.png").write_bytes(b"nothing")
+        parts = read_photos([good, tmp_path / "bad.png"], (14, 14), 1)
+        assert len(next(parts)) == 1
+        with pytest.raises(ValueError, match=r"bad\.png cannot be read"):
+            next(parts)
 
     def test_twice_is_the_same(self, tmp_path: Path) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

@@ -20,6 +20,7 @@ from svggt_kernels.io.photos import load_photos
 from svggt_kernels.sources.thumbnails import thumbnails
 from svggt_kernels.streaming import frames as frames_of_scenes
 from svggt_kernels.streaming.progress import Progress
+from svggt_kernels.streaming.transfers import Downloads
 
 FRAMES = images(10, dtype=torch.float32)[0]
 CORE = [0, 4, 7]
@@ -100,6 +101,17 @@ def test_photos_of_a_folder(tmp_path: Path):
     assert scene.add(more)["depth"].shape == (2, 28, 42, 1)
 
 
+def test_one_warning_for_all_photos_that_are_cropped(tmp_path: Path):
+    write_photos(tmp_path, make_scenes(1, 6, Draws(seed=0), size=(28, 42)).images[0])
+    (tmp_path / "tall").mkdir()
+    write_photos(tmp_path / "tall", torch.rand(2, 3, 84, 28))
+    files = sorted(tmp_path.rglob("*.png"))
+    model = RoomsModel.create(0, dim=64, depth=2, num_heads=1)
+    with pytest.warns(UserWarning, match="2 of 8") as warned:
+        open_scene(model, files, core=[0, 3], chunk=2, long_side=42).predict()
+    assert len([each for each in warned if "cropped" in str(each.message)]) == 1
+
+
 def test_a_video(tmp_path: Path):
     av = pytest.importorskip("av", reason="reading videos needs PyAV")
     pictures = make_scenes(1, 12, Draws(seed=0), size=(28, 42)).images[0]
@@ -171,6 +183,22 @@ def test_outputs_in_files(tmp_path: Path):
     assert set(read_outputs(scene.write(tmp_path / "some", FRAMES[3:6], names=["apart"]))) == {"apart"}
     with pytest.raises(ValueError, match="the outputs are output, apart; there is no depth"):
         scene.write(tmp_path / "wrong", names=["depth"])
+    with pytest.raises(ValueError, match="at least one of the outputs output, apart, got none"):
+        scene.write(tmp_path / "wrong", names=[])
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_no_more_outputs_are_copied_than_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scene, copied = scene_of(), []
+    begin = Downloads.begin
+
+    def spied(downloads: Downloads[Path], outputs: dict[str, Tensor], *others: object) -> object:
+        copied.append(set(outputs))
+        return begin(downloads, outputs, *others)
+
+    monkeypatch.setattr(Downloads, "begin", spied)
+    paths = scene.write(tmp_path, FRAMES[:6], names=["apart"])
+    assert copied == [{"apart"}] * len(paths)
 
 
 def test_interrupted_finished_chunks_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
