@@ -43,12 +43,14 @@ def _sums(tensor: Tensor) -> tuple[int, int]:
     if tensor.device.type == "mps":  # its 64-bit integers have gaps
         tensor = tensor.cpu()
     content = tensor.detach().contiguous().flatten().view(torch.uint8)
-    first = second = 0
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)  # which wrap at 2^64
     size = 4 * WORDS_AT_ONCE
     for start in range(0, len(content), size):
         part = content[start : start + size]
         words = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
         places = torch.arange(start + 1, start + 1 + len(words), device=words.device)
-        first += int(words.sum())
-        second += int((words * places).sum())
+        sums += torch.stack([words.sum(), (words * places).sum()])
+    if sums.is_cuda:  # a copy to pageable memory that has to wait keeps other threads from launching kernels meanwhile
+        torch.cuda.current_stream(sums.device).synchronize()
+    first, second = sums.tolist()
     return first % 2**64, second % 2**64
