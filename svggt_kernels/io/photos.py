@@ -6,12 +6,13 @@ frames.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,7 @@ UPRIGHT = 1
 TURNED = range(2, 9)
 ON_ITS_SIDE = range(5, 9)
 CROP_WORTH_A_WARNING = 0.15  # of a photo's area
+FEW_THREADS = 4
 NAMED = 5  # of the things that a message could list
 
 
@@ -150,24 +152,37 @@ def common_size(
 def read_photos(files: Sequence[Path], size: tuple[int, int], count: int) -> Iterator[Tensor]:
     """Yield photos as frames of a width and height, `count` at a time, `[n, 3, H, W]` as `load_photos` returns them.
 
-    Threads read those of the next part while one is in use.
+    Threads read those of the next part while one is in use: few at first, and twice as many each time that a part was
+    waited for. More than are needed take the interpreter from a thread that launches kernels meanwhile.
 
     Raises:
         ValueError: A file cannot be read as a photo.
     """
-    # Pillow releases the interpreter while it decodes and resizes.
-    workers, reading = ThreadPoolExecutor(), deque[tuple[Tensor, list[Future[None]]]]()
-    try:
+    most = max(FEW_THREADS, os.cpu_count() or 1)
+    threads = FEW_THREADS if len(files) > count else most
+    reading = deque[tuple[Tensor, list[Future[None]]]]()
+    with ExitStack() as pools:
+        workers = _threads(threads, pools)
         for start in range(0, len(files), count):
             some = files[start : start + count]
             frames = torch.empty(len(some), 3, size[1], size[0], dtype=torch.float32, device="cpu")
             reading.append((frames, [workers.submit(_fill, *each) for each in zip(frames, some, strict=True)]))
             if len(reading) > 1:  # no thread waits for the last photo of a part
-                yield _filled(*reading.popleft())
+                frames, photos = reading.popleft()
+                was_waited_for = start > count and not all(photo.done() for photo in photos)
+                if was_waited_for and threads < most:
+                    threads = min(2 * threads, most)
+                    workers = _threads(threads, pools)
+                yield _filled(frames, photos)
         while reading:
             yield _filled(*reading.popleft())
-    finally:
-        workers.shutdown(cancel_futures=True)
+
+
+def _threads(count: int, pools: ExitStack) -> ThreadPoolExecutor:
+    """Return so many threads, which end with a stack of pools and leave what they have not begun by then."""
+    workers = ThreadPoolExecutor(count)
+    pools.callback(workers.shutdown, cancel_futures=True)
+    return workers
 
 
 def _filled(frames: Tensor, photos: list[Future[None]]) -> Tensor:

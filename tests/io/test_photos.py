@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +168,26 @@ class TestSize:
         assert (next(parts)[:, 0, 0, 0] * 255).round().tolist() == [0, 50]
         assert not later.is_set()  # no more than one part is held beside the one that is given
         assert [(part[:, 0, 0, 0] * 255).round().tolist() for part in parts] == [[100, 150], [200]]
+
+    @pytest.mark.parametrize(("in_time", "expected"), [(True, [4]), (False, [4, 8, 12])])
+    def test_there_are_no_more_threads_than_keep_up(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_time: bool, expected: list[int]
+    ) -> None:
+        files, pools = [save(tmp_path / f"{i}.png", flat(14, 14, 0, 0, 0)) for i in range(20)], list[int]()
+
+        class Threads:
+            def __init__(self, count: int) -> None:
+                pools.append(count)
+
+            def submit(self, call: Callable[..., None], *args: object) -> SimpleNamespace:
+                return SimpleNamespace(done=lambda: in_time, result=lambda: call(*args))
+
+            def shutdown(self, **options: object) -> None: ...
+
+        monkeypatch.setattr(photos, "ThreadPoolExecutor", Threads)
+        monkeypatch.setattr(photos.os, "cpu_count", lambda: 12)
+        assert len(list(read_photos(files, (14, 14), 2))) == 10
+        assert pools == expected
 
     def test_reading_ends_with_whoever_asks(self, tmp_path: Path) -> None:
         files = [save(tmp_path / f"{i}.png", flat(14, 14, 0, 0, 0)) for i in range(4)]
