@@ -7,7 +7,6 @@ frames.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..packages import optional
+from ..user_warnings import warn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,10 +72,9 @@ def find_photos(folder: str | Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no photo ({kinds}): it holds {_contents(files, subfolders)}")
     unread = [path for path in files if path.suffix.lower() in PLUGIN_SUFFIXES | RAW_SUFFIXES and not is_photo(path)]
     if unread:
-        warnings.warn(
+        warn(
             f"{folder}: photos taken: {len(photos)}, left out because Pillow cannot read them here: {len(unread)} "
             f"({_counts(unread)}); convert these to jpg or png if they are wanted",
-            stacklevel=2,
         )
     return sorted(photos, key=_natural)
 
@@ -121,25 +120,48 @@ def load_photos(
     if not paths:
         raise ValueError("at least one photo is needed, none was given")
     files = [Path(path) for path in paths]
-    # Pillow releases the interpreter while it decodes and resizes.
+    why = "" if size is None else f"the model has learned frames of {size[0]} x {size[1]} px alone"
+    return read_photos(files, common_size(files, long_side, patch_size, size, why))
+
+
+def common_size(
+    files: Sequence[Path], long_side: int, patch_size: int, size: tuple[int, int] | None = None, why: str = ""
+) -> tuple[int, int]:
+    """Return the width and height to which `load_photos` brings photos; warn of those that lose much of their area.
+
+    Args:
+        files: The photos.
+        long_side: As in `load_photos`.
+        patch_size: Likewise.
+        size: Likewise.
+        why: With `size`, why it is that.
+    """
     with ThreadPoolExecutor() as workers:
         sizes = list(workers.map(photo_size, files))
-        median = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
-        width, height = size or frame_size(*median, long_side, patch_size)
-        shape, why = median, "all frames take the shape of the median photo"
-        if size is not None:
-            shape, why = size, f"the model has learned frames of {width} x {height} px alone"
-        _warn_of_crops(files, sizes, shape[0] / shape[1], why)
-        frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
+    if size is not None:
+        _warn_of_crops(files, sizes, size[0] / size[1], why)
+        return size
+    width, height = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
+    common = frame_size(width, height, long_side, patch_size)
+    _warn_of_crops(files, sizes, width / height, "all frames take the shape of the median photo")
+    return common
 
-        def fill(frame: Tensor, file: Path) -> None:
-            photo = _read(file)
-            shown = crop_of(photo.size, (width, height)).box(photo.size, (width, height))
-            scaled = photo.resize((width, height), _pillow().Resampling.BICUBIC, box=shown)
-            pixels = np.array(scaled, dtype=np.uint8)  # [H, W, 3]
-            # Not by PyTorch, which would start a team of threads for each of these threads.
-            np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=frame.numpy())
 
+def read_photos(files: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Return photos, brought to a width and height as `load_photos` does it, `[S, 3, H, W]`."""
+    width, height = size
+    frames = torch.empty(len(files), 3, height, width, dtype=torch.float32, device="cpu")
+
+    def fill(frame: Tensor, file: Path) -> None:
+        photo = _read(file)
+        shown = crop_of(photo.size, size).box(photo.size, size)
+        scaled = photo.resize(size, _pillow().Resampling.BICUBIC, box=shown)
+        pixels = np.array(scaled, dtype=np.uint8)  # [H, W, 3]
+        # Not by PyTorch, which would start a team of threads for each of these threads.
+        np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=frame.numpy())
+
+    # Pillow releases the interpreter while it decodes and resizes.
+    with ThreadPoolExecutor() as workers:
         list(workers.map(fill, frames, files))
     return frames
 
@@ -243,10 +265,9 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
         f"{file} loses {share:.0%}" for file, share in zip(files, lost, strict=True) if share > CROP_WORTH_A_WARNING
     ]
     if cropped:
-        warnings.warn(
+        warn(
             f"photos cropped by more than {CROP_WORTH_A_WARNING:.0%} of their area: {len(cropped)} of {len(files)}, "
             f"because {why}: {_first(cropped)}; take photos of one shape if what is cut off matters",
-            stacklevel=3,
         )
 
 

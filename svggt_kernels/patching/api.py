@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,6 +14,7 @@ from ..inference.fused_forward import FusedForward, Outputs, Precision
 from ..models import find_model, stated_record
 from ..models.wrappers import each_once, named_modules
 from ..sources import PerLayer
+from ..user_warnings import warn
 from .chunks.forward import ChunkedForward, not_closed
 from .handle import Patch
 from .plan import Covisibility, Planner
@@ -126,7 +126,7 @@ def patch(
     if lean is not None:
         if fused is not None:
             raise ValueError(f"lean is the former name of fused, give fused alone; got lean={lean}, fused={fused}")
-        warnings.warn("patch(lean=...) is called fused=... now", DeprecationWarning, stacklevel=2)
+        warn("patch(lean=...) is called fused=... now", DeprecationWarning)
         fused = lean
     for name, is_given in (('precision="bf16"', precision == "bf16"), ("memory_budget", memory_budget is not None)):
         if is_given and fused is False:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +18,7 @@ from ..sources import SOURCES, Covisibility, GivenGraphs, PerLayer, Scene, Sourc
 from ..sources.cache import LRUCache
 from ..sources.fingerprint import word_sums
 from ..streams import is_capturing
+from ..user_warnings import warn
 from .forwards import Forward, PlannedLayers
 from .order import Order, as_images_lie, earlier_frames_only, frame_order, in_order
 
@@ -320,11 +320,9 @@ class Planner:
         if (parts := any_way.num_components) > 1:
             facts.append(f"is in {parts} parts that cannot see one another")
         if facts:
-            warnings.warn(
+            warn(
                 f"the covisibility graph {' and '.join(facts)}; if all frames show one scene, add the pairs that join "
                 "them, or let all see a core (Core, CovisibilityGraph.core)",
-                UserWarning,
-                stacklevel=2,
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..io.photos import find_photos, frame_size, load_photos, photo_size
+from ..io.photos import common_size, find_photos, frame_size, read_photos
 from ..io.video import kept_pictures
 from .transfers import read_ahead
 
@@ -151,14 +150,10 @@ def _of_video(path: Path, shape: tuple[int, int]) -> Iterator[Tensor]:
 
 def _of_photos(paths: Sequence[Path], size: tuple[int, int] | None, shape: tuple[int, int]) -> Frames:
     """Return photos, brought to a width and height, or to those of the median photo for a longer side and a patch."""
-    if size is None:
-        with ThreadPoolExecutor() as workers:
-            sizes = sorted(workers.map(photo_size, paths), key=lambda each: each[0] / each[1])
-        size = frame_size(*sizes[len(sizes) // 2], *shape)
-    common = size
+    common = common_size(paths, *shape, size, "further frames take the shape of the core's")
 
     def read(some: Sequence[Path]) -> Tensor:
-        return load_photos(some, size=common)
+        return read_photos(some, common)
 
     def parts(count: int) -> Iterator[Tensor]:
         return (read(paths[start : start + count]) for start in range(0, len(paths), count))
