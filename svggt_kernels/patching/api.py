@@ -109,8 +109,9 @@ def patch(
         ValueError: If no record knows the model and `modules` is not given, the model is patched already, an argument
             has no meaning, or MegaLoc's weights are damaged. Calls of the patched model raise ValueError for attention
             that a layout cannot express: dropout, causal attention, masks that hide visible frames, keys that are not
-            the queries' tokens; and for a `memory_budget` that is too small, before any work is done, in chunks before
-            the core runs or after it.
+            the queries' tokens; for images outside [0, 1] where the record knows that the model takes such, on CUDA in
+            the first call alone, as the host waits for that; and for a `memory_budget` that is too small, before any
+            work is done, in chunks before the core runs or after it.
         TypeError: If an argument is of another type.
         FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
         ImportError: If the packages that fetch and read them are missing; the message says how to install them.

@@ -14,6 +14,7 @@ from ..graph import AnyGraph, ClosedCore, CoarseGraph, CovisibilityGraph, closed
 from ..graph.arguments import integer
 from ..graph.core import checked_core
 from ..inference.memory import MemoryBudget
+from ..io.pixels import require_unit_range
 from ..patching.chunks.layouts import ClosedFrames
 from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
@@ -23,9 +24,6 @@ from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
 from .saved import SavedScene
 from .scene import OpenScene
-
-ROUNDING = 0.01
-"""By how much frames may leave [0, 1]: interpolation overshoots where it is not clamped."""
 
 
 def open_scene(
@@ -108,12 +106,7 @@ def open_scene(
         among, frames = buffered(frames, BUFFERED)
     indices, coarse, likeness = chosen_core(chosen_by, among, session, tell)
     core_frames = among.pick([*indices, *coarse])
-    low, high = (float(limit) for limit in core_frames.aminmax())
-    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
-        raise ValueError(
-            f"frames must be in [0, 1], got values from {low:.3g} to {high:.3g}; divide 8-bit images by 255, and leave "
-            "normalisation to the model"
-        )
+    require_unit_range(core_frames, "frames")
     return OpenScene(
         session,
         frames,
