@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,11 @@ def open_scene(
             frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
             256 frames, which are held in memory.
         core: A `Core`, which chooses its frames by descriptors of all; with `coarse` all frames also see so many more
-            at a stride of their patches, and of their keys and values those are kept. A word or a number stands for
-            `Core(by=word)` or `Core(number)`. Or the graph of a closed core over the frames, `CovisibilityGraph.core`
-            or `CoarseGraph.core`, whose first frame in the order of the images is the reference frame; or the indices
-            of the core's frames, the reference frame first. None for `Core()`, as in `patch`.
+            at a stride of their patches, and of their keys and values those are kept. No frame is described where no
+            more than it holds are given, as a tensor or photos. A word or a number stands for `Core(by=word)` or
+            `Core(number)`. Or the graph of a closed core over the frames, `CovisibilityGraph.core` or
+            `CoarseGraph.core`, whose first frame in the order of the images is the reference frame; or the indices of
+            the core's frames, the reference frame first. None for `Core()`, as in `patch`.
         chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
         memory_budget: GiB that a run may allocate on the device in all, or "auto", as in `patch`: the core's and each
             chunk's. Needs CUDA and a model of VGGT's shape; elsewhere give `chunk`.
@@ -79,19 +81,15 @@ def open_scene(
             does not follow a core, which is tried out: frames of the core run again as a chunk; or an argument has no
             meaning.
         TypeError: If an argument is of another type.
-        FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had.
+        FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had where frames are described.
         ImportError: If a package is missing.
     """
-    if isinstance(images, str | Path) and not Path(images).exists():  # before weights are looked for
-        raise FileNotFoundError(f"images must be a folder of photos or a video, but {images} does not exist")
     chosen_by = as_core(core)
-    if isinstance(chosen_by, Core):
-        chosen_by = chosen_by.opened()
-        if chosen_by.nearest or chosen_by.coarse == "all":
-            raise ValueError(
-                "a scene keeps the keys of frames that all see, so give a Core without `nearest`, whose `coarse` is a "
-                f'number and not "all", got nearest={chosen_by.nearest}, coarse={chosen_by.coarse!r}'
-            )
+    if isinstance(chosen_by, Core) and (chosen_by.nearest or chosen_by.coarse == "all"):
+        raise ValueError(
+            "a scene keeps the keys of frames that all see, so give a Core without `nearest`, whose `coarse` is a "
+            f'number and not "all", got nearest={chosen_by.nearest}, coarse={chosen_by.coarse!r}'
+        )
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
     session = Session(
@@ -101,6 +99,8 @@ def open_scene(
     frames = open_frames(images, frame_size)
     if isinstance(core, CovisibilityGraph | CoarseGraph) and frames.count not in (core.num_frames, None):
         raise ValueError(f"core must be a graph over the {frames.count} frames of the scene, got {core!r}")
+    if isinstance(chosen_by, Core):
+        chosen_by = _ready(chosen_by, frames.count)
     among = frames
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
@@ -206,7 +206,7 @@ def chosen_core(
 ) -> tuple[list[int], list[int], float | None]:
     """Return the frames of a core, the reference frame first, and those that are seen at a stride.
 
-    Also the least likeness to all of these of the frames that were described, or None.
+    Also the least likeness to all of these of the frames that were described; None if there are no others.
 
     Args:
         core: How it is chosen, or its frames.
@@ -235,9 +235,17 @@ def chosen_core(
     compared = torch.cat([part for part in parts if part is not None])
     if reader is None:
         chosen = core.chosen(compared, 0)
-        return *_rising(chosen), float(likeness_of(compared, compared[torch.cat(chosen)]).min())
+        places = torch.cat(chosen)
+        if len(places) == len(compared):
+            return *_rising(chosen), None
+        return *_rising(chosen), float(likeness_of(compared, compared[places]).min())
     scores = reader.compared(Scene(len(compared), tokens=compared.to(session.device)))
     return *_rising(core.chosen(scores, 0)), None
+
+
+def _ready(core: Core, num_frames: int | None) -> Core:
+    """Return the same core, with weights that describe frames; without a similarity if it holds so many frames."""
+    return replace(core, by=None) if num_frames is not None and num_frames <= core.size else core.opened()
 
 
 def _of_any_count(read: Callable[[Any], Outputs] | None) -> Callable[[Any, int], Outputs] | None:
