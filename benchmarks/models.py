@@ -159,8 +159,9 @@ class ModelCase:
     @property
     def _source(self) -> Core:
         size, coarse, stride = re.fullmatch(CORE, self.core).groups()  # type: ignore[union-attr]
-        seen = "all" if coarse == "all" else int(coarse or 0)
-        return Core(int(size), by=None, coarse=seen, stride=int(stride or 1))
+        if coarse is None:
+            return Core(int(size), by=None)
+        return Core(int(size), by=None, coarse="all" if coarse == "all" else int(coarse), stride=int(stride))
 
     def graph(self) -> AnyGraph:
         """Return which frames see which."""

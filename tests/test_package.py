@@ -22,7 +22,7 @@ COMPILER = os.environ.get("CXX", "c++")
 
 # A module may import from its own floor's folder and from lower floors, never from a higher one or a sibling.
 FLOORS = [
-    {"packages", "rigid_motions"},
+    {"packages", "rigid_motions", "user_warnings"},
     {"graph", "streams", "compiling", "derivatives", "io", "demo"},
     {"sources", "models", "layout"},
     {"coarse"},

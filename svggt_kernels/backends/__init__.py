@@ -6,11 +6,11 @@ above this folder. Backends never import one another, and what they need beyond 
 
 from __future__ import annotations
 
-import warnings
 from typing import cast
 
 import torch
 
+from ..user_warnings import warn
 from . import cpu, hopper, metal, reference, triton
 from .contract import Backend
 
@@ -30,9 +30,7 @@ def load(name: str) -> Backend:
     """
     if name in RENAMED:
         if not torch.compiler.is_compiling():
-            warnings.warn(
-                f'backend="{name}" is called "{RENAMED[name]}" now; use that name', DeprecationWarning, stacklevel=2
-            )
+            warn(f'backend="{name}" is called "{RENAMED[name]}" now; use that name', DeprecationWarning)
         name = RENAMED[name]
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")

@@ -1,5 +1,6 @@
 """Covisibility graphs: which frames see which."""
 
+from .closed import ClosedCore, closed_core
 from .coarse import AnyGraph, CoarseGraph, united
 from .descriptors import GraphOrigin
 from .graph import CovisibilityGraph
@@ -8,10 +9,12 @@ from .summary import GraphSummary
 
 __all__ = [
     "AnyGraph",
+    "ClosedCore",
     "CoarseGraph",
     "CovisibilityGraph",
     "CovisibilityReport",
     "GraphOrigin",
     "GraphSummary",
+    "closed_core",
     "united",
 ]

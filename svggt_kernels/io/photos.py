@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..packages import optional
+from ..user_warnings import warn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,10 +74,9 @@ def find_photos(folder: str | Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no photo ({kinds}): it holds {_contents(files, subfolders)}")
     unread = [path for path in files if path.suffix.lower() in PLUGIN_SUFFIXES | RAW_SUFFIXES and not is_photo(path)]
     if unread:
-        warnings.warn(
+        warn(
             f"{folder}: photos taken: {len(photos)}, left out because Pillow cannot read them here: {len(unread)} "
             f"({_counts(unread)}); convert these to jpg or png if they are wanted",
-            stacklevel=2,
         )
     return sorted(photos, key=_natural)
 
@@ -121,15 +120,21 @@ def load_photos(
         ImportError: Pillow is not installed.
     """
     files = [Path(path) for path in paths]
-    return next(read_photos(files, common_size(files, long_side, patch_size, size), len(files)))
+    why = "" if size is None else f"the model has learned frames of {size[0]} x {size[1]} px alone"
+    return next(read_photos(files, common_size(files, long_side, patch_size, size, why), len(files)))
 
 
 def common_size(
-    files: Sequence[Path], long_side: int, patch_size: int, size: tuple[int, int] | None = None
+    files: Sequence[Path], long_side: int, patch_size: int, size: tuple[int, int] | None = None, why: str = ""
 ) -> tuple[int, int]:
     """Return the width and height to which `load_photos` brings photos; warn of those that lose much of their area.
 
-    The arguments are those of `load_photos`.
+    Args:
+        files: The photos.
+        long_side: As in `load_photos`.
+        patch_size: Likewise.
+        size: Likewise.
+        why: With `size`, why it is that.
 
     Raises:
         ValueError: No photo, a size below one patch, or a file that cannot be read as a photo.
@@ -139,14 +144,13 @@ def common_size(
         raise ValueError("at least one photo is needed, none was given")
     with ThreadPoolExecutor() as workers:
         sizes = list(workers.map(photo_size, files))
-    shape, why = (
-        sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2],
-        "all frames take the shape of the median photo",
-    )
     if size is not None:
-        shape, why = size, f"the model has learned frames of {size[0]} x {size[1]} px alone"
-    _warn_of_crops(files, sizes, shape[0] / shape[1], why)
-    return size or frame_size(*shape, long_side, patch_size)
+        _warn_of_crops(files, sizes, size[0] / size[1], why)
+        return size
+    width, height = sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2]
+    common = frame_size(width, height, long_side, patch_size)
+    _warn_of_crops(files, sizes, width / height, "all frames take the shape of the median photo")
+    return common
 
 
 def read_photos(files: Sequence[Path], size: tuple[int, int], count: int) -> Iterator[Tensor]:
@@ -300,10 +304,9 @@ def _warn_of_crops(files: Sequence[Path], sizes: Sequence[tuple[int, int]], rati
         f"{file} loses {share:.0%}" for file, share in zip(files, lost, strict=True) if share > CROP_WORTH_A_WARNING
     ]
     if cropped:
-        warnings.warn(
+        warn(
             f"photos cropped by more than {CROP_WORTH_A_WARNING:.0%} of their area: {len(cropped)} of {len(files)}, "
             f"because {why}: {_first(cropped)}; take photos of one shape if what is cut off matters",
-            stacklevel=3,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packages import optional
+from ..user_warnings import warn
 from .photos import frame_size
 
 THUMBNAIL_SIDE = 16
@@ -100,9 +100,7 @@ def kept_pictures(
         why = f": {len(damage)} packets are damaged ({damage[0]})" if damage else ""
         raise ValueError(f"{path} must hold a video, but no frame could be read from it{why}")
     if damage:
-        warnings.warn(
-            f"damaged packets or frames of {path} that were left out: {len(damage)} ({damage[0]})", stacklevel=3
-        )
+        warn(f"damaged packets or frames of {path} that were left out: {len(damage)} ({damage[0]})")
 
 
 def _sampled(path: Path, frames_per_second: float, damage: list[str]) -> Iterator[tuple[float, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..models.loading import LoadedModel
 from ..sources import PatchSimilarity, Similarity
 from ..sources.core import CORE_SIZE
+from ..user_warnings import warn
 from .compare import Stage, silent
 from .cost import is_out_of_memory
 from .layouts import DENSE, Outcome, Reference, layouts_named, run_layouts
@@ -162,5 +162,5 @@ def sweep(
         gc.collect()
         if frames.device.type == "cuda":
             torch.cuda.empty_cache()
-        warnings.warn(f"memory ran out with {used} frames; all runs again with the first {used // 2}", stacklevel=2)
+        warn(f"memory ran out with {used} frames; all runs again with the first {used // 2}")
         used //= 2

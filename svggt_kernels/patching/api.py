@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,6 +14,7 @@ from ..inference.fused_forward import FusedForward, Outputs, Precision
 from ..models import find_model, stated_record
 from ..models.wrappers import each_once, named_modules
 from ..sources import PerLayer
+from ..user_warnings import warn
 from .chunks.forward import ChunkedForward, not_closed
 from .handle import Patch
 from .plan import Covisibility, Planner
@@ -109,8 +109,9 @@ def patch(
         ValueError: If no record knows the model and `modules` is not given, the model is patched already, an argument
             has no meaning, or MegaLoc's weights are damaged. Calls of the patched model raise ValueError for attention
             that a layout cannot express: dropout, causal attention, masks that hide visible frames, keys that are not
-            the queries' tokens; and for a `memory_budget` that is too small, before any work is done, in chunks before
-            the core runs or after it.
+            the queries' tokens; for images outside [0, 1] where the record knows that the model takes such, on CUDA in
+            the first call alone, as the host waits for that; and for a `memory_budget` that is too small, before any
+            work is done, in chunks before the core runs or after it.
         TypeError: If an argument is of another type.
         FileNotFoundError: If MegaLoc's weights cannot be had; nothing is patched then. The message names other ways.
         ImportError: If the packages that fetch and read them are missing; the message says how to install them.
@@ -126,7 +127,7 @@ def patch(
     if lean is not None:
         if fused is not None:
             raise ValueError(f"lean is the former name of fused, give fused alone; got lean={lean}, fused={fused}")
-        warnings.warn("patch(lean=...) is called fused=... now", DeprecationWarning, stacklevel=2)
+        warn("patch(lean=...) is called fused=... now", DeprecationWarning)
         fused = lean
     for name, is_given in (('precision="bf16"', precision == "bf16"), ("memory_budget", memory_budget is not None)):
         if is_given and fused is False:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from ..inference.fused_forward import FusedForward
 from ..layout import BlockLayout
 from ..models import ForwardInputs
 from ..models.wrappers import arguments_of
+from ..user_warnings import warn
 from .chunks.forward import ChunkedForward
 from .forwards import Forward, Forwards, PlannedLayers
 from .graph_attention import GraphAttention
@@ -102,10 +102,9 @@ class Patch:
         with self._forwards.turn("the patch cannot be undone now"):
             self._stand_ins.require_in_place("undo()")
             if awaiting := self._forwards.awaiting:
-                warnings.warn(
+                warn(
                     f"the patch is undone before backward has run, and a reentrant checkpoint will run {min(awaiting)} "
                     f"and {len(awaiting) - 1} other modules again, dense now; call backward() first, then undo()",
-                    stacklevel=2,
                 )
             self._stand_ins.remove()
             self._installed = False

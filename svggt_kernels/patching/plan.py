@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,12 +12,14 @@ from torch import Tensor
 
 from ..coarse import MOST_PARTS, CoarseLayout, patches_seen
 from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
+from ..io.pixels import require_unit_range
 from ..layout import BlockLayout
 from ..models import ForwardInputs, ModelRecord
 from ..sources import SOURCES, Covisibility, GivenGraphs, PerLayer, Scene, Source, as_source
 from ..sources.cache import LRUCache
 from ..sources.fingerprint import word_sums
 from ..streams import is_capturing
+from ..user_warnings import warn
 from .forwards import Forward, PlannedLayers
 from .order import Order, as_images_lie, earlier_frames_only, frame_order, in_order
 
@@ -87,6 +88,7 @@ class Planner:
         for one, layers in of_layers:
             self._origins.append(_Origin.of(one, layers, self._origins))
         self._layouts: LRUCache[tuple[AnyGraph, AnyLayout]] = LRUCache(max(LAYOUTS_KEPT, 2 * len(self._origins)))
+        self._has_seen_images = False
         # CUDA graphs read the tables of these wherever they are replayed.
         self._captured: set[AnyLayout] = set()
 
@@ -113,9 +115,10 @@ class Planner:
         """Ask covisibility functions for their graphs, and see that there are images if a source needs them.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or they are outside the range that the model takes.
         """
         images = forward.inputs.images
+        self._check_range(_images(forward.inputs))
         for origin in self._origins:
             if origin.function is not None:
                 with forward.step("graph"):
@@ -133,6 +136,18 @@ class Planner:
             # Begun before the model runs, it is there when the first global attention asks for it.
             with forward.step("look-up"):
                 forward.word_sums = [word_sums(sample) for sample in images]
+
+    def _check_range(self, images: Tensor | None) -> None:
+        """Raise unless images are in [0, 1], where the record knows that its model takes such; on a device only once.
+
+        There the host has to wait for it, which a CUDA graph that captures cannot.
+        """
+        takes_others = self.record.known is None or self.record.images_are_normalised
+        if images is None or takes_others or is_capturing(images.device):
+            return
+        if images.device.type == "cpu" or not self._has_seen_images:
+            require_unit_range(images.flatten(0, 1), nan=True)  # of which the model itself makes NaN
+            self._has_seen_images = True
 
     def key_parts(self, inputs: ForwardInputs) -> tuple[int, int]:
         """Return of how many parts the keys of a layer may be, and how many of all samples are packed for one of them.
@@ -320,11 +335,9 @@ class Planner:
         if (parts := any_way.num_components) > 1:
             facts.append(f"is in {parts} parts that cannot see one another")
         if facts:
-            warnings.warn(
+            warn(
                 f"the covisibility graph {' and '.join(facts)}; if all frames show one scene, add the pairs that join "
                 "them, or let all see a core (Core, CovisibilityGraph.core)",
-                UserWarning,
-                stacklevel=2,
             )
 
 

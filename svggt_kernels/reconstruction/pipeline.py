@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph
 from ..graph.arguments import integer
 from ..graph.arrays import as_arrays
 from ..inference.memory import MemoryBudget
@@ -24,13 +24,13 @@ from ..measure.machine import device_name, devices, versions
 from ..measure.wording import count, printable
 from ..models import RUNNABLE, RunnableModel
 from ..models.loading import RANDOM, LoadedModel, load_model
-from ..sources import Covisibility, GraphFile, Source
+from ..sources import Core, Covisibility, GraphFile, Source
 from ..sources.registry import named
 from .folder import OutputFolder
 from .formats import DEFAULT, FORMATS, Files, Format, Material
 from .photos import IMAGES, Photos, is_video, photos_of, photos_of_video, request_of_video, stamp
 from .points import PointChoice
-from .prediction import core_to_stream, predict, predict_in_chunks
+from .prediction import core_to_stream, frames_at_once, predict, predict_in_chunks
 from .scene import Reconstruction, relative_names
 
 TELL_SECONDS = 2.0
@@ -54,6 +54,7 @@ class Settings:
         backend: As `patch` takes it.
         memory_budget: Likewise.
         chunk: Frames that run together; None for all, in one forward.
+        core: The core that runs before chunks.
     """
 
     covisibility: Covisibility
@@ -62,6 +63,7 @@ class Settings:
     backend: str | None
     memory_budget: MemoryBudget
     chunk: int | None
+    core: Core | AnyGraph | None
 
 
 def reconstruct(
@@ -103,8 +105,8 @@ def reconstruct(
         backend: As `patch` takes it.
         memory_budget: Likewise.
         chunk: Photos that run together, where there are more than those of the core; chunks that are finished are kept
-            in `output`. Needs a `Core` without nearest, with no or a number of coarse. None runs all photos in one
-            forward, unless `memory_budget` holds none.
+            in `output`. Needs a `Core` without nearest, with no or a number of coarse, or the graph of a closed core.
+            None runs all photos in one forward, unless `memory_budget` holds none.
         force: Replace what `output` holds of another request.
         stage: Is told each stage of the work.
 
@@ -121,8 +123,6 @@ def reconstruct(
     points = points or PointChoice()
     if chunk is not None:
         integer("chunk", chunk, 1)
-        core_to_stream(covisibility)
-    settings = Settings(covisibility, long_side, _device(device), backend, memory_budget, chunk)
     found, source = None, Path(photos) if isinstance(photos, (str, os.PathLike)) else None
     if source is not None and is_video(source):
         if output is None:
@@ -133,6 +133,10 @@ def reconstruct(
         asked = found.request
         if output is not None:
             _require_text(found)
+        if isinstance(covisibility, GraphFile) and covisibility.photos is None:
+            covisibility = covisibility.of(found.files)
+    core = None if chunk is None else core_to_stream(covisibility)
+    settings = Settings(covisibility, long_side, _device(device), backend, memory_budget, chunk, core)
     request = {
         **asked,
         "model": kind.name,
@@ -192,17 +196,13 @@ def _run(
 ) -> Reconstruction:
     with stage(f"reading {count(len(photos.files), 'photo')}"):
         frames = frames_of(photos.files, model.kind, settings.long_side)
-    covisibility = settings.covisibility
-    if isinstance(covisibility, GraphFile) and covisibility.photos is None and photos.times is None:
-        covisibility = covisibility.of(photos.files)
-    core = None if settings.chunk is None else core_to_stream(covisibility)
+    chunk, core = settings.chunk, settings.core
     how: dict[str, Any] = {"backend": settings.backend, "memory_budget": settings.memory_budget}
     with stage(f"running {model.name} on {count(len(frames), 'frame')}") as tell:
-        closed = len(frames) if core is None else core.size + core.coarse_frames(len(frames))[0]
-        if settings.chunk is not None and core is not None and len(frames) > closed:
-            predicted = predict_in_chunks(model, frames, core, chunk=settings.chunk, folder=chunks, tell=tell, **how)
+        if chunk is not None and core is not None and len(frames) > frames_at_once(core, len(frames)):
+            predicted = predict_in_chunks(model, frames, core, chunk=chunk, folder=chunks, tell=tell, **how)
         else:
-            predicted = predict(model, frames.to(settings.device), covisibility, **how)
+            predicted = predict(model, frames.to(settings.device), settings.covisibility, **how)
     folder, names = relative_names(photos.files)
     facts = {
         "model": model.name,
@@ -287,8 +287,8 @@ def _stated_graph(covisibility: Covisibility) -> Any:
         path = covisibility.path
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return {"files": [stamp(file) for file in files if not file.is_dir()], "depth_range": covisibility.depth_range}
-    if isinstance(covisibility, CovisibilityGraph):
-        digest = hashlib.sha256(b"".join(array.tobytes() for array in as_arrays(covisibility).values()))
+    if isinstance(covisibility, CovisibilityGraph | CoarseGraph):
+        digest = hashlib.sha256(_content(covisibility))
         return f"a given graph, {digest.hexdigest()[:16]}"
     if isinstance(covisibility, Source):
         return covisibility.label
@@ -296,6 +296,14 @@ def _stated_graph(covisibility: Covisibility) -> Any:
         "covisibility must be a word, a source or one graph, so that equal requests can be told; got "
         f"{type(covisibility).__name__}"
     )
+
+
+def _content(graph: AnyGraph) -> bytes:
+    """Return bytes that tell a graph from others."""
+    if isinstance(graph, CovisibilityGraph):
+        return b"".join(array.tobytes() for array in as_arrays(graph).values())
+    seen_coarsely = f"{graph.frames.tolist()} at stride {graph.stride}"
+    return _content(graph.full) + _content(graph.coarse) + seen_coarsely.encode()
 
 
 def _options(form: Format, points: PointChoice, chosen: Sequence[Format]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..coarse import CoarseLayout
-from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph, united
+from ..graph import AnyGraph, CoarseGraph, CovisibilityGraph, closed_core, united
 from ..inference.memory import MemoryBudget
 from ..measure.cost import Tell, timed
 from ..models import RunnableModel
 from ..models.loading import LoadedModel
 from ..patching import patch
-from ..sources import SOURCES, Core, Covisibility
+from ..sources import SOURCES, Core, Covisibility, GraphFile
 from ..streaming import OpenScene, open_scene, read_outputs
 from ..streaming.apart import more_than_by_chance
 
@@ -80,26 +80,38 @@ def predict(
     return Prediction(*_read(model.kind, outputs), united(graph), facts)
 
 
-def core_to_stream(covisibility: Covisibility) -> Core:
-    """Return the core that a run in chunks needs.
+def core_to_stream(covisibility: Covisibility) -> Core | AnyGraph:
+    """Return how the core that a run in chunks needs is chosen, or its graph.
 
     Raises:
-        ValueError: Frames see more than what all see and themselves.
+        ValueError: Frames see more than what all see and themselves; or the graph of a file cannot be read.
     """
     source = SOURCES[covisibility]() if isinstance(covisibility, str) and covisibility in SOURCES else covisibility
-    if not isinstance(source, Core) or source.nearest or source.coarse == "all":
-        label = getattr(source, "label", None) or type(source).__name__
-        raise ValueError(
-            f"a run in chunks needs a closed core, which every photo sees and nothing besides, got {label}; give a "
-            "core (--core N, Core(N), Core(N, coarse=M)), or leave chunk out"
-        )
-    return source
+    if isinstance(source, Core) and not source.nearest and source.coarse != "all":
+        return source
+    graph = source.read() if isinstance(source, GraphFile) else source
+    if isinstance(graph, CovisibilityGraph | CoarseGraph) and closed_core(graph) is not None:
+        return graph
+    label = getattr(source, "label", None) or type(source).__name__
+    raise ValueError(
+        f"a run in chunks needs a closed core, which every photo sees and nothing besides, got {label}; give a "
+        "core (--core N, Core(N), Core(N, coarse=M)) or the graph of one, or leave chunk out"
+    )
+
+
+def frames_at_once(core: Core | AnyGraph, num_frames: int) -> int:
+    """Return how many of so many frames run together as the core, those that are seen at a stride among them."""
+    if isinstance(core, Core):
+        return core.size + core.coarse_frames(num_frames)[0]
+    closed = closed_core(core)
+    assert closed is not None
+    return closed.count
 
 
 def predict_in_chunks(
     model: LoadedModel,
     frames: Tensor,  # [S, 3, H, W]
-    core: Core,
+    core: Core | AnyGraph,
     *,
     chunk: int,
     folder: Callable[[], Path] | None,
@@ -112,7 +124,7 @@ def predict_in_chunks(
     Args:
         model: The model, on its device.
         frames: RGB in [0, 1], in host memory, more than the core's.
-        core: How the core is chosen.
+        core: How the core is chosen, or the graph of one, as `core_to_stream` returns it.
         chunk: Frames that run together.
         folder: Makes the folder for the outputs of finished chunks, which do not run again where they are there. Called
             once the scene is open. None keeps them in memory.

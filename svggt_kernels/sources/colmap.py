@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..graph.graph import CovisibilityGraph
 from ..packages import optional
+from ..user_warnings import warn
 from .names import ImageNames
 
 MIN_SHARED = 15  # COLMAP's own least number of inliers of a verified pair
@@ -77,10 +77,9 @@ def shared_features(source: str | Path, images: Sequence[str | PurePath]) -> Ten
                 shared[i, j] = shared[j, i] = count
     shared.fill_diagonal_(0)
     if len(frames_of) > 1 and not shared.any():
-        warnings.warn(
+        warn(
             f"{path} holds no feature that two of the {len(images)} images share, so each sees only itself; match "
             "these images",
-            stacklevel=3,
         )
     return shared
 

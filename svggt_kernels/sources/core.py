@@ -22,6 +22,9 @@ from .tokens import PatchSimilarity, TokenSimilarity
 CORE_SIZE = 52
 """Frames of a core, however many photos there are; docs/accuracy.md has the study."""
 
+STRIDE = 3
+"""The stride at which frames are seen coarsely."""
+
 By = Literal["megaloc", "patches", "tokens", "thumbnails"]
 SIMILARITIES: dict[By, type[Similarity] | type[PatchSimilarity]] = {
     "megaloc": MegaLocSimilarity,
@@ -50,7 +53,7 @@ class Core:
         nearest: Most similar frames that each frame outside the core sees besides.
         coarse: Further frames that all see coarsely, "all" for all others. Both are chosen together as a core of so
             many would be; those that come first are seen in full, or without descriptors an even spread of them.
-        stride: The stride at which they are seen; without `coarse` it means nothing.
+        stride: The stride at which they are seen; another one than the usual needs `coarse`.
     """
 
     size: int = CORE_SIZE
@@ -58,7 +61,7 @@ class Core:
     choice: Choice = "covering"
     nearest: int = 0
     coarse: int | Literal["all"] = 0
-    stride: int = 3
+    stride: int = STRIDE
     _similarity: Similarity | PatchSimilarity | None = field(init=False, repr=False)  # what `by` means, compared for it
     _graphs: LRUCache[AnyGraph] = field(default_factory=LRUCache, init=False, repr=False, compare=False)
 
@@ -68,6 +71,11 @@ class Core:
         integer("stride", self.stride, 1)
         if self.coarse != "all":
             integer("coarse", self.coarse, 0)
+        if self.coarse == 0 and self.stride != STRIDE:
+            raise ValueError(
+                'a stride is that of frames that are seen coarsely, so coarse must be their number or "all", got '
+                f"stride={self.stride} and coarse=0; give coarse, or leave stride out"
+            )
         if not (self.by is None or isinstance(self.by, Similarity | PatchSimilarity) or self.by in SIMILARITIES):
             words = ", ".join(f'"{word}"' for word in SIMILARITIES)
             raise ValueError(f"by must be {words}, a similarity or None, got {self.by!r}")

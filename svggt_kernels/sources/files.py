@@ -82,7 +82,7 @@ class GraphFile:
             ImportError: A package is missing that reads it.
         """
         source = replace(self)
-        source._graph()
+        source.read()
         return source
 
     def graph(self, scene: Scene) -> CovisibilityGraph:
@@ -91,7 +91,7 @@ class GraphFile:
         Raises:
             ValueError: If it is over another number of frames.
         """
-        graph = self._graph()
+        graph = self.read()
         if graph.num_frames != scene.num_frames:
             raise ValueError(f"{self.path} is a graph over {graph.num_frames} frames, but there are {scene.num_frames}")
         if self.is_exact:
@@ -101,7 +101,8 @@ class GraphFile:
             self._read[key] = joined(graph, scene.reference_frame)
         return self._read[key]
 
-    def _graph(self) -> CovisibilityGraph:
+    def read(self) -> CovisibilityGraph:
+        """Return the graph that the file says, read once; raises as `opened` does."""
         if "graph" not in self._read:
             self._read["graph"] = read_graph(self.path, self.photos, depth_range=self.depth_range)
         return self._read["graph"]

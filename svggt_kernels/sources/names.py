@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import unicodedata
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePath, PurePosixPath
+
+from ..user_warnings import warn
 
 Parts = tuple[str, ...]
 LISTED = 3  # names that a message gives as examples
@@ -89,10 +90,9 @@ class ImageNames:
                 f"others ({_listed(self.names)}); {advice}"
             )
         if unknown:
-            warnings.warn(
+            warn(
                 f"{source} does not know {len(unknown)} of the {len(paths)} images ({_listed(unknown)}), so it says "
                 f"nothing of whom they see; {advice}",
-                stacklevel=4,
             )
         return frames_by_image
 

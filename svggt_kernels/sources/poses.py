@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..graph.arguments import first_true, tensor
 from ..graph.graph import CovisibilityGraph
+from ..user_warnings import warn
 
 SAMPLES = 8  # along each image side, and along each ray
 ROTATION_TOLERANCE = 1e-3
@@ -117,10 +116,9 @@ def _warn_if_coarse(camera_to_world: Tensor, near: float) -> None:
     precision = camera_to_world.dtype if camera_to_world.is_floating_point() else torch.float64
     spacing = torch.finfo(precision).eps * float(camera_to_world.detach()[:, :3, 3].abs().max())
     if spacing > COARSE * near:
-        warnings.warn(
+        warn(
             f"camera_to_world is {precision}, which holds the positions to {spacing:.2g} only, but the nearest depth "
             f"is {near:.2g}; give float64, or subtract the mean position before rounding",
-            stacklevel=4,
         )
 
 

@@ -150,7 +150,7 @@ def _of_video(path: Path, shape: tuple[int, int]) -> Iterator[Tensor]:
 
 def _of_photos(paths: Sequence[Path], size: tuple[int, int] | None, shape: tuple[int, int]) -> Frames:
     """Return photos, brought to a width and height, or to those of the median photo for a longer side and a patch."""
-    common = common_size(paths, *shape, size)
+    common = common_size(paths, *shape, size, "further frames take the shape of the core's")
 
     def some(indices: Sequence[int]) -> Tensor:
         return next(read_photos([paths[index] for index in indices], common, len(indices)))

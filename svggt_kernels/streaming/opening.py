@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..graph import CovisibilityGraph
+from ..graph import AnyGraph, ClosedCore, CoarseGraph, CovisibilityGraph, closed_core
 from ..graph.arguments import integer
 from ..graph.core import checked_core
 from ..inference.memory import MemoryBudget
+from ..io.pixels import require_unit_range
 from ..patching.chunks.layouts import ClosedFrames
 from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
@@ -24,15 +26,12 @@ from .progress import Progress
 from .saved import SavedScene
 from .scene import OpenScene
 
-ROUNDING = 0.01
-"""By how much frames may leave [0, 1]: interpolation overshoots where it is not clamped."""
-
 
 def open_scene(
     model: nn.Module,
     images: Images,
     *,
-    core: Core | By | CovisibilityGraph | Sequence[int] | int | None = None,
+    core: Core | By | AnyGraph | Sequence[int] | int | None = None,
     chunk: int | None = None,
     memory_budget: MemoryBudget = None,
     long_side: int | None = None,
@@ -59,9 +58,11 @@ def open_scene(
             frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
             256 frames, which are held in memory.
         core: A `Core`, which chooses its frames by descriptors of all; with `coarse` all frames also see so many more
-            at a stride of their patches, and of their keys and values those are kept. A word or a number stands for
-            `Core(by=word)` or `Core(number)`. Or a graph that has a core, or the indices of the core's frames, the
-            reference frame first. None for `Core()`, as in `patch`.
+            at a stride of their patches, and of their keys and values those are kept. No frame is described where no
+            more than it holds are given, as a tensor or photos. A word or a number stands for `Core(by=word)` or
+            `Core(number)`. Or the graph of a closed core over the frames, `CovisibilityGraph.core` or
+            `CoarseGraph.core`, whose first frame in the order of the images is the reference frame; or the indices of
+            the core's frames, the reference frame first. None for `Core()`, as in `patch`.
         chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
         memory_budget: GiB that a run may allocate on the device in all, or "auto", as in `patch`: the core's and each
             chunk's. Needs CUDA and a model of VGGT's shape; elsewhere give `chunk`.
@@ -80,19 +81,15 @@ def open_scene(
             does not follow a core, which is tried out: frames of the core run again as a chunk; or an argument has no
             meaning.
         TypeError: If an argument is of another type.
-        FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had.
+        FileNotFoundError: If there is no such file, or MegaLoc's weights cannot be had where frames are described.
         ImportError: If a package is missing.
     """
-    if isinstance(images, str | Path) and not Path(images).exists():  # before weights are looked for
-        raise FileNotFoundError(f"images must be a folder of photos or a video, but {images} does not exist")
-    core = as_core(core)
-    if isinstance(core, Core):
-        core = core.opened()
-        if core.nearest or core.coarse == "all":
-            raise ValueError(
-                "a scene keeps the keys of frames that all see, so give a Core without `nearest`, whose `coarse` is a "
-                f'number and not "all", got nearest={core.nearest}, coarse={core.coarse!r}'
-            )
+    chosen_by = as_core(core)
+    if isinstance(chosen_by, Core) and (chosen_by.nearest or chosen_by.coarse == "all"):
+        raise ValueError(
+            "a scene keeps the keys of frames that all see, so give a Core without `nearest`, whose `coarse` is a "
+            f'number and not "all", got nearest={chosen_by.nearest}, coarse={chosen_by.coarse!r}'
+        )
     if chunk is not None:
         chunk = integer("chunk", chunk, 1)
     session = Session(
@@ -100,26 +97,25 @@ def open_scene(
     )
     frame_size = session.frame_size(long_side)
     frames = open_frames(images, frame_size)
+    if isinstance(core, CovisibilityGraph | CoarseGraph) and frames.count not in (core.num_frames, None):
+        raise ValueError(f"core must be a graph over the {frames.count} frames of the scene, got {core!r}")
+    if isinstance(chosen_by, Core):
+        chosen_by = _ready(chosen_by, frames.count)
     among = frames
     if not frames.again:
         among, frames = buffered(frames, BUFFERED)
-    indices, coarse, likeness = chosen_core(core, among, session, tell)
+    indices, coarse, likeness = chosen_core(chosen_by, among, session, tell)
     core_frames = among.pick([*indices, *coarse])
-    low, high = (float(limit) for limit in core_frames.aminmax())
-    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
-        raise ValueError(
-            f"frames must be in [0, 1], got values from {low:.3g} to {high:.3g}; divide 8-bit images by 255, and leave "
-            "normalisation to the model"
-        )
+    require_unit_range(core_frames, "frames")
     return OpenScene(
         session,
         frames,
         [*indices, *coarse],
         core_frames,
-        closed=ClosedFrames(len(indices), len(coarse), core.stride if isinstance(core, Core) else 1),
+        closed=ClosedFrames(len(indices), len(coarse), chosen_by.stride),
         chunk=chunk,
         frame_size=frame_size,
-        similarity=core.similarity if isinstance(core, Core) else None,
+        similarity=chosen_by.similarity if isinstance(chosen_by, Core) else None,
         likeness=likeness,
         tell=tell,
     )
@@ -169,12 +165,12 @@ def open_saved_scene(
     )
 
 
-def as_core(core: object) -> Core | list[int]:
+def as_core(core: object) -> Core | ClosedCore:
     """Return what chooses a core, or its frames, from what `open_scene` takes.
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If it is another word, a graph without a core, or no frames.
+        ValueError: If it is another word, a graph that is not that of a closed core, or frames that are no core.
     """
     if core is None:
         return Core()
@@ -184,37 +180,42 @@ def as_core(core: object) -> Core | list[int]:
         return Core(by=core)  # type: ignore[arg-type]  # which says what words there are
     if isinstance(core, int | np.integer) and not isinstance(core, bool):
         return Core(int(core))
-    if isinstance(core, CovisibilityGraph):
-        if core.core_frames is None:
-            raise ValueError("core must be a graph that has a core, as CovisibilityGraph.core makes, got one without")
-        core = core.core_frames
+    if isinstance(core, CovisibilityGraph | CoarseGraph):
+        if (closed := closed_core(core)) is None:
+            raise ValueError(
+                "core must be a graph in which every frame sees a closed core and itself, and nothing besides, as "
+                f"CovisibilityGraph.core makes it without nearest, got {core!r}, which says otherwise; give such a "
+                "graph, a Core, or the indices of the core's frames"
+            )
+        return closed
     if isinstance(core, Tensor | np.ndarray):
         core = core.tolist()
     if isinstance(core, Sequence) and all(isinstance(frame, int | np.integer) for frame in core):
         if not core:
             raise ValueError("the core must hold at least 2 frames, got none")
-        return [int(frame) for frame in core]
+        frames = [int(frame) for frame in core]
+        return ClosedCore(checked_core(max(frames) + 1, frames), torch.empty(0, dtype=torch.int64), 1)
     raise TypeError(
-        "core must be a Core, a word, a number of frames, a CovisibilityGraph with a core, or the indices of frames, "
+        "core must be a Core, a word, a number of frames, the graph of a closed core, or the indices of frames, "
         f"got {core if isinstance(core, str | Sequence) else type(core).__name__}"
     )
 
 
 def chosen_core(
-    core: Core | list[int], frames: Frames, session: Session, tell: Callable[[str], object] | None = None
+    core: Core | ClosedCore, frames: Frames, session: Session, tell: Callable[[str], object] | None = None
 ) -> tuple[list[int], list[int], float | None]:
     """Return the frames of a core, the reference frame first, and those that are seen at a stride.
 
-    Also the least likeness to all of these of the frames that were described, or None.
+    Also the least likeness to all of these of the frames that were described; None if there are no others.
 
     Args:
-        core: How it is chosen, or its indices.
+        core: How it is chosen, or its frames.
         frames: Among which it is; they are read once if they must be described or counted.
         session: Describes frames by the model's tokens.
         tell: As in `open_scene`.
     """
     if not isinstance(core, Core):
-        return checked_core(max(core) + 1, core).tolist(), [], None
+        return core.core.tolist(), core.coarse.tolist(), None
     similarity, count, parts = core.similarity, frames.count, []
     if similarity is None and count is not None:
         return *_rising(core.spread(count, None)), None
@@ -234,9 +235,17 @@ def chosen_core(
     compared = torch.cat([part for part in parts if part is not None]).to(session.device)
     if reader is None:
         chosen = core.chosen(compared, 0)
-        return *_rising(chosen), float(likeness_of(compared, compared[torch.cat(chosen)]).min())
+        places = torch.cat(chosen)
+        if len(places) == len(compared):
+            return *_rising(chosen), None
+        return *_rising(chosen), float(likeness_of(compared, compared[places]).min())
     scores = reader.compared(Scene(len(compared), tokens=compared))
     return *_rising(core.chosen(scores, 0)), None
+
+
+def _ready(core: Core, num_frames: int | None) -> Core:
+    """Return the same core, with weights that describe frames; without a similarity if it holds so many frames."""
+    return replace(core, by=None) if num_frames is not None and num_frames <= core.size else core.opened()
 
 
 def _of_any_count(read: Callable[[Any], Outputs] | None) -> Callable[[Any, int], Outputs] | None:

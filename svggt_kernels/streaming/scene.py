@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from ..patching.chunks.layouts import ClosedFrames
 from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import PatchSimilarity
 from ..sources.similarity import Similarity
+from ..user_warnings import warn
 from .apart import Yardstick, described, more_than_by_chance
 from .frames import Frames, Images, open_frames
 from .identity import of_frames, of_model
@@ -293,11 +293,9 @@ class OpenScene:
     def _warn(self, apart: int, frames: int) -> None:
         """Warn of frames that are apart where there are more than by chance."""
         if more_than_by_chance(apart, frames, self.closed.count):
-            warnings.warn(
+            warn(
                 f'{apart} of {frames} frames may share nothing with the core (outputs["apart"] says which): what is '
                 "said of them cannot be trusted; open a scene whose core shows that place too",
-                UserWarning,
-                stacklevel=4,
             )
 
     def __repr__(self) -> str:

@@ -273,7 +273,7 @@ def test_images_are_given_as_they_are():
     model = toy()
     with torch.no_grad(), patch(model, covisibility=CORE, chunk=4):
         with pytest.raises(TypeError, match=r"must be floating point in \[0, 1\], got torch.uint8"):
-            model((255 * FRAMES).byte())
+            model(FRAMES.round().byte())
 
 
 def test_a_forward_that_raised_leaves_the_patch_as_it_was():

@@ -5,18 +5,23 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import doubles
 import pytest
 import torch
 import torch.nn.functional as F
-from doubles import BAND, FAMILY, ISLANDS, images
+from doubles import BAND, FAMILY, ISLANDS, images, sparse
 from doubles import vggt as vggt_double
 from tiny import SIZE, megaloc
 from torch import Tensor, nn
 
 from svggt_kernels import BlockLayout, CovisibilityGraph, MegaLocSimilarity, patch
-from svggt_kernels.patching import masks
+from svggt_kernels.models import ForwardInputs
+from svggt_kernels.models.vggt import VGGT
+from svggt_kernels.patching import masks, plan
+from svggt_kernels.patching.plan import Forward, Planner
 from svggt_kernels.sources import MegaLoc
 
 FRAMES, TOKENS = 6, 4
@@ -149,6 +154,33 @@ def test_a_mask_of_zeros_needs_no_dense_layout(monkeypatch: pytest.MonkeyPatch):
     model = Layers()
     with patched(model, GRAPH):
         model(tokens(), attn_mask=torch.zeros(FRAMES * TOKENS, FRAMES * TOKENS))
+
+
+# The range of images
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: 4 * x - 2], ids=["8 bits", "normalised"])
+def test_images_outside_the_range_that_a_model_is_known_to_take(name: str, change: Callable[[Tensor], Tensor]):
+    model, takes_others = FAMILY[name].create(), name in ("da3", "mapanything", "stranger")
+    raised = nullcontext() if takes_others else pytest.raises(ValueError, match=r"must be in \[0, 1\], got values from")
+    with sparse(model, FAMILY[name], covisibility="all"):
+        model(images() * 1.2 - 0.1)  # as interpolation overshoots
+        with raised:
+            model(change(images()))
+        assert model(images() * torch.nan) is not None
+
+
+def test_a_device_is_waited_for_once_and_not_while_a_cuda_graph_captures(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Tensor] = []
+    monkeypatch.setattr(plan, "require_unit_range", lambda pictures, **_: seen.append(pictures))
+    for device, capturing, expected in (("meta", True, 0), ("meta", False, 1), ("cpu", False, 2)):
+        monkeypatch.setattr(plan, "is_capturing", lambda device, capturing=capturing: capturing)
+        planner, pictures = Planner(VGGT, "all", None), torch.rand(1, 5, 3, 28, 42, device=device)
+        for _ in range(2):
+            planner.begin(Forward(ForwardInputs(pictures, 5)))
+        assert len(seen) == expected
+        seen.clear()
 
 
 # Warnings

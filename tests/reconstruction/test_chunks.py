@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from walks import render
 
-from svggt_kernels import Core, CovisibilityGraph
+from svggt_kernels import CoarseGraph, Core, CovisibilityGraph
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.scenes import Draws, make_scenes
+from svggt_kernels.graph import united
 from svggt_kernels.measure.accuracy import trajectory_error
 from svggt_kernels.measure.ground_truth import read_truth
 from svggt_kernels.models import RUNNABLE
@@ -27,6 +28,7 @@ from svggt_kernels.models.loading import load_model
 from svggt_kernels.patching import patch
 from svggt_kernels.patching.chunks.session import Session
 from svggt_kernels.reconstruction import Reconstruction, reconstruct
+from svggt_kernels.sources import GraphFile, graph_bytes
 from svggt_kernels.streaming import open_scene
 from svggt_kernels.streaming.apart import Yardstick
 from svggt_kernels.streaming.outputs import OutputFolder
@@ -292,6 +294,49 @@ def test_photos_at_a_stride_beside_the_core(photos: Path) -> None:
     assert chunked.facts["token_density"] == one.facts["token_density"]
 
 
+@pytest.mark.parametrize(
+    "graph",
+    [CovisibilityGraph.core(10, [4, 0, 7]), CoarseGraph.core(10, [4, 0], [2, 7], stride=2)],
+    ids=["in full", "at a stride"],
+)
+def test_a_graph_that_is_given(photos: Path, tmp_path: Path, graph: CovisibilityGraph | CoarseGraph) -> None:
+    joint = run(photos, None, covisibility=graph, chunk=None)
+    chunked = run(photos, tmp_path / "out", covisibility=graph)
+    np.testing.assert_allclose(chunked.depth, joint.depth, rtol=1e-3, atol=1e-4)
+    assert torch.equal(chunked.graph.to_dense(), united(graph).to_dense())
+    assert chunked.facts["chunk"] == 4
+    assert chunked.facts["token_density"] == joint.facts["token_density"]
+    with pytest.raises(FileExistsError, match="another graph"):
+        run(photos, tmp_path / "out", covisibility=CovisibilityGraph.core(10, [0, 4]))
+
+
+class TestGraphsOfFiles:
+    def written(self, folder: Path, graph: CovisibilityGraph, names: list[str] | None = None) -> GraphFile:
+        folder.mkdir(exist_ok=True)
+        (folder / "graph.npz").write_bytes(graph_bytes(graph, names))
+        return GraphFile(folder / "graph.npz")
+
+    def test_photos_are_told_by_name(self, photos: Path, tmp_path: Path) -> None:
+        """The reference frame is the first photo of the core, wherever that was in the order of the file."""
+        names = [f"{place:02d}.png" for place in reversed(range(10))]
+        file = self.written(tmp_path, CovisibilityGraph.core(10, [9, 2, 5]), names)
+        alike(
+            run(photos, None, covisibility=file), run(photos, None, covisibility=CovisibilityGraph.core(10, [0, 4, 7]))
+        )
+
+    @pytest.mark.parametrize("nearest", [None, [[2]] * 10])
+    def test_others_are_refused(self, photos: Path, tmp_path: Path, nearest: Any) -> None:
+        names = [f"{place:02d}.png" for place in range(10)]
+        graph = (
+            CovisibilityGraph.sequential(10, 2)
+            if nearest is None
+            else CovisibilityGraph.core(10, [0, 4], nearest=nearest)
+        )
+        with pytest.raises(ValueError, match=r"needs a closed core, .*, got a graph read from graph\.npz; give a core"):
+            run(photos, tmp_path / "out", covisibility=self.written(tmp_path, graph, names))
+        assert not (tmp_path / "out").exists()
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "covisibility",
@@ -300,7 +345,8 @@ class TestRefusals:
             "tokens",
             Core(3, by="thumbnails", nearest=1),
             Core(3, by=None, coarse="all"),
-            CovisibilityGraph.core(10, [0, 1]),
+            CovisibilityGraph.sequential(10, 1),
+            CovisibilityGraph.core(10, [0, 1], nearest=[[2]] * 10),
         ],
         ids=str,
     )

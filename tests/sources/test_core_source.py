@@ -205,6 +205,7 @@ def test_labels_say_what_is_seen_coarsely():
     for options, message in (
         ({"coarse": -1}, "coarse must be at least 0"),
         ({"stride": 0}, "stride must be at least 1"),
+        ({"stride": 2}, 'coarse must be their number or "all", got stride=2 and coarse=0; give coarse, or leave'),
     ):
         with pytest.raises(ValueError, match=message):
             Core(2, by=None, **options)

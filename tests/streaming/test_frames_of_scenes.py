@@ -12,11 +12,12 @@ import torch
 from doubles import FAMILY, HEIGHT, WIDTH, images
 from torch import Tensor
 
-from svggt_kernels import Core, OpenScene, open_scene, read_outputs
+from svggt_kernels import Core, MegaLoc, OpenScene, open_scene, read_outputs
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.demo.scenes import Draws, make_scenes
 from svggt_kernels.graph.core import choose_core
 from svggt_kernels.io.photos import load_photos
+from svggt_kernels.patching.chunks.session import Session
 from svggt_kernels.sources.thumbnails import thumbnails
 from svggt_kernels.streaming import frames as frames_of_scenes
 from svggt_kernels.streaming.progress import Progress
@@ -265,6 +266,29 @@ def test_progress_counts_and_estimates(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == ""  # no terminal
 
 
+# Weights that describe frames
+
+
+def test_weights_are_looked_for_where_frames_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And then before the model runs, or an iterator is read."""
+
+    def from_pretrained(source: str) -> MegaLoc:
+        raise FileNotFoundError("out of reach")
+
+    monkeypatch.setattr(MegaLoc, "from_pretrained", from_pretrained)
+    write_photos(tmp_path, FRAMES)
+    for few in (FRAMES, tmp_path):
+        scene = scene_of(few, core=None, long_side=WIDTH)
+        assert scene.core == tuple(range(10))
+        assert not scene.add(FRAMES[:3])["apart"].any()
+    monkeypatch.setattr(Session, "run_core", None)
+    frames = iter(FRAMES)
+    for many, core in ((FRAMES, Core(9)), (tmp_path, Core(9)), (frames, None)):
+        with pytest.raises(FileNotFoundError, match="out of reach"):
+            scene_of(many, core=core)
+    assert len(list(frames)) == 10
+
+
 # Frames that share nothing with the core
 
 
@@ -280,6 +304,16 @@ def test_frames_of_another_flat_are_told_apart():
     assert int(own.sum()) <= 2
     with pytest.warns(UserWarning, match="4 of 4 frames may share nothing with the core"):
         assert scene.add(other)["apart"].all()
+
+
+@pytest.mark.parametrize(
+    "core", [Core(8, by="thumbnails"), Core(4, by="thumbnails", coarse=4)], ids=["in full", "some at a stride"]
+)
+def test_where_all_frames_are_of_the_core_others_like_these_are_not_apart(core: Core):
+    """Each of them is like itself; others are compared with how alike the frames of the core are to one another."""
+    base = torch.rand(3, HEIGHT, WIDTH)
+    alike = (base + 0.1 * torch.rand(8, 3, HEIGHT, WIDTH)).clamp(0, 1)
+    assert not scene_of(alike, core=core).add(alike.mean(0, keepdim=True))["apart"].any()
 
 
 def test_frames_unlike_every_frame_of_the_core_are_told_apart():

@@ -371,6 +371,8 @@ def test_a_core_by_a_word_a_number_or_a_graph():
     expected = open_scene(model, frames, core=CORE).add(frames[:2])
     for core in (torch.tensor(CORE), CovisibilityGraph.core(10, CORE)):
         same(open_scene(model, frames, core=core).add(frames[:2]), expected)
+    graph = CovisibilityGraph.core(10, [6, 3, 1])  # of which the first one is the reference frame all the same
+    same(open_scene(model, frames, core=graph).predict(), joint(model, frames, CORE))
     assert open_scene(model, frames, core="thumbnails").core == tuple(range(10))
 
 
@@ -378,7 +380,9 @@ def test_a_core_by_a_word_a_number_or_a_graph():
     ("core", "error", "message"),
     [
         ("photos/", ValueError, 'by must be "megaloc", "patches"'),
-        (CovisibilityGraph.sequential(10, 2), ValueError, "a graph that has a core"),
+        (CovisibilityGraph.sequential(10, 2), ValueError, r"closed core .*, got CovisibilityGraph\(frames=10"),
+        (CovisibilityGraph.core(10, CORE, nearest=[[0]] * 10), ValueError, "a closed core and itself, and nothing"),
+        (CovisibilityGraph.core(9, CORE), ValueError, r"over the 10 frames of the scene, got .*frames=9"),
         ([0, "1"], TypeError, "core must be a Core, a word"),
         (1.5, TypeError, "got float"),
         ([], ValueError, "at least 2 frames, got none"),

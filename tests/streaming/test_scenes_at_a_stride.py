@@ -70,7 +70,9 @@ def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-9)
 
 
-def opened(name: str, core: Core = CORE, **options: object) -> tuple[OpenScene, Tensor, dict[str, Tensor]]:
+def opened(
+    name: str, core: Core | CoarseGraph = CORE, **options: object
+) -> tuple[OpenScene, Tensor, dict[str, Tensor]]:
     """A scene, its frames, and what a joint forward gives them."""
     build, frames, of_joint, of_scene = CASES[name]
     expected = joint(build(), frames, IN_FULL, coarse=AT_A_STRIDE, **of_joint)
@@ -102,6 +104,12 @@ def test_of_frames_at_a_stride_what_is_seen_is_kept():
     tokens = 3 * (5 + 3 * 4) + 2 * (5 + len(patches_seen((3, 4), 2)))
     assert scene.core_gib == 2 * 8 * channels * (depth * tokens + iterations * trunk * 5) / 2**30
     assert "core of 3 frames and 2 at stride 2" in repr(scene)
+
+
+def test_a_graph_that_is_given():
+    scene, _, expected = opened("toy", CoarseGraph.core(10, [9, 4, 0], AT_A_STRIDE, stride=2), chunk=3)
+    assert (scene.core, scene.coarse, scene.closed.stride) == (IN_FULL, AT_A_STRIDE, 2)
+    same(scene.predict(), expected)
 
 
 def test_scenes_that_see_other_frames_at_a_stride_are_others():

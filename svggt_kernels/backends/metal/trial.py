@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable
 from threading import Lock
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...graph import CovisibilityGraph
 from ...layout import BlockLayout
 from ...proof import BUDGET, error_ratios_of, within_budget
+from ...user_warnings import warn
 
 VARIABLE = "SVGGT_KERNELS_MPS"
 CHOICES = ("metal", "reference")
@@ -39,12 +39,11 @@ def failure(attend: Attend, device: torch.device, dtype: torch.dtype, head_size:
             return _failures[key]
         _failures[key] = found = _find_failure(attend, device, dtype, head_size)
     if found is not None:
-        warnings.warn(
+        warn(
             f"the Metal kernels do not work here for {dtype} and head size {head_size}: {found}. PyTorch's "
             "attention, one call per frame, serves instead. Please open an issue with what "
             "`python -m svggt_kernels check --device mps` prints",
             RuntimeWarning,
-            stacklevel=2,
         )
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compiling import uncompiled
-from ...graph import AnyGraph, CoarseGraph, CovisibilityGraph
+from ...graph import AnyGraph, closed_core
 from ...inference.fused_forward import Precision
 from ...inference.memory import GIB, BudgetTooSmall, MemoryBudget
 from ...inference.report import InferenceReport
@@ -324,13 +324,13 @@ class ChunkedForward:
         Raises:
             ValueError: If frames see something else besides, or the reference frame is not in the core.
         """
-        full = graph.full if isinstance(graph, CoarseGraph) else graph
-        if full.core_frames is None or not _is_closed(graph):
+        closed = closed_core(graph)
+        if closed is None:
             raise ValueError(
                 "in chunks all frames see a closed core and themselves, and nothing besides, but the graph of this "
                 "forward says otherwise; give a Core or CovisibilityGraph.core, or leave chunk out"
             )
-        core = full.core_frames.sort().values
+        core = closed.core
         if (reference := self.planner.record.reference_frame) is not None:
             if not bool((core == reference).any()):
                 raise ValueError(
@@ -338,9 +338,7 @@ class ChunkedForward:
                     f"{self.planner.record.name}, got {core.tolist()}"
                 )
             core = torch.cat([core[core == reference], core[core != reference]])
-        if isinstance(graph, CoarseGraph):
-            return torch.cat([core, graph.frames]), ClosedFrames(len(core), len(graph.frames), graph.stride)
-        return core, ClosedFrames(len(core))
+        return torch.cat([core, closed.coarse]), ClosedFrames(len(core), len(closed.coarse), closed.stride)
 
 
 def _others(places: Tensor, frames: int) -> Tensor:
@@ -348,21 +346,6 @@ def _others(places: Tensor, frames: int) -> Tensor:
     rest = torch.ones(frames, dtype=torch.bool, device=places.device)
     rest[places] = False
     return rest.nonzero()[:, 0]
-
-
-def _is_closed(graph: AnyGraph) -> bool:
-    """Whether all frames see a core, themselves, some at a stride, and nothing besides; of a graph that has a core."""
-    if isinstance(graph, CoarseGraph):
-        core = graph.full.core_frames
-        assert core is not None
-        whole = CoarseGraph.core(graph.num_frames, core, graph.frames, stride=graph.stride)
-        return _same(graph.full, whole.full) and _same(graph.coarse, whole.coarse)
-    assert graph.core_frames is not None
-    return _same(graph, CovisibilityGraph.core(graph.num_frames, graph.core_frames))
-
-
-def _same(one: CovisibilityGraph, other: CovisibilityGraph) -> bool:
-    return torch.equal(one.indptr, other.indptr) and torch.equal(one.indices, other.indices)
 
 
 def _described(value: Any) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...graph.arguments import integer
+from ...io.pixels import require_unit_range
 from ...packages import optional
 from ..base import IMAGENET_DEVIATION, IMAGENET_MEAN
 from .dinov2 import PATCH, DINOv2
@@ -23,8 +24,6 @@ from .weights import PUBLISHED, read_weights
 
 SINKHORN_ROUNDS = 3
 SIZE = 322  # pixels on each side; what MegaLoc was evaluated with
-# Resampling may overshoot a little.
-RANGE_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class MegaLoc(nn.Module):
             raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
         size, batch_size = integer("size", size, 1), integer("batch_size", batch_size, 1)
         if images.is_floating_point():
-            _require_unit_range(images)
+            require_unit_range(images)
         device = self.backbone.cls_token.device
         described = []
         # A descriptor outlives the call, so it must not be a tensor of inference mode.
@@ -278,18 +277,6 @@ def _require_rgb(images: Tensor) -> None:
         raise ValueError(
             f"images must be RGB, [S, 3, H, W], with at least one image, got shape {tuple(images.shape)}; repeat the "
             "channel of grey images (images.expand(-1, 3, -1, -1)), and drop an alpha channel (images[:, :3])"
-        )
-
-
-def _require_unit_range(images: Tensor) -> None:
-    low, high = torch.stack(images.aminmax()).tolist()
-    if math.isnan(low):
-        broken = images.isnan().flatten(1).any(dim=1)
-        raise ValueError(f"images must not hold NaN, but images {_listed(broken)} do; read them again")
-    if low < -RANGE_MARGIN or high > 1 + RANGE_MARGIN:
-        raise ValueError(
-            f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}; divide by 255, or undo the "
-            "normalisation: it is done here"
         )
 
 
