@@ -319,6 +319,8 @@ class FusedForward:
             lambda: (images[:1, :FRAMES],),
             images,
             partial(self._start_launches, images.device),
+            depends=self.layers,
+            is_part=not self.reference,
         )
 
     def _start_launches(self, device: torch.device) -> Callable[[], None]:
@@ -355,7 +357,15 @@ class FusedForward:
 
         reason = self._proofs.obstacle(head, lambda _: None)
         if reason is None:
-            reason, _ = self._proofs.verify(head, own, heads.tensors, inputs, special)
+            reason, _ = self._proofs.verify(
+                head,
+                own,
+                heads.tensors,
+                inputs,
+                special,
+                depends=tuple(sorted(outputs.layers)),
+                is_part=not self.reference,
+            )
         return [special] if reason is None else outputs
 
     @uncompiled(recursive=False)
@@ -391,12 +401,19 @@ class FusedForward:
             return _first_frames(outputs, head.intermediate_layer_idx), images[:1, :FRAMES], first_patch
 
         reason = self._proofs.obstacle(head, dpt.obstacle) or heads.mismatch(head, outputs, images, first_patch)
-        return (
-            reason
-            or self._proofs.verify(
-                head, heads.run_fused, heads.compared, inputs, images, partial(self._wait_for, head)
-            )[0]
+        if reason is not None:
+            return reason
+        reason, _ = self._proofs.verify(
+            head,
+            heads.run_fused,
+            heads.compared,
+            inputs,
+            images,
+            partial(self._wait_for, head),
+            depends=(len(outputs), first_patch),
+            is_part=not self.reference,
         )
+        return reason
 
 
 def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:
