@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compiling import uncompiled
 from ..sources.cache import LRUCache
 from . import blocks, dpt, first_launches, heads, memory
-from .aggregator import GlobalAttention, aggregate, tokens_of_frame
+from .aggregator import GlobalAttention, ReadyAggregator, aggregate, tokens_of_frame
 from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
 from .proofs import FRAMES, Proofs
@@ -200,7 +200,8 @@ class FusedForward:
         model, layers = self._model, self.layers
         assert model is not None and layers is not None
         block = self.aggregator.global_blocks[0]
-        product, weights = blocks.compute_dtype(block), block.attn.qkv.weight.dtype
+        weight = block.attn.qkv.weight
+        product, weights = blocks.compute_dtype(weight), weight.dtype
         cast = [p for p in self.aggregator.parameters() if p.requires_grad and p.dtype == torch.float32 != product]
         present = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
         return memory.Sizes(
@@ -246,7 +247,7 @@ class FusedForward:
             self._verify_heads(images)
         self._outputs = outputs = LayerOutputs(self.depth, self.layers, self._own_dtype, self._plan.offloaded)
         aggregate(
-            self.aggregator,
+            self._proofs.ready(self.aggregator, ReadyAggregator),
             images,
             outputs,
             attend=self._attend,
@@ -274,7 +275,7 @@ class FusedForward:
             return
         outputs, first_patch = LayerOutputs(self.depth, self.layers, self._own_dtype), self.aggregator.patch_start_idx
         aggregate(
-            self.aggregator,
+            self._proofs.ready(self.aggregator, ReadyAggregator),
             some,
             outputs,
             attend=_dense,
@@ -301,7 +302,8 @@ class FusedForward:
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
             tokens = max(1, int(PART * some.shape[1] * tokens_of_frame(aggregator, some)))
-            aggregate(aggregator, some, outputs, attend=_dense, attend_within_frames=by_pytorch, tokens_together=tokens)
+            ready = ReadyAggregator(aggregator)
+            aggregate(ready, some, outputs, attend=_dense, attend_within_frames=by_pytorch, tokens_together=tokens)
             return outputs, aggregator.patch_start_idx
 
         def read(result: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.nn.modules import module as module_hooks
 from ..streams import is_capturing
 from .settings import Snapshot, are_weak, has_values, is_replaced, is_watched, settings_of, values_of
 from .verification import Verification, verify
+
+Made = TypeVar("Made")
 
 FRAMES = 3
 """Frames of a forward on which it is verified: the reference frame and others."""
@@ -61,12 +63,21 @@ _shared: weakref.WeakKeyDictionary[nn.Module, _Shared] = weakref.WeakKeyDictiona
 
 @dataclass(frozen=True)
 class _Seen:
-    """A module as a patch has seen it last; `settings` is a number for them, None where there is an obstacle."""
+    """A module as a patch has seen it last.
+
+    Attributes:
+        snapshot: Tells whether it is still so.
+        obstacle: Why it must run as it is, or None.
+        settings: A number for its settings; None where there is an obstacle.
+        shared: How it was verified, by whichever patch.
+        made: What was made of it, by what made it.
+    """
 
     snapshot: Snapshot
     obstacle: str | None
     settings: int | None
     shared: dict[Hashable, Verification]
+    made: dict[Hashable, Any] = field(default_factory=dict)
 
 
 class Proofs:
@@ -107,6 +118,13 @@ class Proofs:
     def settings(self, module: nn.Module) -> int | None:
         """Return a number for the settings of a module for which `obstacle` returned None; for other ones another."""
         return self._seen[module].settings
+
+    def ready(self, module: nn.Module, make: Callable[[nn.Module], Made]) -> Made:
+        """Return what `make` makes of a module for which `obstacle` returned None, once while it is as it is."""
+        made = self._seen[module].made
+        if make not in made:
+            made[make] = make(module)
+        return cast(Made, made[make])
 
     def verify(
         self,
