@@ -147,8 +147,9 @@ def aggregate(
     tokens = _embed(ready, frames, every, attend_within_frames, tokens_together, dtype)  # [B S, P, C]
     P, C = tokens.shape[1:]
     positions = _positions(ready.module, H, W, tokens.device)  # [P, 2]
-    within = None if positions is None else positions.expand(B * S, P, 2)
-    across = None if positions is None else positions.repeat(S, 1).expand(B, S * P, 2)
+    # Whole, as every block would copy them otherwise.
+    within = None if positions is None else positions.repeat(B * S, 1, 1)
+    across = None if within is None else within.view(B, S * P, 2)
     for layer, (frame_block, global_block) in enumerate(ready.layers):
         tokens = blocks.run(
             frame_block, tokens.view(B * S, P, C), within, attend_within_frames, dtype, tokens_together

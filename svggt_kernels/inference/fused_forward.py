@@ -21,6 +21,7 @@ from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
 from .proofs import FRAMES, Proofs
 from .report import InferenceReport
+from .settings import tensors_of
 from .verification import Verification
 from .within_frames import AttentionWithinFrames, by_pytorch
 
@@ -202,8 +203,7 @@ class FusedForward:
         block = self.aggregator.global_blocks[0]
         weight = block.attn.qkv.weight
         product, weights = blocks.compute_dtype(weight), weight.dtype
-        cast = [p for p in self.aggregator.parameters() if p.requires_grad and p.dtype == torch.float32 != product]
-        present = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
+        cast = [x for x in tensors_of(self.aggregator) if x.requires_grad and x.dtype == torch.float32 != product]
         return memory.Sizes(
             samples=shape[0],
             frames=shape[1],
@@ -216,8 +216,8 @@ class FusedForward:
             wide=weights.itemsize,
             residual=(self.dtype or weights).itemsize,
             product=product.itemsize,
-            present=sum(present.values()) + math.prod(shape) * itemsize,
-            casts=sum(p.numel() * product.itemsize for p in cast),
+            present=sum(x.nbytes for x in tensors_of(model)) + math.prod(shape) * itemsize,
+            casts=sum(x.numel() * product.itemsize for x in cast),
             tokens_describe=tokens_describe,
             parts=self.key_parts[0],
             packed=self.key_parts[1],

@@ -132,6 +132,19 @@ def values_of(module: nn.Module) -> Hashable:
     return tuple((_Object(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors)
 
 
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module and of those inside it, each once; quicker than PyTorch's walk."""
+    seen, modules = {module}, [module]
+    for each in modules:
+        for inner in each._modules.values():
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                modules.append(inner)
+    tables = chain.from_iterable(map(_TENSORS, map(vars, modules)))
+    unique = {id(tensor): tensor for tensor in chain.from_iterable(map(dict.values, tables)) if tensor is not None}
+    return list(unique.values())
+
+
 def is_plain(value: object) -> bool:
     """Whether an attribute has no more to it than what its settings say."""
     if isinstance(value, dict):
