@@ -152,6 +152,14 @@ def test_weights_whose_writers_nobody_counts_are_verified_by_each_patch(verified
     assert verified.count("Aggregator") == 2
 
 
+def test_weights_that_lie_nowhere_are_verified_by_each_patch(verified: list[str]):
+    network = model()
+    network.camera_head.register_buffer("sparse", torch.eye(2).to_sparse())
+    run(network)
+    run(network)
+    assert verified.count("CameraHead") == 2 and verified.count("Aggregator") == 1
+
+
 class Slotted:
     """What can be referred to by name alone."""
 
