@@ -200,10 +200,10 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_size: int, bac
         if reason is not None:
             raise ValueError(f"backend {backend} cannot run this: {reason}; choose another backend or backend=None")
         return kernels.NAME
+    name = backends.preferred(device, dtype, head_size)
+    if name is not None:
+        return name
     why = backends.reasons(device, dtype, head_size, unnamed=True)
-    for name, reason in why.items():
-        if reason is None:
-            return name
     raise TypeError(
         f"no backend can run {dtype} on {device} with head size {head_size}: "
         + "; ".join(f"{name}: {reason}" for name, reason in why.items())

@@ -51,6 +51,17 @@ def reasons(
     return why
 
 
+def preferred(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Return the best backend that runs such q, k, v where none is named, without asking worse ones; or None."""
+    for name, backend in BACKENDS.items():
+        if (
+            backend.unsupported(device, dtype, head_size) is None
+            and backend.TRAITS.unpreferred(device, dtype, head_size) is None
+        ):
+            return name
+    return None
+
+
 def passed_over(device: torch.device, dtype: torch.dtype, head_size: int, chosen: str, named: bool) -> dict[str, str]:
     """Return what would be better than what runs such q, k, v, and why it does not: backends, then the chosen's notes.
 

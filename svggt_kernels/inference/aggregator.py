@@ -97,8 +97,29 @@ def obstacle(aggregator: Any) -> str | None:
     return None
 
 
+class ReadyAggregator:
+    """What `aggregate` reads of an aggregator for which `obstacle` is None, as long as nothing in it is replaced.
+
+    Args:
+        aggregator: The aggregator.
+
+    Attributes:
+        module: The aggregator.
+        encoder_blocks: The blocks of its encoder, if this is a DINOv2 whose blocks can be fused.
+        layers: The frame block and the global block of each layer.
+    """
+
+    def __init__(self, aggregator: Any) -> None:
+        self.module, encoder = aggregator, aggregator.patch_embed
+        self.encoder_blocks: list[blocks.ReadyBlock] | None = None
+        if _is_dinov2(encoder):
+            self.encoder_blocks = list(map(blocks.ReadyBlock, encoder.blocks))
+        pairs = (aggregator.frame_blocks, aggregator.global_blocks)
+        self.layers = list(zip(*(map(blocks.ReadyBlock, each) for each in pairs), strict=True))
+
+
 def aggregate(
-    aggregator: Any,
+    ready: ReadyAggregator,
     images: Tensor,  # [B, S, 3, H, W]
     outputs: LayerOutputs,
     *,
@@ -108,10 +129,10 @@ def aggregate(
     dtype: torch.dtype | None = None,
     reference: bool = True,
 ) -> None:
-    """Run an aggregator for which `obstacle` is None and keep its layers' outputs.
+    """Run an aggregator and keep its layers' outputs.
 
     Args:
-        aggregator: The module whose parameters are used; nothing is written to it.
+        ready: Whose parameters are used; nothing is written to them.
         images: RGB in [0, 1], H and W multiples of the patch size.
         outputs: Where the outputs of the layers go.
         attend: The attention of the global layers.
@@ -123,14 +144,13 @@ def aggregate(
     """
     B, S, _, H, W = images.shape
     every, frames = S if reference else None, images.flatten(0, 1)
-    tokens = _embed(aggregator, frames, every, attend_within_frames, tokens_together, dtype)  # [B S, P, C]
+    tokens = _embed(ready, frames, every, attend_within_frames, tokens_together, dtype)  # [B S, P, C]
     P, C = tokens.shape[1:]
-    positions = _positions(aggregator, H, W, tokens.device)  # [P, 2]
-    within = None if positions is None else positions.expand(B * S, P, 2)
-    across = None if positions is None else positions.repeat(S, 1).expand(B, S * P, 2)
-    for layer, (frame_block, global_block) in enumerate(
-        zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
-    ):
+    positions = _positions(ready.module, H, W, tokens.device)  # [P, 2]
+    # Whole, as every block would copy them otherwise.
+    within = None if positions is None else positions.repeat(B * S, 1, 1)
+    across = None if within is None else within.view(B, S * P, 2)
+    for layer, (frame_block, global_block) in enumerate(ready.layers):
         tokens = blocks.run(
             frame_block, tokens.view(B * S, P, C), within, attend_within_frames, dtype, tokens_together
         ).view(B, S, P, C)
@@ -162,7 +182,7 @@ def launches(aggregator: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[
 
 
 def _embed(
-    aggregator: Any,
+    ready: ReadyAggregator,
     images: Tensor,  # [B S, 3, H, W]
     every: int | None,
     attend: blocks.AttendFunction,
@@ -170,6 +190,7 @@ def _embed(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Return the tokens `[B S, P, C]` that enter the first block; frame 0 of `every` so many is a reference frame."""
+    aggregator = ready.module
     mean, deviation = aggregator._resnet_mean[0], aggregator._resnet_std[0]
     special = torch.cat([aggregator.camera_token, aggregator.register_token], 2)[0]  # [2, R, C]
     count = special.shape[1]
@@ -177,7 +198,7 @@ def _embed(
     images_together = max(1, tokens_together // tokens_of_frame(aggregator, images))
     for start in range(0, len(images), images_together):
         some = (images[start : start + images_together] - mean) / deviation
-        patches = _patch_tokens(aggregator.patch_embed, some, attend, tokens_together)
+        patches = _patch_tokens(ready, some, attend, tokens_together)
         if tokens is None:
             kind = torch.promote_types(special.dtype, patches.dtype) if dtype is None else dtype
             shape = (len(images), count + patches.shape[1], patches.shape[2])
@@ -190,13 +211,16 @@ def _embed(
     return tokens
 
 
-def _patch_tokens(encoder: Any, images: Tensor, attend: blocks.AttendFunction, tokens_together: int) -> Tensor:
+def _patch_tokens(
+    ready: ReadyAggregator, images: Tensor, attend: blocks.AttendFunction, tokens_together: int
+) -> Tensor:
     """Return the patch tokens `[B S, P', C]` of normalised images, DINOv2's by fused blocks."""
-    if not _is_dinov2(encoder):
+    encoder = ready.module.patch_embed
+    if ready.encoder_blocks is None:
         embedded = encoder(images)
         return embedded["x_norm_patchtokens"] if isinstance(embedded, dict) else embedded
     x = encoder.prepare_tokens_with_masks(images)
-    for block in encoder.blocks:
+    for block in ready.encoder_blocks:
         x = blocks.run(block, x, None, attend, None, tokens_together)
     patches = x[:, 1 + encoder.num_register_tokens :]
     return layer_norm(patches, encoder.norm, torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,7 @@ them, under autocast in its dtype, and everything else in float32, rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -112,15 +112,50 @@ def _obstacle_of_mlp(mlp: nn.Module) -> str | None:
     return None
 
 
+class ReadyBlock:
+    """What `run` reads of a block for which `obstacle` is None; holds as long as nothing in the block is replaced.
+
+    A forward has a hundred blocks, and reading one of them anew takes the host as long as launching it.
+
+    Args:
+        block: The block.
+    """
+
+    def __init__(self, block: Any) -> None:
+        attn, mlp = block.attn, block.mlp
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, mlp
+        self.qkv, self.proj, self.num_heads = attn.qkv, attn.proj, attn.num_heads
+        self.q_norm, self.k_norm = _norm(attn, "q_norm"), _norm(attn, "k_norm")
+        rotation = _rotation(attn)
+        self.base = None if rotation is None else _base(rotation)
+        self.gammas = _gamma(block, "ls1"), _gamma(block, "ls2")
+        self.weight: Tensor = attn.qkv.weight
+        self._products = (mlp.fc1, mlp.fc2) if _is_two_products(mlp) else ()
+
+    def stream_dtype(self, x: Tensor) -> torch.dtype:
+        """Return the dtype that upstream's sums have, for tokens x."""
+        dtype = torch.promote_types(x.dtype, compute_dtype(self.weight))
+        for gamma in self.gammas:
+            dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+        return dtype
+
+    def run_mlp(self, x: Tensor) -> Tensor:
+        """Run the MLP; where it is two products with GELU between them, without a second tensor for hidden values."""
+        if not self._products:
+            return self.mlp(x)
+        first, second = self._products
+        return second(gelu_(first(x)))
+
+
 def run(
-    block: Any,
+    block: ReadyBlock,
     x: Tensor,
     pos: Tensor | None,
     attend: AttendFunction,
     dtype: torch.dtype | None,
     tokens_together: int,
 ) -> Tensor:
-    """Run a block, for which `obstacle` is None.
+    """Run a block.
 
     Args:
         block: The block.
@@ -133,76 +168,66 @@ def run(
     Returns:
         New tokens `[B, N, C]` in `dtype`.
     """
-    attn, (B, N, C) = block.attn, x.shape
-    gamma1, gamma2 = _gamma(block, "ls1"), _gamma(block, "ls2")
-    kind = torch.float64 if x.dtype == torch.float64 else compute_dtype(block)
-    x = x.to(stream_dtype(block, x) if dtype is None else dtype)
-    qkv = attn.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, attn.num_heads, C // attn.num_heads)
+    B, N, C = x.shape
+    gamma1, gamma2 = block.gammas
+    kind = torch.float64 if x.dtype == torch.float64 else compute_dtype(block.weight)
+    x = x.to(block.stream_dtype(x) if dtype is None else dtype)
+    qkv = block.qkv(layer_norm(x, block.norm1, kind)).view(B, N, 3, block.num_heads, C // block.num_heads)
     scale = qkv.shape[-1] ** -0.5
-    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
-    pos = None if rotation is None else pos
-    if q_norm is not None or rotation is not None:
+    pos = None if block.base is None else pos
+    if block.q_norm is not None or block.base is not None:
         # Scores in units of log2 spare the kernels a multiplication, and queries are rounded once even so.
         factor, scale = scale / math.log(2), math.log(2)
-        base = None if rotation is None else _base(rotation)
-        normalise_and_rotate_(qkv, pos, q_norm, k_norm, base, factor)
+        normalise_and_rotate_(qkv, pos, block.q_norm, block.k_norm, block.base, factor)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     attended = attend(q, k, v, scale).transpose(1, 2).reshape(B * N, C)
     del q, k, v, qkv
     # From here on every token is on its own: some at a time, so that what is between is small and stays in the cache.
     out = torch.empty((B * N, C), dtype=x.dtype, device=x.device)
-    parts = (rows.split(tokens_together) for rows in (x.reshape(B * N, C), attended, out))
-    for before, some, after in zip(*parts, strict=True):
-        normed = add_scaled_and_normalise(before, attn.proj(some), gamma1, block.norm2, kind, after)
-        add_scaled(after, _mlp(block.mlp, normed), gamma2, after)
+    for before, some, after in _in_parts(tokens_together, x.reshape(B * N, C), attended, out):
+        normed = add_scaled_and_normalise(before, block.proj(some), gamma1, block.norm2, kind, after)
+        add_scaled(after, block.run_mlp(normed), gamma2, after)
     return out.view(B, N, C)
+
+
+def _in_parts(count: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Return tensors of as many rows, so many rows at a time."""
+    return [tensors] if len(tensors[0]) <= count else zip(*(rows.split(count) for rows in tensors), strict=True)
 
 
 def launches(block: Any, x: Tensor, dtype: torch.dtype | None) -> Iterator[partial[Any]]:
     """Yield a call of each operation that `run` makes with x `[1, N, C]`, so that its kernel is compiled."""
-    attn, (_, N, C), kind = block.attn, x.shape, compute_dtype(block)
-    x = x.to(stream_dtype(block, x) if dtype is None else dtype)
+    ready, (_, N, C) = ReadyBlock(block), x.shape
+    kind = compute_dtype(ready.weight)
+    x = x.to(ready.stream_dtype(x) if dtype is None else dtype)
     product = x.new_zeros(1, N, C, dtype=kind)
-    qkv = x.new_zeros(1, N, 3, attn.num_heads, C // attn.num_heads, dtype=kind)
-    positions = torch.zeros(1, N, 2, dtype=torch.int64, device=x.device)
-    q_norm, k_norm, rotation = _norm(attn, "q_norm"), _norm(attn, "k_norm"), _rotation(attn)
-    if q_norm is not None or rotation is not None:
-        pos, base = (None, None) if rotation is None else (positions, _base(rotation))
-        yield partial(normalise_and_rotate_, qkv, pos, q_norm, k_norm, base)
-    yield partial(layer_norm, x, block.norm1, kind)
-    gammas, outs = (_gamma(block, "ls1"), _gamma(block, "ls2")), (torch.empty_like(x), torch.empty_like(x))
-    yield partial(add_scaled_and_normalise, x, product, gammas[0], block.norm2, kind, outs[0])
+    qkv = x.new_zeros(1, N, 3, ready.num_heads, C // ready.num_heads, dtype=kind)
+    if ready.q_norm is not None or ready.base is not None:
+        pos = None if ready.base is None else torch.zeros(1, N, 2, dtype=torch.int64, device=x.device)
+        yield partial(normalise_and_rotate_, qkv, pos, ready.q_norm, ready.k_norm, ready.base)
+    yield partial(layer_norm, x, ready.norm1, kind)
+    gammas, outs = ready.gammas, (torch.empty_like(x), torch.empty_like(x))
+    yield partial(add_scaled_and_normalise, x, product, gammas[0], ready.norm2, kind, outs[0])
     yield partial(add_scaled, x, product, gammas[1], outs[1])
     yield partial(gelu_, product.clone())
 
 
-def compute_dtype(block: Any) -> torch.dtype:
-    """Return the dtype in which a block's products are computed: autocast's, or that of its weights."""
-    weight = block.attn.qkv.weight
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which products with a weight are computed: autocast's, or its own."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def stream_dtype(block: Any, x: Tensor) -> torch.dtype:
-    """Return the dtype that upstream's sums have, for tokens x."""
-    dtype = torch.promote_types(x.dtype, compute_dtype(block))
-    for gamma in (_gamma(block, "ls1"), _gamma(block, "ls2")):
-        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
-    return dtype
-
-
-def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """Run an MLP; where it is two products with GELU between them, without a second tensor for its hidden values."""
+def _is_two_products(mlp: Any) -> bool:
+    """Whether an MLP is two products with GELU between them."""
     fc1, act, fc2 = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
-    if (
+    return (
         _is_linear(fc1)
         and _is_linear(fc2)
         and type(act) is nn.GELU
         and act.approximate == "none"
         and stranger(mlp, frozenset({"fc1", "act", "fc2"}), _has_no_effect) is None
-    ):
-        return fc2(gelu_(fc1(x)))  # type: ignore[misc]
-    return mlp(x)
+    )
 
 
 def _is_module(module: object) -> bool:

@@ -99,7 +99,7 @@ def _attention(block: Any, device: torch.device, backend: str | None) -> partial
     """Return a call that compiles the kernels of a backend whose tables need them."""
     layout = BlockLayout.from_graph(CovisibilityGraph.all_visible(1).to(device), TOKENS)
     head_size = block.attn.qkv.in_features // block.attn.num_heads
-    return partial(prepare, layout, blocks.compute_dtype(block), head_size, backend=backend)
+    return partial(prepare, layout, blocks.compute_dtype(block.attn.qkv.weight), head_size, backend=backend)
 
 
 def _until_one_raises(calls: Iterator[partial[Any]]) -> Iterator[partial[Any]]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..compiling import uncompiled
 from ..sources.cache import LRUCache
 from . import blocks, dpt, first_launches, heads, memory
-from .aggregator import GlobalAttention, aggregate, tokens_of_frame
+from .aggregator import GlobalAttention, ReadyAggregator, aggregate, tokens_of_frame
 from .aggregator import obstacle as obstacle_of_aggregator
 from .layer_outputs import LayerOutputs
 from .proofs import FRAMES, Proofs
 from .report import InferenceReport
+from .settings import tensors_of
 from .verification import Verification
 from .within_frames import AttentionWithinFrames, by_pytorch
 
@@ -200,9 +201,9 @@ class FusedForward:
         model, layers = self._model, self.layers
         assert model is not None and layers is not None
         block = self.aggregator.global_blocks[0]
-        product, weights = blocks.compute_dtype(block), block.attn.qkv.weight.dtype
-        cast = [p for p in self.aggregator.parameters() if p.requires_grad and p.dtype == torch.float32 != product]
-        present = {id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
+        weight = block.attn.qkv.weight
+        product, weights = blocks.compute_dtype(weight), weight.dtype
+        cast = [x for x in tensors_of(self.aggregator) if x.requires_grad and x.dtype == torch.float32 != product]
         return memory.Sizes(
             samples=shape[0],
             frames=shape[1],
@@ -215,8 +216,8 @@ class FusedForward:
             wide=weights.itemsize,
             residual=(self.dtype or weights).itemsize,
             product=product.itemsize,
-            present=sum(present.values()) + math.prod(shape) * itemsize,
-            casts=sum(p.numel() * product.itemsize for p in cast),
+            present=sum(x.nbytes for x in tensors_of(model)) + math.prod(shape) * itemsize,
+            casts=sum(x.numel() * product.itemsize for x in cast),
             tokens_describe=tokens_describe,
             parts=self.key_parts[0],
             packed=self.key_parts[1],
@@ -246,7 +247,7 @@ class FusedForward:
             self._verify_heads(images)
         self._outputs = outputs = LayerOutputs(self.depth, self.layers, self._own_dtype, self._plan.offloaded)
         aggregate(
-            self.aggregator,
+            self._proofs.ready(self.aggregator, ReadyAggregator),
             images,
             outputs,
             attend=self._attend,
@@ -274,7 +275,7 @@ class FusedForward:
             return
         outputs, first_patch = LayerOutputs(self.depth, self.layers, self._own_dtype), self.aggregator.patch_start_idx
         aggregate(
-            self.aggregator,
+            self._proofs.ready(self.aggregator, ReadyAggregator),
             some,
             outputs,
             attend=_dense,
@@ -301,7 +302,8 @@ class FusedForward:
         def own(aggregator: Any, some: Tensor) -> tuple[LayerOutputs, int]:
             outputs = LayerOutputs(len(aggregator.global_blocks), self.layers)
             tokens = max(1, int(PART * some.shape[1] * tokens_of_frame(aggregator, some)))
-            aggregate(aggregator, some, outputs, attend=_dense, attend_within_frames=by_pytorch, tokens_together=tokens)
+            ready = ReadyAggregator(aggregator)
+            aggregate(ready, some, outputs, attend=_dense, attend_within_frames=by_pytorch, tokens_together=tokens)
             return outputs, aggregator.patch_start_idx
 
         def read(result: Any) -> list[Tensor]:
@@ -319,6 +321,8 @@ class FusedForward:
             lambda: (images[:1, :FRAMES],),
             images,
             partial(self._start_launches, images.device),
+            depends=self.layers,
+            is_part=not self.reference,
         )
 
     def _start_launches(self, device: torch.device) -> Callable[[], None]:
@@ -355,7 +359,15 @@ class FusedForward:
 
         reason = self._proofs.obstacle(head, lambda _: None)
         if reason is None:
-            reason, _ = self._proofs.verify(head, own, heads.tensors, inputs, special)
+            reason, _ = self._proofs.verify(
+                head,
+                own,
+                heads.tensors,
+                inputs,
+                special,
+                depends=tuple(sorted(outputs.layers)),
+                is_part=not self.reference,
+            )
         return [special] if reason is None else outputs
 
     @uncompiled(recursive=False)
@@ -391,12 +403,19 @@ class FusedForward:
             return _first_frames(outputs, head.intermediate_layer_idx), images[:1, :FRAMES], first_patch
 
         reason = self._proofs.obstacle(head, dpt.obstacle) or heads.mismatch(head, outputs, images, first_patch)
-        return (
-            reason
-            or self._proofs.verify(
-                head, heads.run_fused, heads.compared, inputs, images, partial(self._wait_for, head)
-            )[0]
+        if reason is not None:
+            return reason
+        reason, _ = self._proofs.verify(
+            head,
+            heads.run_fused,
+            heads.compared,
+            inputs,
+            images,
+            partial(self._wait_for, head),
+            depends=(len(outputs), first_patch),
+            is_part=not self.reference,
         )
+        return reason
 
 
 def _first_frames(outputs: LayerOutputs, layers: Sequence[int]) -> list[Tensor | None]:

@@ -17,7 +17,9 @@ UPSAMPLED_AT_ONCE = 4096
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which launches go to `device`; on the CPU there is only Triton's interpreter."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def set_up() -> None:

@@ -15,7 +15,8 @@ class InferenceReport:
     Attributes:
         reason: Why it did not run; None if it did.
         layers_kept: The layers whose outputs are kept; None for all.
-        verification: Its comparison with the model's own forward; None if there was none.
+        verification: Its comparison with the model's own forward, also one of an earlier patch of the model; None if
+            there was none.
         within_frames: What computed the attention within frames: names of backends, or "pytorch".
         heads: The DPT heads, by name: None if the head ran fused, or why it did not.
         memory: How the forward kept to its budget; None without one.

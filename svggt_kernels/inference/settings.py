@@ -4,12 +4,18 @@ A verification holds for modules of equal settings. Settings are everything but 
 classes with all that these hold, attributes, what parameters and buffers there are, submodules, hooks, forwards put on
 an instance, training mode. Reading them takes some 10 us for each submodule; `Snapshot` tells in a fifth of that
 whether anything was put in the place of something else.
+
+Settings refer to objects weakly, so they can be kept beside a module without keeping it (`are_weak`); an object that is
+gone equals none that lies in its place.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping
-from types import BuiltinFunctionType, FunctionType
+from itertools import chain
+from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType, UnionType
 from typing import Any
 
 import torch
@@ -25,6 +31,13 @@ FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
 _NO_ATTRIBUTES = TABLES | {"training", "forward"}
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_WRAPPERS: dict[type, Callable[[Any], tuple[object, ...]]] = {
+    property: attrgetter("fget", "fset", "fdel"),
+    staticmethod: lambda method: (method.__func__,),
+    classmethod: lambda method: (method.__func__,),
+    UnionType: lambda union: union.__args__,
+}
+"""What is all there is to objects that cannot be referred to weakly."""
 
 
 def settings_of(module: nn.Module) -> Hashable:
@@ -41,7 +54,7 @@ def _settings_inside(module: nn.Module) -> Hashable:
         for name, inner in module._modules.items()
     )
     return (
-        type(module),
+        _Object(type(module)),
         module.training,
         is_replaced(module),
         tuple(attributes),
@@ -54,7 +67,7 @@ def _settings_inside(module: nn.Module) -> Hashable:
 def _kinds(tensors: Mapping[str, Tensor | None]) -> Hashable:
     """Return all but the values of tensors by name."""
     return tuple(
-        (name, tensor is not None and (type(tensor), tensor.dtype, tensor.shape, tensor.device))
+        (name, tensor is not None and (_Object(type(tensor)), tensor.dtype, tensor.shape, tensor.device))
         for name, tensor in tensors.items()
     )
 
@@ -66,16 +79,25 @@ def _classes(module: nn.Module) -> list[type]:
 
 
 class _Object:
-    """An object by its identity, which it keeps as long as this lives."""
+    """An object by its identity. It refers to it weakly, or where that cannot be, keeps it."""
+
+    __slots__ = ("_hash", "_refer", "is_weak")
 
     def __init__(self, value: object) -> None:
-        self.value = value
+        self._hash, self.is_weak = id(value), True
+        try:
+            self._refer: Callable[[], object] = weakref.ref(value)
+        except TypeError:
+            self._refer, self.is_weak = lambda: value, False
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and self.value is other.value
+        if not isinstance(other, _Object):
+            return False
+        value = self._refer()
+        return self is other or (value is not None and value is other._refer())
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self._hash
 
 
 def _setting(value: object) -> Hashable:
@@ -83,10 +105,43 @@ def _setting(value: object) -> Hashable:
     if type(value) in _PLAIN:
         return value
     if isinstance(value, (tuple, list)):
-        return type(value), *map(_setting, value)
+        return _Object(type(value)), *map(_setting, value)
     if isinstance(value, dict):
-        return type(value), *((_setting(name), _setting(each)) for name, each in value.items())
+        return _Object(type(value)), *((_setting(name), _setting(each)) for name, each in value.items())
+    if type(value) in _WRAPPERS:
+        return _Object(type(value)), *map(_setting, _WRAPPERS[type(value)](value))
     return _Object(value)
+
+
+def are_weak(settings: Hashable) -> bool:
+    """Whether settings keep no object that may refer to the module that they are of."""
+    if isinstance(settings, tuple):
+        return all(map(are_weak, settings))
+    return not isinstance(settings, _Object) or settings.is_weak
+
+
+def values_of(module: nn.Module) -> Hashable:
+    """Return what tells the values of parameters and buffers from later ones without reading them, or None.
+
+    Where they lie, and how often they were written. PyTorch does not count who writes to tensors that were made in
+    inference mode, nor through `tensor.data`, and some kinds of tensors lie nowhere.
+    """
+    try:
+        return tuple((_Object(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors_of(module))
+    except RuntimeError:
+        return None
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module and of those inside it, each once; quicker than PyTorch's walk."""
+    seen, modules = {module}, [module]
+    for each in modules:
+        for inner in each._modules.values():
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                modules.append(inner)
+    tensors = chain.from_iterable(chain(each._parameters.values(), each._buffers.values()) for each in modules)
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
 def is_plain(value: object) -> bool:

@@ -22,7 +22,7 @@ def block_of(change=None) -> nn.Module:
 
 
 def run(block: nn.Module, x: Tensor, dtype: torch.dtype | None = None, together: int = 1024) -> Tensor:
-    return blocks.run(block, x, POSITIONS, within_frames.by_pytorch, dtype, together)
+    return blocks.run(blocks.ReadyBlock(block), x, POSITIONS, within_frames.by_pytorch, dtype, together)
 
 
 def not_normalised(block: nn.Module) -> None:

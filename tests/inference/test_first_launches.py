@@ -59,9 +59,10 @@ torch.is_autocast_enabled = lambda device: False  # the meta device has none
 
 def forward(network, dtype, frames, height, width):
     images = torch.empty(1, frames, 3, height, width, device="meta")
+    ready = aggregator.ReadyAggregator(network)
     for own in {None, dtype}:
         outputs = LayerOutputs(len(network.global_blocks), None, torch.float32)
-        aggregator.aggregate(network, images, outputs, attend=fused_forward._dense, dtype=own,
+        aggregator.aggregate(ready, images, outputs, attend=fused_forward._dense, dtype=own,
             attend_within_frames=within_frames.by_pytorch, tokens_together=40)
 
 def head_forward(head, frames, height, width):

@@ -282,6 +282,23 @@ def test_equal_settings_are_verified_once_for_each_size(monkeypatch: pytest.Monk
         assert verified.count("Aggregator") == 7
 
 
+REPLACED = {
+    "a norm": lambda block: setattr(block, "norm2", nn.LayerNorm(DIM, eps=0.5).eval()),
+    "a scale": lambda block: setattr(block.ls1, "gamma", nn.Parameter(3 * block.ls1.gamma)),
+    "an MLP": lambda block: setattr(block, "mlp", nn.Linear(DIM, DIM).eval()),
+    "a product's values": lambda block: block.attn.qkv.weight.mul_(2),
+}
+
+
+@pytest.mark.parametrize("kind", REPLACED)
+def test_what_is_replaced_between_forwards_is_what_runs(kind: str):
+    def change(network: nn.Module) -> None:
+        torch.manual_seed(1)
+        REPLACED[kind](network.aggregator.frame_blocks[1])
+
+    assert as_without(model(), change).reason is None
+
+
 def test_tokens_that_are_not_finite_say_nothing_of_the_next():
     network = model()
     with torch.no_grad(), svggt_kernels.patch(network, covisibility="all", fused=True) as handle:

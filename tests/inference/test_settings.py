@@ -10,7 +10,7 @@ import torch
 from doubles.vggt import DIM, Attention, Block, Rotary
 from torch import nn
 
-from svggt_kernels.inference.settings import Snapshot, is_plain, settings_of
+from svggt_kernels.inference.settings import Snapshot, is_plain, settings_of, tensors_of
 
 
 class Tempered(Attention):
@@ -126,3 +126,13 @@ def test_what_can_neither_be_copied_nor_compared_can_be_held():
 def test_plain_values():
     assert all(map(is_plain, (1, None, "a", torch.float32, (1, [2.0]), {"a": [1]})))
     assert not any(map(is_plain, (object(), [torch.ones(1)], {"a": object()}, nn.Identity())))
+
+
+def test_tensors_are_those_of_the_modules_each_once():
+    block = block_of()
+    block.mlp.twin = block.mlp
+    block.attn.tied = block.attn.qkv.weight
+    block.mlp.register_buffer("unsaved", torch.zeros(2), persistent=False)
+    expected = {id(tensor) for tensor in (*block.parameters(), *block.buffers())}
+    found = [id(tensor) for tensor in tensors_of(block)]
+    assert len(found) == len(set(found)) and set(found) == expected

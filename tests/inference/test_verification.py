@@ -24,7 +24,7 @@ def block_of(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def fused(block: nn.Module, x: Tensor, positions: Tensor, factor: float = 1.0) -> Tensor:
-    return factor * blocks.run(block, x, positions, within_frames.by_pytorch, None, 7)
+    return factor * blocks.run(blocks.ReadyBlock(block), x, positions, within_frames.by_pytorch, None, 7)
 
 
 def found(block: nn.Module, own: Callable[..., Any] = fused, x: Tensor | None = None) -> verification.Verification:

@@ -122,6 +122,7 @@ class CoreAttention:
     ) -> None:
         self.record, self.backend = record, backend
         self.modules, self.followers = dict(modules), dict(followers)
+        self._names = tuple(self.modules)
         self.closed: ClosedFrames | None = None
         self.kept: dict[Call, Kept] = {}
         self.run: Run | None = None
@@ -167,7 +168,7 @@ class CoreAttention:
         tokens: Callable[[], Tensor],
     ) -> Tensor:
         """Return the output `[B, H, N, D]` of a global layer of a forward of our own; see `GlobalAttention`."""
-        return self._answer(list(self.modules)[layer], lambda: (tokens(),), q, k, v, scale=scale)
+        return self._answer(self._names[layer], lambda: (tokens(),), q, k, v, scale=scale)
 
     def _answer(
         self,

@@ -294,7 +294,7 @@ class Session:
         assert self.attention.closed is not None
         last, reference = frames[-1:], int(self.reference and not self._runs_fused)
         others = [1 - last, last.flip(-1), 1 - last.flip(-1)]
-        # At least as many as modules are verified with: for fewer they would be verified again.
+        # At least as many as modules are verified with, so that chunks of fewer are verified by these too.
         number = VERIFIED_FRAMES + (reference + VERIFIED_FRAMES == self.attention.closed.count)
         again = self._run_chunk(frames[:1], torch.cat([last, *others[: number - 1]]), (False, *[True] * (number - 1)))
         for name, tensor in outputs.items():
