@@ -68,13 +68,13 @@ class OpenScene:
         self.core, self.coarse = tuple(core[: closed.full]), tuple(core[closed.full :])
         self.core_frames, self.similarity = core_frames, similarity
         self._frames, self.frame_size, self._tell = frames, frame_size, tell
-        self._reference = core_frames[:1].to(session.device)
-        outputs = session.run_core(core_frames, closed) if core_outputs is None else core_outputs
+        on_device = core_frames.to(session.device)
+        self._reference = on_device[:1].clone()
+        outputs = session.run_core(on_device, closed) if core_outputs is None else core_outputs
+        self.yardstick = Yardstick.of(outputs, described(similarity, on_device), likeness)
         self.core_outputs: Outputs = {name: tensor.to("cpu") for name, tensor in outputs.items()}
         self.core_outputs["apart"] = torch.zeros(closed.count, dtype=torch.bool)
         self.chunk = chunk or session.frames_of_chunk(core_frames) or CHUNK
-        descriptors = described(similarity, core_frames.to(session.device))
-        self.yardstick = Yardstick.of(self.core_outputs, descriptors, likeness)
 
     @property
     def core_gib(self) -> float:
