@@ -79,16 +79,21 @@ def _classes(module: nn.Module) -> list[type]:
 
 
 class _Object:
-    """An object by its identity. It refers to it weakly, or where that cannot be, keeps it."""
+    """An object by its identity. It refers to it weakly, or where that cannot be, keeps it.
+
+    It keeps tensors too, as PyTorch swaps none to which there are weak references (`torch.utils.swap_tensors`).
+    """
 
     __slots__ = ("_hash", "_refer", "is_weak")
 
     def __init__(self, value: object) -> None:
-        self._hash, self.is_weak = id(value), True
+        self._hash, self.is_weak = id(value), not isinstance(value, Tensor)
+        self._refer: Callable[[], object] = lambda: value
         try:
-            self._refer: Callable[[], object] = weakref.ref(value)
+            if self.is_weak:
+                self._refer = weakref.ref(value)
         except TypeError:
-            self._refer, self.is_weak = lambda: value, False
+            self.is_weak = False
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Object):
@@ -127,7 +132,10 @@ def values_of(module: nn.Module) -> Hashable:
     inference mode, nor through `tensor.data`, and some kinds of tensors lie nowhere.
     """
     try:
-        return tuple((_Object(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors_of(module))
+        return tuple(
+            (_Object(tensor.untyped_storage()), tensor.data_ptr(), tensor.stride(), tensor._version)
+            for tensor in tensors_of(module)
+        )
     except RuntimeError:
         return None
 

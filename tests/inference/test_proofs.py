@@ -144,6 +144,25 @@ def test_a_copy_knows_nothing(duplicate: Callable[[nn.Module], nn.Module], verif
     assert verified.count("Aggregator") == 2
 
 
+def test_weights_can_be_swapped(verified: list[str]):
+    """As PyTorch does where modules are converted or loaded, if it is told so or tensors are of a subclass."""
+    network = model()
+    token = network.camera_head.listed = network.aggregator.camera_token
+    for _ in range(2):
+        run(network)
+        torch.utils.swap_tensors(token, nn.Parameter(1.5 * token.detach()))
+    assert verified.count("Aggregator") == 2
+
+
+def test_weights_seen_in_another_order_are_others(verified: list[str]):
+    network = model()
+    run(network)
+    product = network.aggregator.frame_blocks[0].attn.proj
+    product.weight = nn.Parameter(product.weight.detach().T)
+    run(network)
+    assert verified.count("Aggregator") == 2
+
+
 def test_weights_whose_writers_nobody_counts_are_verified_by_each_patch(verified: list[str]):
     with torch.inference_mode():
         network = model()
