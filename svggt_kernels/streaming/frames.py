@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..io.photos import common_size, find_photos, frame_size, read_photos
+from ..io.pixels import require_unit_range
 from ..io.video import kept_pictures
 from .transfers import read_ahead
 
@@ -76,7 +77,7 @@ def open_frames(images: Images, shape: tuple[int, int], *, size: tuple[int, int]
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If there is no frame, or they are of another size.
+        ValueError: If there is no frame, or they are of another size or range; of an iterable as it is read.
         FileNotFoundError: If there is no such file or folder.
     """
     if isinstance(images, Tensor):
@@ -104,7 +105,7 @@ def open_frames(images: Images, shape: tuple[int, int], *, size: tuple[int, int]
     source: Iterable[object] = images
 
     def of_iterable(count: int) -> Iterator[Tensor]:
-        return map(torch.stack, _batched(_singles(source), count))
+        return map(_in_range, map(torch.stack, _batched(_singles(source), count)))
 
     return Frames(of_iterable, None, again=not isinstance(images, Iterator))
 
@@ -134,7 +135,14 @@ def _of_tensor(images: Tensor) -> Frames:
             f"images must be [S, 3, H, W] floating point in [0, 1] and not empty, got {images.dtype} "
             f"{list(images.shape)}"
         )
+    _in_range(images)
     return Frames(lambda size: iter(images.split(size)), len(images), some=lambda indices: images[list(indices)])
+
+
+def _in_range(images: Tensor) -> Tensor:
+    """Return images; raise if they are outside [0, 1]. A frame with NaN is given NaN, and the others are right."""
+    require_unit_range(images, "frames", nan=True)
+    return images
 
 
 def _of_video(path: Path, shape: tuple[int, int]) -> Iterator[Tensor]:

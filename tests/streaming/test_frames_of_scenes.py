@@ -87,6 +87,18 @@ def test_the_core_of_an_iterator_is_among_its_first_frames(monkeypatch: pytest.M
     assert max(scene_of(iter(FRAMES), core=Core(3, by="thumbnails")).core) < 6
 
 
+def test_further_frames_of_another_range_are_refused_and_nan_stays_with_its_frame():
+    scene, wrong = scene_of(), FRAMES.clone()
+    wrong[5] *= 255
+    for given in (wrong, list(wrong), iter(wrong)):
+        with pytest.raises(ValueError, match=r"frames must be in \[0, 1\], got values from"):
+            scene.add(given)
+    wrong[5] = torch.nan
+    actual, expected = scene.add(wrong)["output"], scene.add(FRAMES)["output"]
+    assert actual[5].isnan().all()
+    torch.testing.assert_close(actual[:5], expected[:5])
+
+
 def test_photos_of_a_folder(tmp_path: Path):
     pictures = make_scenes(1, 6, Draws(seed=0), size=(28, 42)).images[0]
     paths = write_photos(tmp_path, pictures)
