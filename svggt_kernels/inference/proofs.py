@@ -53,8 +53,6 @@ class _Shared:
             known = cls(settings, values)
             if values is not None and are_weak(settings):
                 _shared[module] = known
-            else:
-                _shared.pop(module, None)
         return known
 
 

@@ -133,10 +133,10 @@ class OpenScene:
         if isinstance(names, str):
             raise TypeError(f"names must be a collection of outputs, got {names!r}; write [{names!r}]")
         if names is not None:
-            known = ", ".join(self.core_outputs)
+            names, known = set(names), ", ".join(self.core_outputs)
             if not names:
                 raise ValueError(f"names must hold at least one of the outputs {known}, got none; None is for all")
-            if unknown := sorted(set(names) - set(self.core_outputs)):
+            if unknown := sorted(names - set(self.core_outputs)):
                 raise ValueError(f"the outputs are {known}; there is no {', '.join(unknown)}")
         kind = ",".join(sorted(names)) if names is not None else "all"
         target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}")
