@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..streams import is_capturing
-from .settings import Snapshot, are_weak, has_values, is_replaced, is_watched, settings_of, values_of
+from .settings import Snapshot, are_weak, attributes_of, has_values, is_replaced, is_watched, settings_of, values_of
 from .verification import Verification, verify
 
 Made = TypeVar("Made")
@@ -182,8 +182,8 @@ class Proofs:
 def _obstacle_inside(module: nn.Module) -> str | None:
     """Return why a module must run as it is with its settings, or None.
 
-    Modules inside are passed over, see a part of what they would, or return what is changed in place. Hooks on the
-    module itself run around it as ever.
+    Modules inside are passed over, see a part of what they would, or return what is changed in place; nobody sees what
+    is changed in those that are not among the submodules. Hooks on the module itself run around it as ever.
     """
     for name, inner in module.named_modules():
         if inner.training:
@@ -192,4 +192,7 @@ def _obstacle_inside(module: nn.Module) -> str | None:
             return f"another forward was put on {name or 'it'}"
         if inner is not module and is_watched(inner):
             return f"there is a hook on {name}"
+        for attribute, value in attributes_of(inner).items():
+            if isinstance(value, nn.Module):
+                return f"{name or 'it'} holds the module {attribute}, which is not among its submodules"
     return None

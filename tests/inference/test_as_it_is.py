@@ -204,6 +204,18 @@ def test_a_model_that_is_another_runs_as_it_is(kind: str, later: bool):
     assert reason in str(as_without(network, change).reason)
 
 
+def test_a_module_that_is_no_submodule_may_be_changed_unseen():
+    network = model()
+    block = network.aggregator.frame_blocks[1]
+    block.__dict__["ls1"] = block._modules.pop("ls1")
+
+    def change(network: nn.Module) -> None:
+        scale = network.aggregator.frame_blocks[1].ls1
+        scale.gamma = nn.Parameter(3 * scale.gamma)
+
+    assert "frame_blocks.1 holds the module ls1, which is not among" in str(as_without(network, change).reason)
+
+
 def test_an_aggregator_that_requires_more_than_images_runs_as_it_is():
     network = model()
     assert as_without(network, with_two_arguments).reason == "its forward is given more than images [B, S, 3, H, W]"
