@@ -255,4 +255,7 @@ def test_an_object_that_is_gone_equals_none_in_its_place():
     module.part = None
     gc.collect()
     module.part = type("Part", (), {})
-    assert settings_of(module) != second
+    third = settings_of(module)
+    module.part = None
+    gc.collect()
+    assert second != third  # though both are gone
