@@ -38,9 +38,9 @@ def save_scene(scene: OpenScene, path: Path, keys: bool) -> None:
         "keys": keys,
     }
     tensors = {SETTINGS: as_tensor(json.dumps(settings))}
-    in_bytes = (frames * 255).round()
+    in_bytes = (frames * 255).round().to(torch.uint8)
     if torch.equal((in_bytes.float() / 255).to(frames.dtype), frames):
-        tensors[BYTES] = in_bytes.to(torch.uint8)
+        tensors[BYTES] = in_bytes
     else:
         tensors[FLOATS] = frames
     if keys:

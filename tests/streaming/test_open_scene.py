@@ -288,6 +288,14 @@ def test_a_saved_scene_of_another_model_is_refused(tmp_path: Path):
         open_saved_scene(model, tmp_path / "none.pt")
 
 
+def test_frames_that_overshoot_are_saved_as_they_are(tmp_path: Path):
+    model, frames = toy().float(), (255 * CASES["toy"][1].float()).round() / 255
+    frames[CORE[0], 0, 0, :2] = torch.tensor([-3.0, 258.0]) / 255
+    scene = open_scene(model, frames, core=CORE)
+    scene.save(tmp_path / "scene.pt")
+    assert torch.equal(open_saved_scene(model, tmp_path / "scene.pt").core_frames, scene.core_frames)
+
+
 # Dtypes, and a larger core
 
 
