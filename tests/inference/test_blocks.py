@@ -65,6 +65,15 @@ def test_a_block_is_its_forward_under_autocast():
     assert (narrow.double() - exact).norm() <= 0.02 * exact.norm()
 
 
+def test_scales_that_are_wider_than_the_weights_widen_the_sums():
+    block = block_of().to(torch.bfloat16)
+    for wider in (block.ls1, block.ls2, block.norm2):
+        wider.float()
+    tokens = TOKENS.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(block, tokens).dtype == block(tokens, POSITIONS).dtype == torch.float32
+
+
 class Int8(nn.Linear):
     """Weights of 8 bits, which are parameters of a Linear layer."""
 
