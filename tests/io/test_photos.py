@@ -189,13 +189,24 @@ class TestSize:
         assert len(list(read_photos(files, (14, 14), 2))) == 10
         assert pools == expected
 
-    def test_reading_ends_with_whoever_asks(self, tmp_path: Path) -> None:
-        files = [save(tmp_path / f"{i}.png", flat(14, 14, 0, 0, 0)) for i in range(4)]
-        before = threading.active_count()
-        parts = read_photos(files, (14, 14), 1)
+    def test_reading_ends_with_whoever_asks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Photos that threads have begun are read to their end, and no more."""
+        files = [save(tmp_path / f"{i}.png", flat(14, 14, 0, 0, 0)) for i in range(12)]
+        before, closing, begun, read = threading.active_count(), threading.Event(), list[Path](), photos._read
+
+        def reading(path: Path) -> object:
+            begun.append(path)
+            if path in files[6:]:
+                closing.wait(timeout=30)
+            return read(path)
+
+        monkeypatch.setattr(photos, "_read", reading)
+        parts = read_photos(files, (14, 14), 6)
         next(parts)
+        threading.Timer(0.1, closing.set).start()
         parts.close()
         assert threading.active_count() == before
+        assert len(begun) <= 6 + photos.FEW_THREADS
 
     def test_a_photo_that_cannot_be_read_is_named_when_its_part_is_due(self, tmp_path: Path) -> None:
         good = save(tmp_path / "good.png", flat(14, 14, 0, 0, 0))
