@@ -169,10 +169,11 @@ class TestSize:
         assert not later.is_set()  # no more than one part is held beside the one that is given
         assert [(part[:, 0, 0, 0] * 255).round().tolist() for part in parts] == [[100, 150], [200]]
 
-    @pytest.mark.parametrize(("in_time", "expected"), [(True, [4]), (False, [4, 8, 12])])
+    @pytest.mark.parametrize(("late", "expected"), [(0, [4]), (2, [4]), (20, [4, 8, 12])])
     def test_there_are_no_more_threads_than_keep_up(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_time: bool, expected: list[int]
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int, expected: list[int]
     ) -> None:
+        """Of photos in parts of 2, of which so many are late; the first part is always waited for."""
         files, pools = [save(tmp_path / f"{i}.png", flat(14, 14, 0, 0, 0)) for i in range(20)], list[int]()
 
         class Threads:
@@ -180,7 +181,7 @@ class TestSize:
                 pools.append(count)
 
             def submit(self, call: Callable[..., None], *args: object) -> SimpleNamespace:
-                return SimpleNamespace(done=lambda: in_time, result=lambda: call(*args))
+                return SimpleNamespace(done=lambda: args[1] not in files[:late], result=lambda: call(*args))
 
             def shutdown(self, **options: object) -> None: ...
 
@@ -188,6 +189,8 @@ class TestSize:
         monkeypatch.setattr(photos.os, "cpu_count", lambda: 12)
         assert len(list(read_photos(files, (14, 14), 2))) == 10
         assert pools == expected
+        assert len(next(read_photos(files, (14, 14), 20))) == 20  # nothing else runs meanwhile
+        assert pools[len(expected) :] == [12]
 
     def test_reading_ends_with_whoever_asks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Photos that threads have begun are read to their end, and no more."""
@@ -203,8 +206,10 @@ class TestSize:
         monkeypatch.setattr(photos, "_read", reading)
         parts = read_photos(files, (14, 14), 6)
         next(parts)
-        threading.Timer(0.1, closing.set).start()
+        timer = threading.Timer(0.1, closing.set)
+        timer.start()
         parts.close()
+        timer.join()
         assert threading.active_count() == before
         assert len(begun) <= 6 + photos.FEW_THREADS
 
