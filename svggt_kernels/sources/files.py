@@ -46,7 +46,7 @@ class GraphFile:
     """A graph of a file as `covisibility`; read once the frames are known.
 
     Attributes:
-        path: The file, or the folder of a sparse model.
+        path: The file, or the folder of a sparse model; a str becomes a Path.
         photos: The files of the frames in their order; None takes the frames of an .npz without names in its order.
         depth_range: Nearest and farthest depth at which something may be seen, in the unit of the poses of a
             transforms.json; other files have none.
@@ -58,6 +58,9 @@ class GraphFile:
     _read: dict[str, CovisibilityGraph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     needs: ClassVar[Literal["nothing"]] = "nothing"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def label(self) -> str:

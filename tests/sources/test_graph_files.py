@@ -192,6 +192,7 @@ def test_a_patched_model_sees_what_the_file_says(tmp_path: Path):
     with torch.no_grad(), patch(model, covisibility=GRAPHS["core"]):
         assert torch.equal(model(images)["depth"], outputs["depth"])
     assert Core(2, by=None) != GraphFile(tmp_path / "graph.npz")
+    assert GraphFile(str(tmp_path / "graph.npz")) == GraphFile(tmp_path / "graph.npz")
 
 
 def test_a_saved_reconstruction_is_its_graph(tmp_path: Path):
