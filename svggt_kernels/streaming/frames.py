@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..io.photos import common_size, find_photos, frame_size, read_photos
+from ..io.photos import common_size, find_photos, frame_size, is_photo, read_photos
 from ..io.pixels import require_unit_range
 from ..io.video import kept_pictures
 from .transfers import read_ahead
@@ -20,7 +20,7 @@ from .transfers import read_ahead
 Item = TypeVar("Item")
 
 Images = Tensor | str | Path | Sequence[str | Path] | Iterable[Tensor]
-"""Frames `[S, 3, H, W]`; photos, or the folder of them; a video; an iterable of `[3, H, W]` or `[n, 3, H, W]`."""
+"""Frames `[S, 3, H, W]`; a photo, some, or their folder; a video; an iterable of `[3, H, W]` or `[n, 3, H, W]`."""
 
 BUFFERED = 256
 """Frames of an iterator among which the core is chosen, as it cannot be read twice."""
@@ -35,12 +35,14 @@ class Frames:
         count: How many there are, if that is known before they are read.
         again: Whether they can be read more than once.
         some: Reads the frames of some indices alone, where that is quicker than to read all.
+        which: What messages call them.
     """
 
     parts: Callable[[int], Iterator[Tensor]]
     count: int | None
     again: bool = True
     some: Callable[[Sequence[int]], Tensor] | None = None
+    which: str = "frames"
 
     def chunks(self, size: int, device: torch.device | None = None) -> Iterator[Tensor]:
         """Yield all frames in their order, `size` at a time, on a device; the next are read meanwhile."""
@@ -53,7 +55,7 @@ class Frames:
             ValueError: If there are no such frames.
         """
         if self.count is not None and not all(0 <= index < self.count for index in indices):
-            raise ValueError(f"the core must be among {self.count} frames, got {list(indices)}")
+            raise ValueError(f"the core must be among {self.count} {self.which}, got {list(indices)}")
         if self.some is not None:
             return self.some(indices)
         wanted, found, start = set(indices), dict[int, Tensor](), 0
@@ -64,7 +66,7 @@ class Frames:
             start += len(part)
             if len(found) == len(wanted):
                 return torch.stack([found[index] for index in indices])
-        raise ValueError(f"the core must be among {start} frames, got {list(indices)}")
+        raise ValueError(f"the core must be among {start} {self.which}, got {list(indices)}")
 
 
 def open_frames(images: Images, shape: tuple[int, int], *, size: tuple[int, int] | None = None) -> Frames:
@@ -87,7 +89,9 @@ def open_frames(images: Images, shape: tuple[int, int], *, size: tuple[int, int]
         if path.is_dir():
             return _of_photos(find_photos(path), size, shape)
         if not path.is_file():
-            raise FileNotFoundError(f"images must be a folder of photos or a video, but {path} does not exist")
+            raise FileNotFoundError(f"images must be a folder of photos, a photo or a video, but {path} does not exist")
+        if is_photo(path):
+            return _of_photos([path], size, shape)
 
         def of_video(count: int) -> Iterator[Tensor]:
             return map(torch.stack, _batched(_of_video(path, shape), count))
@@ -126,14 +130,15 @@ def buffered(frames: Frames, count: int) -> tuple[Frames, Frames]:
     def parts(size: int) -> Iterator[Tensor]:
         return map(torch.stack, _batched(chain(first, (part[0] for part in reading)), size))
 
-    return _of_tensor(first), Frames(parts, None, again=False)
+    among = replace(_of_tensor(first), which=f"frames, as the first {count} of an iterator alone are held")
+    return among, Frames(parts, None, again=False)
 
 
 def _of_tensor(images: Tensor) -> Frames:
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
         raise ValueError(
             f"images must be [S, 3, H, W] floating point in [0, 1] and not empty, got {images.dtype} "
-            f"{list(images.shape)}"
+            f"{list(images.shape)}; divide 8-bit images by 255"
         )
     _in_range(images)
     return Frames(lambda size: iter(images.split(size)), len(images), some=lambda indices: images[list(indices)])
@@ -167,11 +172,21 @@ def _of_photos(paths: Sequence[Path], size: tuple[int, int] | None, shape: tuple
 
 
 def _singles(images: Iterable[object]) -> Iterator[Tensor]:
-    """Yield frames `[3, H, W]` of an iterable that gives one or several at a time."""
+    """Yield frames `[3, H, W]` of one size from an iterable that gives one or several at a time."""
+    size: tuple[int, int] | None = None
     for each in images:
         if not isinstance(each, Tensor) or each.dim() not in (3, 4) or each.shape[-3] != 3:
             given = list(each.shape) if isinstance(each, Tensor) else f"a {type(each).__name__}"
             raise TypeError(f"an iterable of images must give tensors [3, H, W] or [n, 3, H, W], got {given}")
+        if not each.is_floating_point():
+            raise ValueError(f"images must be floating point in [0, 1], got {each.dtype}; divide 8-bit images by 255")
+        height, width = each.shape[-2:]
+        if size is not None and size != (height, width):
+            raise ValueError(
+                f"frames must all be of one size, got {height} x {width} pixels after {size[0]} x {size[1]}; resize or "
+                "crop them"
+            )
+        size = height, width
         yield from each.reshape(-1, *each.shape[-3:])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -19,19 +19,26 @@ from ..io.pixels import require_unit_range
 from ..patching.chunks.layouts import ClosedFrames
 from ..patching.chunks.session import CHUNK, Outputs, Session
 from ..sources import Core, PatchSimilarity, Scene, TokenSimilarity
-from ..sources.core import By
+from ..sources.core import SIMILARITIES, By
+from ..sources.similarity import Similarity
 from .apart import described, likeness_of
 from .frames import BUFFERED, Frames, Images, buffered, open_frames
 from .progress import Progress
 from .saved import SavedScene
 from .scene import OpenScene
 
+CORES = (
+    f"a Core, one of the words {', '.join(map(repr, SIMILARITIES))}, a similarity, a number of frames, the indices of "
+    "frames, or the graph of a closed core"
+)
+"""What a core may be given as, in words."""
+
 
 def open_scene(
     model: nn.Module,
     images: Images,
     *,
-    core: Core | By | AnyGraph | Sequence[int] | int | None = None,
+    core: Core | By | Similarity | PatchSimilarity | AnyGraph | Sequence[int] | int | None = None,
     chunk: int | None = None,
     memory_budget: MemoryBudget = None,
     long_side: int | None = None,
@@ -54,13 +61,13 @@ def open_scene(
 
     Args:
         model: A model that a record knows, or any module that holds one, in eval mode.
-        images: Frames `[S, 3, H, W]` in [0, 1]; a list of photos, or the folder of them; a video; or an iterable of
+        images: Frames `[S, 3, H, W]` in [0, 1]; a photo, a list of them, or their folder; a video; or an iterable of
             frames. All but tensors are read as they go. An iterator is read once: the core is chosen among its first
             256 frames, which are held in memory.
         core: A `Core`, which chooses its frames by descriptors of all; with `coarse` all frames also see so many more
             at a stride of their patches, and of their keys and values those are kept. No frame is described where no
-            more than it holds are given, as a tensor or photos. A word or a number stands for `Core(by=word)` or
-            `Core(number)`. Or the graph of a closed core over the frames, `CovisibilityGraph.core` or
+            more than it holds are given, as a tensor or photos. A word or a similarity stands for `Core(by=it)`, a
+            number for `Core(number)`. Or the graph of a closed core over the frames, `CovisibilityGraph.core` or
             `CoarseGraph.core`, whose first frame in the order of the images is the reference frame; or the indices of
             the core's frames, the reference frame first. None for `Core()`, as in `patch`.
         chunk: Frames that run together; 32 by default, or as many as `memory_budget` allows.
@@ -176,9 +183,13 @@ def as_core(core: object) -> Core | ClosedCore:
         return Core()
     if isinstance(core, Core):
         return core
+    if isinstance(core, Similarity | PatchSimilarity):
+        return Core(by=core)
     if isinstance(core, str):
-        return Core(by=core)  # type: ignore[arg-type]  # which says what words there are
-    if isinstance(core, int | np.integer) and not isinstance(core, bool):
+        if core in SIMILARITIES:
+            return Core(by=core)
+        raise ValueError(f"core must be {CORES}, got {core!r}")
+    if _is_index(core):
         return Core(int(core))
     if isinstance(core, CovisibilityGraph | CoarseGraph):
         if (closed := closed_core(core)) is None:
@@ -188,17 +199,24 @@ def as_core(core: object) -> Core | ClosedCore:
                 "graph, a Core, or the indices of the core's frames"
             )
         return closed
+    given = type(core).__name__
     if isinstance(core, Tensor | np.ndarray):
+        given = f"{given} of {core.dtype}, shape {tuple(core.shape)}"
         core = core.tolist()
-    if isinstance(core, Sequence) and all(isinstance(frame, int | np.integer) for frame in core):
-        if not core:
-            raise ValueError("the core must hold at least 2 frames, got none")
+    elif isinstance(core, Sequence):
+        given = f"{given} of {', '.join(sorted({type(frame).__name__ for frame in core}))}"
+    if isinstance(core, Sequence) and all(map(_is_index, core)):
         frames = [int(frame) for frame in core]
+        if not frames:
+            raise ValueError("the core must hold at least 2 frames, got none")
+        if min(frames) < 0:
+            raise ValueError(f"the frames of a core are counted from 0, got {min(frames)}")
         return ClosedCore(checked_core(max(frames) + 1, frames), torch.empty(0, dtype=torch.int64), 1)
-    raise TypeError(
-        "core must be a Core, a word, a number of frames, the graph of a closed core, or the indices of frames, "
-        f"got {core if isinstance(core, str | Sequence) else type(core).__name__}"
-    )
+    raise TypeError(f"core must be {CORES}, got {given}")
+
+
+def _is_index(value: object) -> TypeGuard[int | np.integer]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def chosen_core(

@@ -82,7 +82,9 @@ def test_an_iterator_is_read_once_and_chunk_by_chunk(monkeypatch: pytest.MonkeyP
 
 def test_the_core_of_an_iterator_is_among_its_first_frames(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("svggt_kernels.streaming.opening.BUFFERED", 6)
-    with pytest.raises(ValueError, match="the core must be among 6 frames"):
+    with pytest.raises(
+        ValueError, match=r"among 6 frames, as the first 6 of an iterator alone are held, got \[0, 4, 7"
+    ):
         scene_of(iter(FRAMES))
     assert max(scene_of(iter(FRAMES), core=Core(3, by="thumbnails")).core) < 6
 
@@ -103,6 +105,8 @@ def test_photos_of_a_folder(tmp_path: Path):
     pictures = make_scenes(1, 6, Draws(seed=0), size=(28, 42)).images[0]
     paths = write_photos(tmp_path, pictures)
     model = RoomsModel.create(0, dim=64, depth=2, num_heads=1)
+    with pytest.raises(ValueError, match="run the model itself on one frame alone"):
+        open_scene(model, paths[0])
     frames = load_photos(paths, long_side=42)
     expected = open_scene(model, frames, core=[0, 3], chunk=2).predict()
     for source in (tmp_path, str(tmp_path), paths):
@@ -112,6 +116,7 @@ def test_photos_of_a_folder(tmp_path: Path):
     more.mkdir()
     write_photos(more, torch.nn.functional.interpolate(pictures[4:], scale_factor=3))  # brought to the core's size
     assert scene.add(more)["depth"].shape == (2, 28, 42, 1)
+    torch.testing.assert_close(scene.add(str(paths[5]))["depth"], expected["depth"][5:])
 
 
 def test_one_warning_for_all_photos_that_are_cropped(tmp_path: Path):
@@ -154,9 +159,15 @@ def test_the_core_is_that_of_patch(by: str | None):
 
 
 def test_what_is_no_image_is_refused():
-    for wrong, kind in ((3, TypeError), (FRAMES.byte(), ValueError), (FRAMES[0], ValueError), ([1, 2], TypeError)):
+    for wrong, kind in ((3, TypeError), (FRAMES[0], ValueError), ([1, 2], TypeError)):
         with pytest.raises(kind, match="images"):
             scene_of(wrong)
+    in_bytes = FRAMES.byte()  # dark, so that their range tells nothing
+    for wrong in (in_bytes, iter(in_bytes)):
+        with pytest.raises(ValueError, match=r"images must be .*got torch\.uint8.*; divide 8-bit images by 255"):
+            scene_of(wrong)
+    with pytest.raises(ValueError, match="one size, got 8 x 8 pixels after 8 x 12; resize or crop them"):
+        scene_of(iter([FRAMES[0], FRAMES[1, ..., :8]]))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         scene_of("/no/such/folder")
 

@@ -22,6 +22,7 @@ import svggt_kernels
 from svggt_kernels import CovisibilityGraph, open_saved_scene, open_scene
 from svggt_kernels.demo.model import RoomsModel
 from svggt_kernels.inference import proofs, verification
+from svggt_kernels.sources.thumbnails import ThumbnailSimilarity
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* may share nothing with the core:UserWarning")  # random weights
 
@@ -374,24 +375,29 @@ def test_opening_verifies_each_module_once(monkeypatch: pytest.MonkeyPatch):
     assert sorted(verified) == ["Aggregator", "CameraHead"]
 
 
-def test_a_core_by_a_word_a_number_or_a_graph():
+def test_a_core_by_a_word_a_similarity_or_a_graph():
     model, frames = toy(), CASES["toy"][1]
     expected = open_scene(model, frames, core=CORE).add(frames[:2])
     for core in (torch.tensor(CORE), CovisibilityGraph.core(10, CORE)):
         same(open_scene(model, frames, core=core).add(frames[:2]), expected)
     graph = CovisibilityGraph.core(10, [6, 3, 1])  # of which the first one is the reference frame all the same
     same(open_scene(model, frames, core=graph).predict(), joint(model, frames, CORE))
-    assert open_scene(model, frames, core="thumbnails").core == tuple(range(10))
+    for core in ("thumbnails", ThumbnailSimilarity()):
+        assert open_scene(model, frames, core=core).core == tuple(range(10))
 
 
 @pytest.mark.parametrize(
     ("core", "error", "message"),
     [
-        ("photos/", ValueError, 'by must be "megaloc", "patches"'),
+        ("sequential", ValueError, "core must be a Core, one of the words 'megaloc', .*, got 'sequential'"),
         (CovisibilityGraph.sequential(10, 2), ValueError, r"closed core .*, got CovisibilityGraph\(frames=10"),
         (CovisibilityGraph.core(10, CORE, nearest=[[0]] * 10), ValueError, "a closed core and itself, and nothing"),
         (CovisibilityGraph.core(9, CORE), ValueError, r"over the 10 frames of the scene, got .*frames=9"),
-        ([0, "1"], TypeError, "core must be a Core, a word"),
+        ([0, "1"], TypeError, "core must be a Core, .*, got list of int, str"),
+        (torch.eye(10) > 0, TypeError, r"got Tensor of torch\.bool, shape \(10, 10\)$"),
+        ([True, False], TypeError, "got list of bool"),
+        ([-1, 3], ValueError, "counted from 0, got -1"),
+        ([3], ValueError, "at least 2 frames in full, got 1; give more, or run the model itself"),
         (1.5, TypeError, "got float"),
         ([], ValueError, "at least 2 frames, got none"),
     ],
@@ -399,6 +405,12 @@ def test_a_core_by_a_word_a_number_or_a_graph():
 def test_cores_without_a_meaning(core: object, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         open_scene(toy(), CASES["toy"][1], core=core)
+
+
+@pytest.mark.parametrize(("long_side", "error"), [("98", TypeError), (0, ValueError), (13, ValueError)])
+def test_photos_of_less_than_a_patch_are_refused(long_side: object, error: type[Exception]):
+    with pytest.raises(error, match=r"long_side must be (an integer, got '98'|at least one patch of 14 pixels, got)"):
+        open_scene(toy(), "photos/", long_side=long_side)
 
 
 @pytest.mark.parametrize("frames", [255 * CASES["toy"][1], 2 * CASES["toy"][1] - 1, CASES["toy"][1] / 0])

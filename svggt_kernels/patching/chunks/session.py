@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compiling import uncompiled
+from ...graph.arguments import integer
 from ...inference import memory
 from ...inference.fused_forward import FusedForward, Precision
 from ...inference.memory import MemoryBudget
@@ -178,10 +179,19 @@ class Session:
         return self.autocast[1] if self.autocast[0] else self._parameter.dtype
 
     def frame_size(self, long_side: int | None) -> tuple[int, int]:
-        """Return the pixels of the longer side of photos, as given or usual for the model, and of its patch."""
+        """Return the pixels of the longer side of photos, as given or usual for the model, and of its patch.
+
+        Raises:
+            TypeError: If it is not an integer.
+            ValueError: If it is less than a patch.
+        """
         runnable, patch_size = self.record.runnable, getattr(self.root, "patch_size", None)
         usual = (518, 14) if runnable is None else (runnable.long_side, runnable.patch_size)
-        return long_side or usual[0], patch_size if isinstance(patch_size, int) else usual[1]
+        patch = patch_size if isinstance(patch_size, int) else usual[1]
+        long_side = usual[0] if long_side is None else integer("long_side", long_side, 0)
+        if long_side < patch:
+            raise ValueError(f"long_side must be at least one patch of {patch} pixels, got {long_side}")
+        return long_side, patch
 
     @property
     def eps(self) -> float:
@@ -220,7 +230,10 @@ class Session:
         self.attention.kept.clear()
         self.attention.closed = closed
         if closed.full < 2:
-            raise ValueError(f"the core must hold at least 2 frames in full, got {closed.full}")
+            raise ValueError(
+                f"the core must hold at least 2 frames in full, got {closed.full}; give more, or run the model itself "
+                "on one frame alone"
+            )
         if closed.coarse and self.record.causal:
             raise ValueError(
                 f"frames of a causal model ({self.record.name}) must be seen in full; give a Core without `coarse`"
