@@ -309,6 +309,8 @@ def test_without_a_network_nothing_waits(tmp_path: Path, monkeypatch: pytest.Mon
         MegaLoc.from_pretrained()
     for word in ("model.safetensors", "gberton/MegaLoc", "no network", "from_pretrained(path)", '"patches"', "poses"):
         assert word in str(error.value)
+    assert "core=MegaLocSimilarity(weights=path)" in str(error.value)
+    assert "covisibility=Core(by=MegaLocSimilarity(weights=path))" in str(error.value)
 
 
 def test_no_hub_package(monkeypatch: pytest.MonkeyPatch):

@@ -21,7 +21,8 @@ OTHERWISE = (
 )
 ADVICE = (
     f"download https://huggingface.co/{PUBLISHED}/resolve/main/{FILE} where there is a network and give its path, "
-    "MegaLoc.from_pretrained(path), covisibility=MegaLocSimilarity(weights=path), on the command line "
+    "MegaLoc.from_pretrained(path), patch(model, covisibility=Core(by=MegaLocSimilarity(weights=path))), "
+    "open_scene(model, images, core=MegaLocSimilarity(weights=path)), on the command line "
     f"--megaloc FILE; {OTHERWISE}"
 )
 
