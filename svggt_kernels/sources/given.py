@@ -23,12 +23,13 @@ class GivenGraphs:
     needs: ClassVar[Literal["nothing"]] = "nothing"
 
     @classmethod
-    def of(cls, what: str, graphs: object) -> GivenGraphs:
+    def of(cls, what: str, graphs: object, others: str = "") -> GivenGraphs:
         """Take one graph or a list of them.
 
         Args:
             what: What messages call them.
             graphs: The graphs.
+            others: What it may be besides, for messages.
 
         Raises:
             TypeError: If they are anything else.
@@ -39,8 +40,9 @@ class GivenGraphs:
         if isinstance(graphs, Sequence) and graphs and all(isinstance(graph, kinds) for graph in graphs):
             return cls(tuple(graphs))
         raise TypeError(
-            f"{what} must be a CovisibilityGraph, a CoarseGraph or a list of one per sample, got "
-            f"{type(graphs).__name__}; a boolean matrix becomes a graph with CovisibilityGraph.from_dense"
+            f"{what} must be a CovisibilityGraph, a CoarseGraph or a list of one per sample{others}, got "
+            f"{type(graphs).__name__}; a boolean matrix becomes a graph with CovisibilityGraph.from_dense, the frames "
+            "of a core with CovisibilityGraph.core"
         )
 
     @property

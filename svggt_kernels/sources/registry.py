@@ -29,6 +29,7 @@ SOURCES: dict[Word, type[Source]] = {
     "sequential": Sequential,
     "all": AllFrames,
 }
+WORDS = ", ".join(f'"{word}"' for word in SOURCES)
 
 
 def named(word: str) -> Source:
@@ -38,8 +39,7 @@ def named(word: str) -> Source:
         ValueError: If the word is unknown.
     """
     if word not in SOURCES:
-        words = ", ".join(f'"{known}"' for known in SOURCES)
-        raise ValueError(f"covisibility must be {words}, a source, graphs or a function, got {word!r}")
+        raise ValueError(f"covisibility must be {WORDS}, a source, graphs or a function, got {word!r}")
     return Core(by="patches") if word == "patches" else SOURCES[word]()
 
 
@@ -64,7 +64,8 @@ def as_source(covisibility: Word | Source | Graphs, beside: Iterable[Source] = (
             "Core(by=PatchSimilarity())"
         )
     if isinstance(covisibility, type) or not isinstance(covisibility, Source):
-        covisibility = GivenGraphs.of("covisibility", covisibility)
+        others = f", or a word ({WORDS}), a source such as Core(8) or a function"
+        covisibility = GivenGraphs.of("covisibility", covisibility, others)
     wanted = _similarity_of(covisibility)
     ready = next((one for one in map(_similarity_of, beside) if one is not None and alike(one, wanted)), None)
     if ready is not None:
