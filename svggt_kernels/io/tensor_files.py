@@ -107,11 +107,12 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, T
         ValueError: If it is damaged or another kind of file.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # NumPy leaves a file open that it opens itself, where that is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             wanted = arrays.files if names is None else [name for name in names if name in arrays.files]
             return {name: torch.from_numpy(arrays[name]) for name in wanted}
     except (ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as named arrays ({type(error).__name__}): it must be an .npz file, and is damaged "
-            "or something else"
+            "or something else; delete or replace it"
         ) from error

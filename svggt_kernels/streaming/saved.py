@@ -73,13 +73,15 @@ class SavedScene:
         if not path.is_file():
             raise FileNotFoundError(f"a saved scene is needed, but {path} is no file")
         self.path = path
-        self._tensors = read_tensors(path)
         try:
+            self._tensors = read_tensors(path)
             self.settings: dict[str, Any] = json.loads(as_text(self._tensors[SETTINGS]))
             self.frames = self._tensors[BYTES].float() / 255 if BYTES in self._tensors else self._tensors[FLOATS]
             version = self.settings["version"]
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no scene: OpenScene.save writes such files") from error
+        except (KeyError, ValueError, TypeError, ImportError) as error:  # of safetensors, for another kind of file
+            raise ValueError(
+                f"{path} holds no scene: it must be a file that OpenScene.save wrote, and is damaged or something else"
+            ) from error
         if version != VERSION:
             raise ValueError(f"{path} holds a scene of version {version}, and version {VERSION} is read here")
 

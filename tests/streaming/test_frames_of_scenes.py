@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -261,12 +262,13 @@ def test_files_of_other_scenes_and_frames_are_left_alone(tmp_path: Path):
             other.write(tmp_path)
     with pytest.raises(ValueError, match="holds outputs of other frames"):
         scene_of().write(tmp_path, FRAMES.flip(0))
-    (tmp_path / "frames-0000000-0000004.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="cannot be read as named arrays"):
+    damaged = tmp_path / "frames-0000000-0000004.npz"
+    damaged.write_bytes(before[damaged][:-30])
+    with pytest.raises(ValueError, match=r"cannot be read as named arrays .*; delete or replace it"):
         scene_of().write(tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before | {
-        tmp_path / "frames-0000000-0000004.npz": b"PK"
-    }
+    gc.collect()  # warns of files that are left open
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after == before | {damaged: before[damaged][:-30]}
 
 
 def test_a_file_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

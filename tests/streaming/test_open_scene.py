@@ -283,8 +283,10 @@ def test_a_saved_scene_of_another_model_is_refused(tmp_path: Path):
         with pytest.raises(ValueError, match="is a scene of another model"):
             open_saved_scene(wrong, tmp_path / "scene.pt")
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="holds no scene"):
-        open_saved_scene(model, tmp_path / "other.pt")
+    (tmp_path / "0.jpg").write_bytes(b"a photo")
+    for wrong in ("other.pt", "0.jpg"):
+        with pytest.raises(ValueError, match=r"holds no scene: it must be a file that OpenScene\.save wrote"):
+            open_saved_scene(model, tmp_path / wrong)
     with pytest.raises(FileNotFoundError):
         open_saved_scene(model, tmp_path / "none.pt")
 
