@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"svggt-kernels {arguments.command}: {sentence(error)}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")
         return 2
-    except KeyboardInterrupt:
-        print(_interrupted(arguments.command), file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        advice = f"; {interrupt}" if interrupt.args else ""
+        print(f"{_interrupted(arguments.command)}{advice}", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -31,25 +31,28 @@ def run(arguments: argparse.Namespace) -> int:
         max_points=arguments.max_points or MOST_POINTS,
         least_confident=(DOUBTED if arguments.least_confident is None else arguments.least_confident) / 100,
     )
-    with refusals():
-        scene = reconstruct(
-            arguments.folder,
-            arguments.model,
-            weights=arguments.weights,
-            output=arguments.output,
-            formats=arguments.export,
-            covisibility=covisibility,
-            points=points,
-            max_frames=arguments.max_frames,
-            frames_per_second=footage.frames_per_second,
-            long_side=arguments.long_side,
-            device=device,
-            backend=arguments.backend,
-            memory_budget=arguments.memory_budget,
-            chunk=arguments.chunk,
-            force=arguments.force,
-            stage=stage,
-        )
+    try:
+        with refusals():
+            scene = reconstruct(
+                arguments.folder,
+                arguments.model,
+                weights=arguments.weights,
+                output=arguments.output,
+                formats=arguments.export,
+                covisibility=covisibility,
+                points=points,
+                max_frames=arguments.max_frames,
+                frames_per_second=footage.frames_per_second,
+                long_side=arguments.long_side,
+                device=device,
+                backend=arguments.backend,
+                memory_budget=arguments.memory_budget,
+                chunk=arguments.chunk,
+                force=arguments.force,
+                stage=stage,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on, and does not do again what is finished") from None
     print(_as_text(scene, covisibility.label, arguments.output, arguments.export))
     return 0
 

@@ -346,7 +346,8 @@ def test_an_interrupt_at_each_stage(stage: str, place: Place, capsys: pytest.Cap
     target = pipeline.OutputFolder if stage in ("save", "export") else pipeline
     raising(target, stage, KeyboardInterrupt())(place)
     assert run(place) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "svggt-kernels reconstruct: interrupted"
+    advice = "the same command goes on, and does not do again what is finished"
+    assert capsys.readouterr().err.splitlines()[-1] == f"svggt-kernels reconstruct: interrupted; {advice}"
     place.monkeypatch.undo()
     left = {file.name for file in place.output.iterdir()} if place.output.exists() else set()
     assert left == ({"reconstruction.npz", "reconstruction.json"} if stage == "export" else set())
