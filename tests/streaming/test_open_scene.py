@@ -269,6 +269,8 @@ def test_models_that_cannot_be_opened_say_why():
     scene = open_scene(model, frames, core=CORE)
     with pytest.raises(ValueError, match="8 x 12 pixels as those of the core, got 8 x 16"):
         scene.add(torch.rand(2, 3, 8, 16))
+    with pytest.raises(ValueError, match="8 x 12 pixels as those of the core, got 8 x 16"):
+        scene.extended(torch.rand(2, 3, 8, 16))
     with pytest.raises(ValueError, match="at least one image"):
         scene.add([])
 
