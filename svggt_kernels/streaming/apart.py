@@ -19,6 +19,9 @@ from ..sources import PatchSimilarity
 from ..sources.base import Scene
 from ..sources.similarity import Similarity
 
+ROUNDING = 2**-10
+"""What two cosines of the same descriptors may differ by where they are computed in TF32, among others or not."""
+
 
 @dataclass(frozen=True)
 class Yardstick:
@@ -67,7 +70,8 @@ class Yardstick:
         if confidence is not None and self.confidence is not None:
             apart |= confidence < self.confidence
         if self.descriptors is not None and descriptors is not None:
-            apart |= likeness_of(descriptors, self.descriptors.to(descriptors.device)) < self.likeness
+            likeness = likeness_of(descriptors, self.descriptors.to(descriptors.device))
+            apart |= likeness < self.likeness - ROUNDING
         return apart
 
 

@@ -113,7 +113,7 @@ def open_scene(
         among, frames = buffered(frames, BUFFERED)
     indices, coarse, likeness = chosen_core(chosen_by, among, session, tell)
     core_frames = among.pick([*indices, *coarse])
-    require_unit_range(core_frames, "frames")
+    require_unit_range(core_frames, "frames of the core")
     return OpenScene(
         session,
         frames,

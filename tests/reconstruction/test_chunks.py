@@ -295,11 +295,16 @@ def test_photos_at_a_stride_beside_the_core(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "graph",
-    [CovisibilityGraph.core(10, [4, 0, 7]), CoarseGraph.core(10, [4, 0], [2, 7], stride=2)],
+    ("graph", "other"),
+    [
+        (CovisibilityGraph.core(10, [4, 0, 7]), CovisibilityGraph.core(10, [4, 0])),
+        (CoarseGraph.core(10, [4, 0], [2, 7], stride=2), CoarseGraph.core(10, [4, 0], [2, 7], stride=3)),
+    ],
     ids=["in full", "at a stride"],
 )
-def test_a_graph_that_is_given(photos: Path, tmp_path: Path, graph: CovisibilityGraph | CoarseGraph) -> None:
+def test_a_graph_that_is_given(
+    photos: Path, tmp_path: Path, graph: CovisibilityGraph | CoarseGraph, other: CovisibilityGraph | CoarseGraph
+) -> None:
     joint = run(photos, None, covisibility=graph, chunk=None)
     chunked = run(photos, tmp_path / "out", covisibility=graph)
     np.testing.assert_allclose(chunked.depth, joint.depth, rtol=1e-3, atol=1e-4)
@@ -307,7 +312,7 @@ def test_a_graph_that_is_given(photos: Path, tmp_path: Path, graph: Covisibility
     assert chunked.facts["chunk"] == 4
     assert chunked.facts["token_density"] == joint.facts["token_density"]
     with pytest.raises(FileExistsError, match="another graph"):
-        run(photos, tmp_path / "out", covisibility=CovisibilityGraph.core(10, [0, 4]))
+        run(photos, tmp_path / "out", covisibility=other)
 
 
 class TestGraphsOfFiles:

@@ -22,6 +22,7 @@ from svggt_kernels.io.photos import load_photos
 from svggt_kernels.patching.chunks.session import Session
 from svggt_kernels.sources.thumbnails import thumbnails
 from svggt_kernels.streaming import frames as frames_of_scenes
+from svggt_kernels.streaming.apart import Yardstick, likeness_of
 from svggt_kernels.streaming.identity import same_frames
 from svggt_kernels.streaming.progress import Progress
 from svggt_kernels.streaming.transfers import Downloads
@@ -207,8 +208,9 @@ def test_outputs_in_files(tmp_path: Path):
     written = read_outputs(paths)
     assert set(written) == set(expected)
     torch.testing.assert_close(written, expected, rtol=0, atol=0)
-    for names in (["apart"], iter(["apart"])):  # which can be read once
-        assert set(read_outputs(scene.write(tmp_path / "some", FRAMES[3:6], names=names))) == {"apart"}
+    for name in ("apart", "output"):
+        for names in ([name], iter([name])):  # which can be read once
+            assert set(read_outputs(scene.write(tmp_path / name, FRAMES[3:6], names=names))) == {name}
     with pytest.raises(ValueError, match="the outputs are output, apart; there is no depth"):
         scene.write(tmp_path / "wrong", names=["depth"])
     with pytest.raises(ValueError, match="at least one of the outputs output, apart, got none"):
@@ -351,8 +353,8 @@ def test_weights_are_looked_for_where_frames_are_described(tmp_path: Path, monke
 
     monkeypatch.setattr(MegaLoc, "from_pretrained", from_pretrained)
     write_photos(tmp_path, FRAMES)
-    for few in (FRAMES, tmp_path):
-        scene = scene_of(few, core=None, long_side=WIDTH)
+    for few, core in ((FRAMES, None), (FRAMES, 10), (tmp_path, None)):
+        scene = scene_of(few, core=core, long_side=WIDTH)
         assert scene.core == tuple(range(10))
         assert not scene.add(FRAMES[:3])["apart"].any()
     monkeypatch.setattr(Session, "run_core", None)
@@ -388,6 +390,19 @@ def test_where_all_frames_are_of_the_core_others_like_these_are_not_apart(core: 
     base = torch.rand(3, HEIGHT, WIDTH)
     alike = (base + 0.1 * torch.rand(8, 3, HEIGHT, WIDTH)).clamp(0, 1)
     assert not scene_of(alike, core=core).add(alike.mean(0, keepdim=True))["apart"].any()
+
+
+def test_what_is_as_like_as_the_images_among_which_the_core_was_chosen_is_not_apart():
+    scene = scene_of(core=Core(3, by="thumbnails"))
+    compared = thumbnails(FRAMES)
+    least = likeness_of(compared, compared[list(scene.core)]).min()
+    assert scene.yardstick.likeness == pytest.approx(float(least))
+    assert not scene.add(FRAMES)["apart"].any()
+
+
+def test_rounding_tells_nothing_apart():
+    descriptors = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    assert not Yardstick(None, descriptors, likeness=1.0).apart({"output": descriptors}, descriptors).any()
 
 
 def test_frames_unlike_every_frame_of_the_core_are_told_apart():

@@ -423,6 +423,13 @@ def test_frames_of_another_range_are_refused(frames: Tensor):
         open_scene(toy(), frames, core=CORE)
 
 
+def test_a_core_with_nan_is_refused():
+    frames = CASES["toy"][1].clone()
+    frames[CORE[1], 0, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="frames of the core must not hold NaN, but frames of the core 1 do"):
+        open_scene(toy(), frames, core=CORE)
+
+
 def test_a_folder_of_outputs_is_read_by_its_name(tmp_path: Path):
     frames = CASES["toy"][1]
     scene = open_scene(toy(), frames, core=CORE, chunk=4)
