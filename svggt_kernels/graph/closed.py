@@ -36,19 +36,21 @@ def closed_core(graph: AnyGraph) -> ClosedCore | None:
 
     Reads a graph from its device.
     """
-    frames = graph.num_frames
+    full = graph.full if isinstance(graph, CoarseGraph) else graph
+    core = _seen_by_all(full) if full.core_frames is None else full.core_frames.sort().values
+    if not len(core):
+        return None
     if not isinstance(graph, CoarseGraph):
-        core = graph.core_frames
-        if core is None or not _same(graph, CovisibilityGraph.core(frames, core)):
-            return None
-        return ClosedCore(core.sort().values, core[:0], 1)
-    core = graph.full.core_frames
-    if core is None:
-        return None
-    whole = CoarseGraph.core(frames, core, graph.frames, stride=graph.stride)
-    if not (_same(graph.full, whole.full) and _same(graph.coarse, whole.coarse)):
-        return None
-    return ClosedCore(core.sort().values, graph.frames, graph.stride)
+        is_closed = _same(graph, CovisibilityGraph.core(graph.num_frames, core))
+        return ClosedCore(core, core[:0], 1) if is_closed else None
+    whole = CoarseGraph.core(graph.num_frames, core, graph.frames, stride=graph.stride)
+    is_closed = _same(full, whole.full) and _same(graph.coarse, whole.coarse)
+    return ClosedCore(core, graph.frames, graph.stride) if is_closed else None
+
+
+def _seen_by_all(graph: CovisibilityGraph) -> Tensor:
+    """Return the frames that every frame sees, `[K]` int64: those of the core, where the graph has one."""
+    return (torch.bincount(graph.indices, minlength=graph.num_frames) == graph.num_frames).nonzero()[:, 0]
 
 
 def _same(one: CovisibilityGraph, other: CovisibilityGraph) -> bool:

@@ -135,8 +135,14 @@ def _of_tensor(images: Tensor) -> Frames:
             f"images must be [S, 3, H, W] floating point in [0, 1] and not empty, got {images.dtype} "
             f"{list(images.shape)}"
         )
-    _in_range(images)
-    return Frames(lambda size: iter(images.split(size)), len(images), some=lambda indices: images[list(indices)])
+    if images.device.type != "cpu":  # as they are read it would wait for what the device computes
+        _in_range(images)
+
+    def parts(count: int) -> Iterator[Tensor]:
+        some = images.split(count)
+        return map(_in_range, some) if images.device.type == "cpu" else iter(some)
+
+    return Frames(parts, len(images), some=lambda indices: images[list(indices)])
 
 
 def _in_range(images: Tensor) -> Tensor:

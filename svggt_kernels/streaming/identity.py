@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 WORDS_AT_ONCE = 2**22
+
+PIXELS = 16
+"""Rows and columns, about, of which pixels are compared first."""
 
 
 def of_model(model: nn.Module) -> str:
@@ -50,7 +54,32 @@ def _sums(tensor: Tensor) -> tuple[int, int]:
         words = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
         places = torch.arange(start + 1, start + 1 + len(words), device=words.device)
         sums += torch.stack([words.sum(), (words * places).sum()])
-    if sums.is_cuda:  # a copy to pageable memory that has to wait keeps other threads from launching kernels meanwhile
-        torch.cuda.current_stream(sums.device).synchronize()
-    first, second = sums.tolist()
+    first, second = _read(sums)
     return first % 2**64, second % 2**64
+
+
+def same_frames(
+    frames: Tensor,  # [n, 3, H, W]
+    known: Tensor,  # [K, 3, H, W]
+) -> dict[int, int]:
+    """Return which frames are equal to known ones: the place of the known one by that of the frame.
+
+    Some pixels of all pairs are compared, and all pixels of pairs that agree in these.
+    """
+    some = (
+        ...,
+        slice(None, None, max(1, frames.shape[2] // PIXELS)),
+        slice(None, None, max(1, frames.shape[3] // PIXELS)),
+    )
+    pixels, known_pixels = (each[some].flatten(1) for each in (frames, known))
+    alike = (pixels[:, None] == known_pixels.to(pixels)).all(-1)  # [n, K]
+    pairs = [(n, k) for n, row in enumerate(_read(alike)) for k, is_alike in enumerate(row) if is_alike]
+    return {n: k for n, k in reversed(pairs) if torch.equal(frames[n].to(known), known[k])}
+
+
+def _read(tensor: Tensor) -> list[Any]:
+    """Return the numbers of a tensor; a copy that waits keeps other threads from launching kernels, so wait before."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+    content: list[Any] = tensor.tolist()
+    return content

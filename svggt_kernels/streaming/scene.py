@@ -20,8 +20,8 @@ from ..sources.similarity import Similarity
 from ..user_warnings import warn
 from .apart import Yardstick, described, more_than_by_chance
 from .frames import Frames, Images, open_frames
-from .identity import of_frames, of_model
-from .outputs import OutputFolder
+from .identity import of_frames, of_model, same_frames
+from .outputs import OutputFolder, frames_of
 from .progress import Progress
 from .saved import save_scene
 from .transfers import Downloads, Item, finished
@@ -107,7 +107,8 @@ class OpenScene:
 
     def stream(self, images: Images | None = None) -> Iterator[Outputs]:
         """Yield what `add` returns, or without images what `predict` returns, one chunk after another as they come."""
-        yield from self._run(images, lambda part, start: None, lambda outputs, part, start: outputs)
+        frames = self._frames if images is None else self._open(images)
+        yield from self._run(frames, images is not None, lambda part, start: None, lambda outputs, part, start: outputs)
 
     def write(
         self, folder: str | Path, images: Images | None = None, *, names: Collection[str] | None = None
@@ -139,7 +140,10 @@ class OpenScene:
             if unknown := sorted(names - set(self.core_outputs)):
                 raise ValueError(f"the outputs are {known}; there is no {', '.join(unknown)}")
         kind = ",".join(sorted(names)) if names is not None else "all"
-        target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}")
+        target = OutputFolder(Path(folder), f"{self.identity()} chunk {self.chunk} outputs {kind}", self.chunk)
+        frames = self._frames if images is None else self._open(images)
+        if frames.count is not None:
+            target.require(frames.count)
 
         def done(part: Tensor, start: int) -> Future[Path] | None:
             path = target.written(part, start)
@@ -149,7 +153,9 @@ class OpenScene:
             chosen = {name: tensor for name, tensor in outputs.items() if names is None or name in names}
             return target.write(chosen, of_frames(part), start)
 
-        return list(self._run(images, done, then, names))
+        written = list(self._run(frames, images is not None, done, then, names))
+        target.require(frames_of(written[-1])[1])
+        return written
 
     def save(self, path: str | Path, *, keys: bool = False) -> None:
         """Write the scene to a file, from which `open_saved_scene` opens it again: another day, on another machine.
@@ -171,7 +177,7 @@ class OpenScene:
         Args:
             images: The frames to add to the core, as `add` takes them.
         """
-        further = [part.to(self.core_frames) for part in self._open(images).chunks(CHUNK)]
+        further = [part.to(self.core_frames) for part in map(self._require_size, self._open(images).chunks(CHUNK))]
         core, coarse = self.core_frames.split([self.closed.full, self.closed.coarse])
         frames = torch.cat([core, *further, coarse])
         known = open_frames(frames, self.frame_size)
@@ -197,7 +203,8 @@ class OpenScene:
 
     def _run(
         self,
-        images: Images | None,
+        frames: Frames,
+        given: bool,
         done: Callable[[Tensor, int], Future[Item] | None],
         then: Callable[[Outputs, Tensor, int], Item],
         names: Collection[str] | None = None,
@@ -205,20 +212,20 @@ class OpenScene:
         """Run chunk after chunk, and copy the outputs of each to the host while the next one runs.
 
         Args:
-            images: Frames; None for those that the scene was opened with.
+            frames: The frames.
+            given: Whether they are further ones; else those that the scene was opened with.
             done: Is asked of each chunk, and of where it begins; returns what is yielded if it was done before.
             then: Turns outputs in host memory into what is yielded, in a thread; is given the frames and the place of
                 the first one, too.
             names: The outputs that are copied, and "apart"; None for all.
         """
-        frames, given = (self._frames if images is None else self._open(images)), images is not None
         if not given and not frames.again:
             self._frames = Frames(_read_already, None)
-        start, (height, width) = 0, self.core_frames.shape[-2:]
+        start = 0
         apart: list[int] = []
 
         def complete(outputs: Outputs, part: Tensor, first: int) -> Item:
-            whole = self._with_core(outputs, len(part), None if given else first)
+            whole = self._as_in_core(outputs, part) if given else self._with_core(outputs, len(part), first)
             apart.append(int(whole["apart"].sum()))
             return then(whole, part, first)
 
@@ -233,11 +240,7 @@ class OpenScene:
                 return result
 
             for part in frames.chunks(self.chunk, device):
-                if part.shape[-2:] != (height, width):
-                    raise ValueError(
-                        f"frames must be {height} x {width} pixels as those of the core, got "
-                        f"{' x '.join(map(str, part.shape[-2:]))}; resize or crop them"
-                    )
+                self._require_size(part)
                 future = done(part, start)
                 skipped = future is not None
                 if future is None:
@@ -259,6 +262,16 @@ class OpenScene:
         height, width = self.core_frames.shape[-2:]
         return open_frames(images, self.frame_size, size=(width, height))
 
+    def _require_size(self, part: Tensor) -> Tensor:
+        """Return frames; raise unless they are of the size of the core's."""
+        height, width = self.core_frames.shape[-2:]
+        if part.shape[-2:] != (height, width):
+            raise ValueError(
+                f"frames must be {height} x {width} pixels as those of the core, got "
+                f"{' x '.join(map(str, part.shape[-2:]))}; resize or crop them"
+            )
+        return part
+
     def _begin(self, part: Tensor, start: int | None) -> Outputs:
         """Begin to run the frames of a chunk that are not of the core, and return their outputs on the device."""
         known = self._known(len(part), start)
@@ -277,6 +290,17 @@ class OpenScene:
         order = torch.tensor([*(index for index in range(count) if index not in known), *known]).argsort()
         rows = {name: tensor[list(known.values())] for name, tensor in self.core_outputs.items()}
         return {name: tensor[order] for name, tensor in _joined([outputs, rows] if outputs else [rows]).items()}
+
+    def _as_in_core(self, outputs: Outputs, part: Tensor) -> Outputs:
+        """Return the outputs of further frames in host memory, of frames of the core that come again the core's."""
+        same = same_frames(part, self.core_frames)
+        if not same:
+            return outputs
+        again, places = list(same), list(same.values())
+        whole = {name: tensor.clone() for name, tensor in outputs.items()}
+        for name, tensor in whole.items():
+            tensor[again] = self.core_outputs[name][places]
+        return whole
 
     def _known(self, count: int, start: int | None) -> dict[int, int]:
         """Return the places in the core of frames of a chunk that belong to it, by their places in the chunk.

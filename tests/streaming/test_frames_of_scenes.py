@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from doubles import FAMILY, HEIGHT, WIDTH, images
@@ -21,6 +22,7 @@ from svggt_kernels.patching.chunks.session import Session
 from svggt_kernels.sources.thumbnails import thumbnails
 from svggt_kernels.streaming import frames as frames_of_scenes
 from svggt_kernels.streaming.apart import Yardstick, likeness_of
+from svggt_kernels.streaming.identity import same_frames
 from svggt_kernels.streaming.progress import Progress
 from svggt_kernels.streaming.transfers import Downloads
 
@@ -202,6 +204,52 @@ def test_outputs_in_files(tmp_path: Path):
     with pytest.raises(ValueError, match="at least one of the outputs output, apart, got none"):
         scene.write(tmp_path / "wrong", names=[])
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("count", [9, 11, 4])
+@pytest.mark.parametrize("kind", ["tensor", "iterator"])
+def test_files_of_fewer_or_more_frames_are_not_mixed_with_others(tmp_path: Path, count: int, kind: str):
+    scene = scene_of()
+    scene.write(tmp_path, FRAMES, names=["apart"])
+    others = torch.cat([FRAMES, FRAMES])[:count]
+    with pytest.raises(ValueError, match=r"are no chunk .*: some were added or taken out"):
+        scene.write(tmp_path, others if kind == "tensor" else iter(others), names=["apart"])
+    assert len(read_outputs(scene.write(tmp_path, FRAMES, names=["apart"]))["apart"]) == 10
+
+
+def test_files_are_read_in_the_order_of_their_frames_and_of_one_scene(tmp_path: Path):
+    scene = scene_of()
+    paths = scene.write(tmp_path / "one")
+    expected = read_outputs(tmp_path / "one")
+    torch.testing.assert_close(read_outputs(paths[::-1]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(read_outputs(paths[1:])["output"], expected["output"][4:], rtol=0, atol=0)
+    for some, why in [(paths[::2], "frame 4 must follow"), ([paths[0]] * 2, "frame 4 must follow")]:
+        with pytest.raises(ValueError, match=why):
+            read_outputs(some)
+    other = scene_of(core=[1, 2]).write(tmp_path / "two")
+    with pytest.raises(ValueError, match="is of another scene"):
+        read_outputs([paths[0], other[1]])
+    np.savez(tmp_path / "frames-0-1.npz", a=np.ones(1))
+    with pytest.raises(ValueError, match="is no file of outputs"):
+        read_outputs(tmp_path / "frames-0-1.npz")
+    with pytest.raises(ValueError, match=r"must be called frames-START-STOP\.npz"):
+        read_outputs(tmp_path / "depth.npz")
+
+
+def test_a_frame_of_the_core_that_comes_again_gets_what_the_core_got():
+    scene = scene_of()
+    expected, again = scene.predict(), scene.add(FRAMES)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+    other = FRAMES.clone()
+    other[list(scene.core), 0, 1, 1] += 0.5
+    assert not torch.equal(scene.add(other)["output"][list(scene.core)], expected["output"][list(scene.core)])
+
+
+def test_frames_are_the_same_if_all_pixels_are():
+    known = torch.rand(3, 3, 40, 40)
+    frames = torch.cat([known[[2, 1]], known[:1], torch.rand(1, 3, 40, 40)])
+    frames[1, 0, 1, 1] += 0.5  # not among the pixels that are compared first
+    assert same_frames(frames, known) == {0: 2, 2: 0}
 
 
 def test_no_more_outputs_are_copied_than_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -268,6 +268,8 @@ def test_models_that_cannot_be_opened_say_why():
     scene = open_scene(model, frames, core=CORE)
     with pytest.raises(ValueError, match="8 x 12 pixels as those of the core, got 8 x 16"):
         scene.add(torch.rand(2, 3, 8, 16))
+    with pytest.raises(ValueError, match="8 x 12 pixels as those of the core, got 8 x 16"):
+        scene.extended(torch.rand(2, 3, 8, 16))
     with pytest.raises(ValueError, match="at least one image"):
         scene.add([])
 
@@ -403,7 +405,9 @@ def test_cores_without_a_meaning(core: object, error: type[Exception], message: 
 
 @pytest.mark.parametrize("frames", [255 * CASES["toy"][1], 2 * CASES["toy"][1] - 1, CASES["toy"][1] / 0])
 def test_frames_of_another_range_are_refused(frames: Tensor):
-    with pytest.raises(ValueError, match=r"frames must be in \[0, 1\], got values from .*; divide 8-bit images by 255"):
+    with pytest.raises(
+        ValueError, match=r"frames of the core must be in \[0, 1\], got values from .*; divide 8-bit images by 255"
+    ):
         open_scene(toy(), frames, core=CORE)
 
 
