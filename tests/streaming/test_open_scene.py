@@ -419,7 +419,9 @@ def test_photos_of_less_than_a_patch_are_refused(long_side: object, error: type[
 
 @pytest.mark.parametrize("frames", [255 * CASES["toy"][1], 2 * CASES["toy"][1] - 1, CASES["toy"][1] / 0])
 def test_frames_of_another_range_are_refused(frames: Tensor):
-    with pytest.raises(ValueError, match=r"frames of the core must be in \[0, 1\], got values from .*; divide 8-bit images by 255"):
+    with pytest.raises(
+        ValueError, match=r"frames of the core must be in \[0, 1\], got values from .*; divide 8-bit images by 255"
+    ):
         open_scene(toy(), frames, core=CORE)
 
 
