@@ -146,7 +146,8 @@ class Planner:
         if images is None or takes_others or is_capturing(images.device):
             return
         if images.device.type == "cpu" or not self._has_seen_images:
-            require_unit_range(images.flatten(0, 1), nan=True)  # of which the model itself makes NaN
+            for sample in images:  # not all together, which would copy them where they do not lie so
+                require_unit_range(sample, nan=True)  # of which the model itself makes NaN
             self._has_seen_images = True
 
     def key_parts(self, inputs: ForwardInputs) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from svggt_kernels.io import pixels
 from svggt_kernels.io.pixels import require_unit_range
 
 PATTERNS = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).round()  # of black and white
@@ -31,3 +32,12 @@ def test_nan():
     with pytest.raises(ValueError, match=r"must not hold NaN, but images 3 do"):
         require_unit_range(broken)
     require_unit_range(broken, nan=True)
+
+
+def test_every_frame_is_looked_at(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixels, "FRAMES_AT_ONCE", 2)
+    for place in range(5):
+        frames = torch.full((5, 3, 2, 2), 0.5)
+        frames[place, 1, 1, 0] = -2 if place % 2 else 3
+        with pytest.raises(ValueError, match=r"got values from (0\.5 to 3|-2 to 0\.5)"):
+            require_unit_range(frames)
